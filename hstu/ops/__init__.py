@@ -1,0 +1,24 @@
+"""Operations of the library: tensors in, tensors out. Needs torch; triton only for the GPU kernels."""
+
+from hstu.ops.attention import RelativeBias, hstu_attention
+from hstu.ops.checks import debug_checks
+from hstu.ops.jagged import (
+    concat_jagged,
+    interleave_jagged,
+    lengths_to_offsets,
+    positions_in_sequence,
+    sequence_ids,
+    split_jagged,
+)
+
+__all__ = [
+    "RelativeBias",
+    "concat_jagged",
+    "debug_checks",
+    "hstu_attention",
+    "interleave_jagged",
+    "lengths_to_offsets",
+    "positions_in_sequence",
+    "sequence_ids",
+    "split_jagged",
+]
