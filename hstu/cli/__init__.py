@@ -1,0 +1,1 @@
+"""What the commands call. Each module here is one command."""
