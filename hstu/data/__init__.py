@@ -1,0 +1,17 @@
+"""Data sets on disk: schema, reader, writer, splits, encoding of interaction tables, planted data."""
+
+from hstu.data.reader import SequenceDataset, Sequences
+from hstu.data.schema import Feature, Schema
+from hstu.data.splits import Split, leave_one_out
+from hstu.data.writer import EncodedDataset, write_dataset
+
+__all__ = [
+    "EncodedDataset",
+    "Feature",
+    "Schema",
+    "SequenceDataset",
+    "Sequences",
+    "Split",
+    "leave_one_out",
+    "write_dataset",
+]

@@ -1,0 +1,172 @@
+"""What a data set directory holds: features, their roles and sizes, counts, provenance."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+Role = Literal["user", "item", "action", "time", "context"]
+ActionType = Literal["categorical", "bitmask"]
+
+SCHEMA_FILE = "schema.json"
+DATA_DIR = "data"
+VOCABULARY_DIR = "vocabulary"
+FORMAT_VERSION = 1
+COUNT_KEYS = ("users", "items", "events", "seqlen_min", "seqlen_max", "seqlen_mean", "seqlen_median")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Feature:
+    """One column of the data set.
+
+    Ids of a feature are dense in ``[0, vocab_size)``; a time feature has no vocabulary. An action is
+    ``categorical`` (id = rank of the value among the sorted distinct values) or a ``bitmask``
+    (id = the mask itself, ``vocab_size = 2 ** bits``).
+    """
+
+    name: str
+    role: Role
+    vocab_size: int | None = None
+    action_type: ActionType | None = None
+
+    def __post_init__(self) -> None:
+        # The name is also a file name in the vocabulary directory.
+        if not isinstance(self.name, str) or not re.fullmatch(r"\w[\w.\- ]*", self.name):
+            raise ValueError(
+                f"feature name {self.name!r}: use letters, digits, '_', '-', '.' and blanks, not '.' or '-' first"
+            )
+        if self.role not in get_args(Role):
+            raise ValueError(f"feature {self.name!r}: role {self.role!r} is none of {', '.join(get_args(Role))}")
+        self._check_vocab_size()
+        if (self.role == "action") != (self.action_type is not None):
+            raise ValueError(
+                f"feature {self.name!r}: action_type {self.action_type!r} with role {self.role!r}; "
+                "an action needs one, no other role has one"
+            )
+        if self.action_type is not None and self.action_type not in get_args(ActionType):
+            choices = " or ".join(get_args(ActionType))
+            raise ValueError(f"feature {self.name!r}: action_type {self.action_type!r} is not {choices}")
+        if self.action_type == "bitmask" and self.vocab_size & (self.vocab_size - 1):  # type: ignore[operator]
+            raise ValueError(
+                f"feature {self.name!r}: vocab_size {self.vocab_size} of a bitmask is not a power of two"
+            )
+
+    def _check_vocab_size(self) -> None:
+        if self.role == "time":
+            if self.vocab_size is not None:
+                raise ValueError(f"feature {self.name!r}: a time feature has no vocab_size, got {self.vocab_size!r}")
+        elif type(self.vocab_size) is not int or self.vocab_size < 1:
+            raise ValueError(f"feature {self.name!r}: vocab_size must be a positive integer, got {self.vocab_size!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schema:
+    """Description of one data set, stored as ``schema.json``.
+
+    Args:
+        name: Name of the data set.
+        features: One user and one item feature, at most one action and one time, any number of contexts.
+        counts: users, items (catalogue), events and seqlen_min, seqlen_max, seqlen_mean, seqlen_median.
+        source: Name of each file that the data were made from, with its sha256.
+        best_possible: For planted data, split -> metric -> the score of the oracle that knows the planted
+            probabilities, on the same events; None where it is unknown.
+    """
+
+    name: str
+    features: tuple[Feature, ...]
+    counts: dict[str, float | int]
+    source: dict[str, str] = field(default_factory=dict)
+    best_possible: dict[str, dict[str, float]] | None = None
+
+    def __post_init__(self) -> None:
+        names = [feature.name for feature in self.features]
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"data set {self.name!r}: feature name {repeated[0]!r} is used twice; rename one")
+        for role, least, most in (("user", 1, 1), ("item", 1, 1), ("action", 0, 1), ("time", 0, 1)):
+            number = len(self._with_role(role))
+            if not least <= number <= most:
+                allowed = f"{least}" if least == most else f"at most {most}"
+                raise ValueError(f"data set {self.name!r}: {number} features of role {role!r}, needs {allowed}")
+        for key in COUNT_KEYS:
+            value = self.counts.get(key)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise ValueError(f"data set {self.name!r}: counts[{key!r}] must be a number, got {value!r}")
+
+    def _with_role(self, role: str) -> tuple[Feature, ...]:
+        return tuple(feature for feature in self.features if feature.role == role)
+
+    @property
+    def user(self) -> Feature:
+        """The user feature."""
+        return self._with_role("user")[0]
+
+    @property
+    def item(self) -> Feature:
+        """The item feature."""
+        return self._with_role("item")[0]
+
+    @property
+    def action(self) -> Feature | None:
+        """The action feature, if the data set has actions."""
+        return next(iter(self._with_role("action")), None)
+
+    @property
+    def time(self) -> Feature | None:
+        """The time feature, if the data set has times."""
+        return next(iter(self._with_role("time")), None)
+
+    @property
+    def contexts(self) -> tuple[Feature, ...]:
+        """The context features, in the order of the schema."""
+        return self._with_role("context")
+
+    def save(self, directory: str | Path) -> None:
+        """Write ``schema.json`` into ``directory``."""
+        record = {"version": FORMAT_VERSION, **asdict(self)}
+        text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False)
+        (Path(directory) / SCHEMA_FILE).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, directory: str | Path) -> Schema:
+        """Read ``schema.json`` from ``directory``.
+
+        Raises:
+            ValueError: If the file is missing, is no JSON, has another version, or holds a wrong value.
+        """
+        path = Path(directory) / SCHEMA_FILE
+        if not path.is_file():
+            raise ValueError(
+                f"{path}: no such file, so {str(directory)!r} is no data set; "
+                "make one with: python preprocessing/preprocessor.py --dataset_name NAME --data_dir DIR"
+            )
+        try:
+            return cls._from_record(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{path}: {error}; run the preprocessor again") from error
+
+    @classmethod
+    def _from_record(cls, record: dict[str, Any]) -> Schema:
+        version = record.pop("version", None)
+        if version != FORMAT_VERSION:
+            raise ValueError(f"version {version!r}, this program reads {FORMAT_VERSION}")
+        features = tuple(Feature(**feature) for feature in record.pop("features"))
+        return cls(features=features, **record)
+
+
+def count_statistics(lengths: np.ndarray, num_items: int) -> dict[str, float | int]:
+    """Counts for a schema from the number of events of each user [U] and the size of the catalogue."""
+    return {
+        "users": len(lengths),
+        "items": num_items,
+        "events": int(lengths.sum()),
+        "seqlen_min": int(lengths.min()),
+        "seqlen_max": int(lengths.max()),
+        "seqlen_mean": float(lengths.mean()),
+        "seqlen_median": float(np.median(lengths)),
+    }
