@@ -16,7 +16,7 @@ venv: $(VENV)/.project  ## Install the pinned versions and this project into .ve
 # The stamp is written last: an environment without it is unfinished and is made again.
 $(VENV)/.requirements: $(LOCKS)
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found. Install Python 3.11, or name one: make venv PYTHON=/path/to/python3.11" >&2; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { echo "make: $(PYTHON) is $$($(PYTHON) --version), but the pinned versions are for Python 3.11: make venv PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || { echo "make: $(PYTHON) is not Python 3.11, which the pinned versions are for: make venv PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@echo "Creating $(VENV) (about 2 GB, a few minutes the first time)"
 	@trap 'rm -rf $(VENV)' EXIT; trap 'exit 130' INT TERM; set -e; \
 	rm -rf $(VENV); \

@@ -3,38 +3,53 @@
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 
-# (start of the message, category): why it is no news to the user.
+# Warnings: (start of the message as a regular expression, category), each with the reason why it is no news.
 _WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
-    # Both libraries are optional; what Megatron-Core uses in their place is what this project is tested with.
+    # Both are optional, and what Megatron-Core uses in their place is what this project is tested with.
     (r"Transformer Engine and Apex are not installed", UserWarning),
-    # TorchRec's state dicts hold ShardedTensors; only a TorchRec release can change that.
+    # TorchRec's state dicts hold ShardedTensors; only a release of TorchRec can change that.
     (r"Please use DTensor instead and we are deprecating ShardedTensor", FutureWarning),
-    # The planner's own default, built even when another reservation is passed.
-    (r".*HeuristicalStorageReservation", FutureWarning),
-    # Megatron-Core calls collectives by the names that torch 2.13 renamed.
-    (r".*torch\.distributed\.(reduce_scatter_tensor|all_gather_into_tensor)\b.*deprecated", FutureWarning),
-    # The distributed optimizer looks at .grad of the views it keeps of the parameters.
-    (r"The \.grad attribute of a Tensor that is not a leaf", UserWarning),
-    # A default of Megatron-Core's TransformerConfig, which no option of ours sets.
-    (r".*full scope is deprecated", UserWarning),
+    # Megatron-Core calls two collectives by the names they had before torch 2.13.
+    (r"`torch\.distributed\.(reduce_scatter_tensor|all_gather_into_tensor)` is deprecated", FutureWarning),
+    # Megatron-Core's distributed optimizer looks for gradients on its own views of the parameters.
+    (r"The \.grad attribute of a Tensor that is not a leaf Tensor is being accessed", UserWarning),
+    # A default of Megatron-Core's TransformerConfig, about CUDA graphs, which nothing here turns on.
+    (r"full scope is deprecated\. Use empty cuda_graph_scope", UserWarning),
 )
 
-# Loggers whose warnings speak of normal operation.
-_LOGGERS: tuple[str, ...] = (
-    "torchrec.distributed",  # the planner's and the topology's account of what they chose
-    "megatron.core.rerun_state_machine",  # announces that it exists
-    "torch.fx._symbolic_trace",  # advice to callers of is_fx_tracing(), which TorchRec's pipelines are
+# Log records: (logger, start of the message as a regular expression), each with its reason.
+_RECORDS: tuple[tuple[str, str], ...] = (
+    # The planner is given the topology of the process group, which is what we mean.
+    ("torchrec.distributed.planner.types", r"The topology was constructed directly"),
+    # Advice to the authors of TorchRec's pipelines on which tracing test to call.
+    ("torch.fx._symbolic_trace", r"is_fx_tracing will return true"),
+    # Announces a debugging aid that stays off.
+    ("megatron.core.rerun_state_machine", r"RerunStateMachine initialized|Implicit initialization of Rerun"),
 )
+
+
+class _Drop(logging.Filter):
+    """Drops the records whose message starts with `pattern`."""
+
+    def __init__(self, pattern: str) -> None:
+        super().__init__()
+        self.pattern = re.compile(pattern)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not self.pattern.match(record.getMessage())
+
+    def __eq__(self, other: object) -> bool:  # addFilter then ignores a second copy
+        return isinstance(other, _Drop) and other.pattern == self.pattern
+
+    __hash__ = logging.Filter.__hash__
 
 
 def silence_known_notices() -> None:
-    """Filter the notices listed here and nothing else; call it before importing TorchRec or Megatron-Core.
-
-    Errors of the same loggers still pass, and so do all other warnings.
-    """
+    """Drop the notices listed here and nothing else; call it before importing TorchRec or Megatron-Core."""
     for message, category in _WARNINGS:
         warnings.filterwarnings("ignore", message=message, category=category)
-    for name in _LOGGERS:
-        logging.getLogger(name).setLevel(logging.ERROR)
+    for name, pattern in _RECORDS:
+        logging.getLogger(name).addFilter(_Drop(pattern))

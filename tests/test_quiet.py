@@ -1,0 +1,74 @@
+"""Known notices are silent; everything else still speaks."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+import warnings
+
+import pytest
+
+from hstu.quiet import silence_known_notices
+
+IMPORTS = """
+import fbgemm_gpu
+import torchrec
+import torchrec.distributed.train_pipeline
+import megatron.core.distributed
+import megatron.core.optimizer
+import megatron.core.optimizer_param_scheduler
+import megatron.core.parallel_state
+import megatron.core.tensor_parallel
+import torch.distributed.checkpoint
+from megatron.core.transformer import TransformerConfig
+from torchrec.distributed.planner import Topology
+
+Topology(world_size=2, compute_device="cpu")
+TransformerConfig(num_layers=1, hidden_size=16, num_attention_heads=1, use_cpu_initialization=True)
+"""
+SILENCE = "from hstu.quiet import silence_known_notices; silence_known_notices()\n"
+
+
+def output(code: str) -> str:
+    """What a fresh interpreter prints, on both streams."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def test_importing_the_libraries_is_silent_after_the_call():
+    pytest.importorskip("torchrec")
+    pytest.importorskip("megatron.core")
+    assert "Transformer Engine" in output(IMPORTS), "without the call the libraries do speak"
+    assert output(SILENCE + IMPORTS) == ""
+
+
+def test_other_warnings_and_records_pass(caplog):
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        silence_known_notices()
+        warnings.warn(
+            "full scope is deprecated. Use empty cuda_graph_scope to capture", UserWarning, stacklevel=1
+        )
+        warnings.warn(
+            "full scope is deprecated. Use empty cuda_graph_scope", DeprecationWarning, stacklevel=1
+        )
+        warnings.warn("the table is not sharded", UserWarning, stacklevel=1)
+    assert [(w.category, str(w.message)[:9]) for w in seen] == [
+        (DeprecationWarning, "full scop"),
+        (UserWarning, "the table"),
+    ]
+    planner = logging.getLogger("torchrec.distributed.planner.types")
+    planner.warning("The topology was constructed directly rather than by a factory")
+    planner.warning("HardwareConfig validation: no bandwidth")
+    assert [record.getMessage() for record in caplog.records] == ["HardwareConfig validation: no bandwidth"]
+
+
+def test_calling_twice_adds_nothing():
+    silence_known_notices()
+    before = len(logging.getLogger("torch.fx._symbolic_trace").filters), len(warnings.filters)
+    silence_known_notices()
+    assert (len(logging.getLogger("torch.fx._symbolic_trace").filters), len(warnings.filters)) == before
