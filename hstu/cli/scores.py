@@ -1,0 +1,59 @@
+"""`python -m hstu.cli.scores RUN_DIR...`: the final test score of each run, beside the best possible one if known."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def read(run_dir: Path) -> dict[str, Any]:
+    """The final test record of a run.
+
+    Raises:
+        ValueError: the run has no `eval.json`, or it is not one that a run writes.
+    """
+    path = run_dir / "eval.json"
+    if not path.is_file():
+        raise ValueError(f"{path}: not found; a run writes it when training or --mode eval has finished")
+    try:
+        record = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON ({error}); run --mode eval again") from None
+    if not isinstance(record, dict) or not isinstance(record.get("metrics"), dict):
+        raise ValueError(f"{path}: has no 'metrics'; run --mode eval again")
+    return record
+
+
+def table(runs: dict[str, dict[str, Any]]) -> str:
+    """One line per run and metric: score, best possible score, and their ratio."""
+    lines = [f"{'run':28} {'test metric':12} {'score':>8} {'best possible':>14} {'ratio':>7}"]
+    for name, record in runs.items():
+        best = record.get("best_possible") or {}
+        # Where the best score is known for some metrics, the others would only distract.
+        for metric, value in record["metrics"].items():
+            if best and metric not in best:
+                continue
+            line = f"{name:28} {metric:12} {value:8.4f}"
+            if metric in best:
+                line += f" {best[metric]:14.4f} {value / best[metric]:7.1%}"
+            lines.append(line)
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the table; 2 if a run has no scores."""
+    parser = argparse.ArgumentParser(prog="python -m hstu.cli.scores", description=__doc__)
+    parser.add_argument("run_dir", nargs="+", type=Path, help="run directory, as runs/NAME")
+    try:
+        print(table({str(path): read(path) for path in parser.parse_args(argv).run_dir}))
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
