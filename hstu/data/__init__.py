@@ -3,6 +3,7 @@
 from hstu.data.reader import SequenceDataset, Sequences
 from hstu.data.schema import Feature, Schema
 from hstu.data.splits import Split, leave_one_out
+from hstu.data.synthetic import SyntheticConfig, generate, write_synthetic
 from hstu.data.writer import EncodedDataset, write_dataset
 
 __all__ = [
@@ -12,6 +13,9 @@ __all__ = [
     "SequenceDataset",
     "Sequences",
     "Split",
+    "SyntheticConfig",
+    "generate",
     "leave_one_out",
     "write_dataset",
+    "write_synthetic",
 ]

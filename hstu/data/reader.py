@@ -112,15 +112,15 @@ class SequenceDataset:
         """
         users, start, stop = (np.asarray(array, dtype=np.int64) for array in (users, start, stop))
         if not users.shape == start.shape == stop.shape or users.ndim != 1:
-            raise ValueError(f"users {users.shape}, start {start.shape}, stop {stop.shape}: need three [B] arrays")
-        if len(users) and not (0 <= users.min() and users.max() < self.num_users):
+            shapes = f"users {users.shape}, start {start.shape}, stop {stop.shape}"
+            raise ValueError(f"{shapes}: expected three arrays [B]")
+        if len(users) and (users.min() < 0 or users.max() >= self.num_users):
             raise ValueError(f"user row out of range [0, {self.num_users}): {users.min()} .. {users.max()}")
         wrong = np.flatnonzero((start < 0) | (start > stop) | (stop > self.lengths[users]))
         if len(wrong):
             b = wrong[0]
-            raise ValueError(
-                f"window [{start[b]}, {stop[b]}) of user row {users[b]} lies outside its {self.lengths[users[b]]} events"
-            )
+            window = f"window [{start[b]}, {stop[b]}) of user row {users[b]}"
+            raise ValueError(f"{window} lies outside its {self.lengths[users[b]]} events")
         lengths = stop - start
         # Position in the flat column = first position of the window + place within the window.
         shift = self._offsets[users] + start - (np.cumsum(lengths) - lengths)

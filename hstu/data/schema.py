@@ -39,10 +39,11 @@ class Feature:
         # The name is also a file name in the vocabulary directory.
         if not isinstance(self.name, str) or not re.fullmatch(r"\w[\w.\- ]*", self.name):
             raise ValueError(
-                f"feature name {self.name!r}: use letters, digits, '_', '-', '.' and blanks, not '.' or '-' first"
+                f"feature name {self.name!r}: use letters, digits, '_', and after the first '-', '.', blanks"
             )
         if self.role not in get_args(Role):
-            raise ValueError(f"feature {self.name!r}: role {self.role!r} is none of {', '.join(get_args(Role))}")
+            choices = ", ".join(get_args(Role))
+            raise ValueError(f"feature {self.name!r}: role {self.role!r} is none of {choices}")
         self._check_vocab_size()
         if (self.role == "action") != (self.action_type is not None):
             raise ValueError(
@@ -58,11 +59,12 @@ class Feature:
             )
 
     def _check_vocab_size(self) -> None:
+        size = self.vocab_size
         if self.role == "time":
-            if self.vocab_size is not None:
-                raise ValueError(f"feature {self.name!r}: a time feature has no vocab_size, got {self.vocab_size!r}")
-        elif type(self.vocab_size) is not int or self.vocab_size < 1:
-            raise ValueError(f"feature {self.name!r}: vocab_size must be a positive integer, got {self.vocab_size!r}")
+            if size is not None:
+                raise ValueError(f"feature {self.name!r}: a time has no vocab_size, got {size!r}")
+        elif type(size) is not int or size < 1:
+            raise ValueError(f"feature {self.name!r}: vocab_size must be a positive integer, got {size!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,12 +89,12 @@ class Schema:
     def __post_init__(self) -> None:
         names = [feature.name for feature in self.features]
         if repeated := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"data set {self.name!r}: feature name {repeated[0]!r} is used twice; rename one")
+            raise ValueError(f"data set {self.name!r}: feature {repeated[0]!r} appears twice; rename one")
         for role, least, most in (("user", 1, 1), ("item", 1, 1), ("action", 0, 1), ("time", 0, 1)):
             number = len(self._with_role(role))
             if not least <= number <= most:
                 allowed = f"{least}" if least == most else f"at most {most}"
-                raise ValueError(f"data set {self.name!r}: {number} features of role {role!r}, needs {allowed}")
+                raise ValueError(f"data set {self.name!r}: {number} features of role {role!r}, not {allowed}")
         for key in COUNT_KEYS:
             value = self.counts.get(key)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):

@@ -39,7 +39,9 @@ class EncodedDataset:
     vocabularies: dict[str, pa.Array]
 
 
-def write_dataset(dataset: EncodedDataset, directory: str | Path, events_per_part: int = EVENTS_PER_PART) -> None:
+def write_dataset(
+    dataset: EncodedDataset, directory: str | Path, events_per_part: int = EVENTS_PER_PART
+) -> None:
     """Write ``dataset`` into ``directory``, replacing the data set that is there only when complete.
 
     Other files in the directory (raw files, say) stay.
@@ -81,14 +83,13 @@ def _replacing(target: Path) -> Iterator[Path]:
     for entry in (DATA_DIR, VOCABULARY_DIR):
         if (target / entry).exists() and not (target / SCHEMA_FILE).is_file():
             raise ValueError(
-                f"{target / entry}: exists, but {target} is no data set; move it away or choose another --data_dir"
+                f"{target / entry}: exists, but {target} is no data set; move it or choose another --data_dir"
             )
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     except OSError as error:
-        reason = error.strerror or error
-        raise ValueError(f"{target}: cannot be written ({reason}); choose another --data_dir") from error
+        raise _unwritable(target, error) from error
     try:
         new, old = staging / "new", staging / "old"
         new.mkdir()
@@ -96,10 +97,13 @@ def _replacing(target: Path) -> Iterator[Path]:
         yield new
         _swap(target, new, old)
     except OSError as error:
-        reason = error.strerror or error
-        raise ValueError(f"{target}: cannot be written ({reason}); free space or choose another --data_dir") from error
+        raise _unwritable(target, error) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _unwritable(target: Path, error: OSError) -> ValueError:
+    return ValueError(f"{target}: cannot be written ({error.strerror or error}); choose another --data_dir")
 
 
 def _swap(target: Path, new: Path, old: Path) -> None:

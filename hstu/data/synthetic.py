@@ -1,0 +1,302 @@
+"""Planted data: sequences drawn from known probabilities, so that the best possible scores are known.
+
+A user has a latent type; a type is interested in a few clusters of items. The cluster of the next item is
+drawn from the user's interests or, with probability ``transition_weight``, from the row of a transition
+matrix that belongs to the last item's cluster; the item within the cluster by popularity; an item that the
+user has seen is drawn again. The action is binary with p = sigmoid(affinity of the type to the cluster +
+quality of the item). The oracle knows all of this and is scored on the very events that are held out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+import pyarrow as pa
+
+from hstu.data.schema import Feature, Schema, count_statistics
+from hstu.data.splits import MIN_EVENTS
+from hstu.data.writer import EncodedDataset, write_dataset
+
+Distribution = Literal["uniform", "normal", "zipf", "lognormal"]
+
+_BLOCK = 512  # users drawn at once: the [users, items] temporaries stay in cache
+_START = 1_600_000_000  # seconds
+_NONE = -1  # the cluster before the first event
+
+
+@dataclass(frozen=True, kw_only=True)
+class SyntheticConfig:
+    """Size and shape of a planted data set.
+
+    Args:
+        num_users: Users.
+        num_items: Catalogue; more than ``max_seqlen``, as nobody sees an item twice.
+        num_clusters: Clusters of items.
+        num_types: Latent user types.
+        clusters_per_type: Clusters a type is interested in.
+        min_seqlen: Shortest sequence, at least 3.
+        max_seqlen: Longest sequence.
+        seqlen_distribution: Distribution of the sequence lengths within their bounds.
+        value_distribution: Distribution of item popularity over the ranks of the catalogue.
+        transition_weight: Probability that the last cluster, not the interests, leads to the next one.
+        context_visibility: Probability that the context feature shows the type; otherwise it is random.
+        affinity_scale: Standard deviation of the affinity of types to clusters in the action's logit.
+        quality_scale: Standard deviation of item quality in the action's logit.
+        seed: Seed of everything.
+    """
+
+    num_users: int = 6000
+    num_items: int = 600
+    num_clusters: int = 40
+    num_types: int = 6
+    clusters_per_type: int = 3
+    min_seqlen: int = 10
+    max_seqlen: int = 90
+    seqlen_distribution: Distribution = "lognormal"
+    value_distribution: Distribution = "zipf"
+    transition_weight: float = 0.5
+    context_visibility: float = 0.8
+    affinity_scale: float = 1.6
+    quality_scale: float = 0.4
+    seed: int = 1
+
+    def __post_init__(self) -> None:
+        self._at_least("num_users", 1, "one user")
+        self._at_least("num_types", 1, "one type")
+        self._at_least("clusters_per_type", 1, "one cluster")
+        self._at_least("num_clusters", self.clusters_per_type, "clusters_per_type")
+        self._at_least("min_seqlen", MIN_EVENTS, "one event each to train, validate and test")
+        self._at_least("max_seqlen", self.min_seqlen, "min_seqlen")
+        self._at_least("num_items", self.num_clusters, "num_clusters")
+        self._at_least("num_items", self.max_seqlen + 1, "max_seqlen + 1, as nobody sees an item twice")
+        self._at_least("seed", 0, "seeds are not negative")
+        for name in ("seqlen_distribution", "value_distribution"):
+            choices = get_args(Distribution)
+            self._require(name, getattr(self, name) in choices, f"is none of {', '.join(choices)}")
+        for name in ("transition_weight", "context_visibility"):
+            self._require(name, 0 <= getattr(self, name) <= 1, "must lie in [0, 1]")
+        for name in ("affinity_scale", "quality_scale"):
+            self._require(name, 0 <= getattr(self, name) < float("inf"), "must be finite and not negative")
+
+    def _at_least(self, name: str, bound: int, why: str) -> None:
+        self._require(name, getattr(self, name) >= bound, f"must be at least {bound} ({why})")
+
+    def _require(self, name: str, condition: bool, reason: str) -> None:
+        if not condition:
+            raise ValueError(f"{name} = {getattr(self, name)!r} {reason}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlantedModel:
+    """The known probabilities.
+
+    Args:
+        cluster: Cluster of each item, [N].
+        choice: Probability of each item given its cluster, [N].
+        transition: Probability of the next cluster given the last, [K, K].
+        interest: Probability of a cluster given the type, [G, K].
+        transition_weight: Weight of ``transition`` in the mixture with ``interest``.
+        action: Probability of a positive action given type and item, [G, N].
+    """
+
+    cluster: np.ndarray
+    choice: np.ndarray
+    transition: np.ndarray
+    interest: np.ndarray
+    transition_weight: float
+    action: np.ndarray
+
+    def next_item(self, types: np.ndarray, last_cluster: np.ndarray, seen: np.ndarray) -> np.ndarray:
+        """Probability of each item, [B, N].
+
+        Args:
+            types: Type of each user, [B].
+            last_cluster: Cluster of the last item, [B]; -1 where there is none yet.
+            seen: Items already seen, bool [B, N].
+        """
+        weight = np.where(last_cluster == _NONE, 0.0, self.transition_weight)[:, None]
+        clusters = (1 - weight) * self.interest[types] + weight * self.transition[last_cluster]
+        probability = clusters[:, self.cluster] * self.choice
+        probability[seen] = 0
+        return probability / probability.sum(axis=1, keepdims=True)
+
+
+def distribution_weights(distribution: Distribution, size: int) -> np.ndarray:
+    """Probabilities of the values 1..size, [size]: what "uniform", "normal", "zipf", "lognormal" mean here.
+
+    normal: centred, the ends at 2.5 standard deviations; zipf: 1 / value; lognormal: median at 0.3 of the
+    range, standard deviation 0.6 of the logarithm.
+    """
+    value = np.arange(1, size + 1)
+    share = (value - 0.5) / size
+    if distribution == "uniform":
+        weights = np.ones(size)
+    elif distribution == "normal":
+        weights = np.exp(-0.5 * ((share - 0.5) / 0.2) ** 2)
+    elif distribution == "zipf":
+        weights = 1.0 / value
+    else:
+        weights = np.exp(-0.5 * (np.log(share / 0.3) / 0.6) ** 2) / share
+    return weights / weights.sum()
+
+
+def plant(config: SyntheticConfig, rng: np.random.Generator) -> PlantedModel:
+    """Draw the known probabilities."""
+    items, clusters, types = config.num_items, config.num_clusters, config.num_types
+    popularity = rng.permutation(distribution_weights(config.value_distribution, items))
+    cluster = rng.permutation(np.arange(items) % clusters)
+    choice = popularity / np.bincount(cluster, weights=popularity)[cluster]
+    successors = np.stack([rng.permutation(clusters) for _ in range(clusters)])
+    transition = np.full((clusters, clusters), 0.04 / clusters)
+    for share, successor in zip((0.7, 0.2, 0.06), successors.T, strict=False):
+        transition[np.arange(clusters), successor] += share
+    interest = np.full((types, clusters), 0.04 / clusters)
+    for row in interest:
+        favourites = rng.choice(clusters, config.clusters_per_type, replace=False)
+        row[favourites] += rng.dirichlet(np.full(config.clusters_per_type, 5.0))
+    affinity = config.affinity_scale * rng.standard_normal((types, clusters))
+    quality = config.quality_scale * rng.standard_normal(items)
+    return PlantedModel(
+        cluster=cluster,
+        choice=choice,
+        transition=transition / transition.sum(axis=1, keepdims=True),
+        interest=interest / interest.sum(axis=1, keepdims=True),
+        transition_weight=config.transition_weight,
+        action=1 / (1 + np.exp(-(affinity[:, cluster] + quality))),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Drawn:
+    """Sequences of some users, flat, and the oracle's rank of each user's last two items."""
+
+    items: np.ndarray  # [T]
+    ranks: np.ndarray  # [B, 2]: valid, test
+
+
+def _draw_items(
+    model: PlantedModel, types: np.ndarray, lengths: np.ndarray, rng: np.random.Generator
+) -> _Drawn:
+    """Draw the items of a block of users, one step of all of them at a time."""
+    steps, num_items = int(lengths.max()), len(model.cluster)
+    items = np.full((len(types), steps), _NONE, dtype=np.int64)
+    seen = np.zeros((len(types), num_items), dtype=bool)
+    last_cluster = np.full(len(types), _NONE)
+    ranks = np.zeros((len(types), 2))
+    for step in range(steps):
+        active = np.flatnonzero(lengths > step)
+        probability = model.next_item(types[active], last_cluster[active], seen[active])
+        cumulative = probability.cumsum(axis=1)
+        # Scaled by the last sum, which is 1 up to rounding, so that no draw lies beyond the last item.
+        draw = rng.random(len(active))[:, None] * cumulative[:, -1:]
+        chosen = (cumulative <= draw).sum(axis=1)
+        held_out = step - lengths[active] + 2
+        for split in (0, 1):
+            rows = np.flatnonzero(held_out == split)
+            ranks[active[rows], split] = average_tie_rank(probability[rows], chosen[rows], seen[active[rows]])
+        items[active, step] = chosen
+        seen[active, chosen] = True
+        last_cluster[active] = model.cluster[chosen]
+    return _Drawn(items=items[items != _NONE], ranks=ranks)
+
+
+def average_tie_rank(scores: np.ndarray, target: np.ndarray, seen: np.ndarray) -> np.ndarray:
+    """1 + number of unseen items that score strictly higher + half of the other ones that tie, [B].
+
+    Args:
+        scores: [B, N].
+        target: Item of each row, [B]; unseen.
+        seen: Items left out, bool [B, N].
+    """
+    own = np.take_along_axis(scores, target[:, None], axis=1)
+    higher = ((scores > own) & ~seen).sum(axis=1)
+    ties = ((scores == own) & ~seen).sum(axis=1) - 1
+    return 1 + higher + ties / 2
+
+
+def ranking_metrics(ranks: np.ndarray) -> dict[str, float]:
+    """HR@10, HR@50, NDCG@10 and MRR of average-tie ranks [S]."""
+    gains = np.where(ranks <= 10, 1 / np.log2(ranks + 1), 0)
+    return {
+        "HR@10": float(np.mean(ranks <= 10)),
+        "HR@50": float(np.mean(ranks <= 50)),
+        "NDCG@10": float(gains.mean()),
+        "MRR": float(np.mean(1 / ranks)),
+    }
+
+
+def area_under_curve(scores: np.ndarray, labels: np.ndarray) -> float:
+    """AUC, ties counted half, of scores [S] for labels [S] in {0, 1}; 0.5 when there is only one class."""
+    values, inverse = np.unique(scores, return_inverse=True)
+    positive = np.bincount(inverse, weights=labels, minlength=len(values))
+    negative = np.bincount(inverse, weights=1 - labels, minlength=len(values))
+    pairs = positive.sum() * negative.sum()
+    below = negative.cumsum() - negative
+    return float((positive * (below + negative / 2)).sum() / pairs) if pairs else 0.5
+
+
+def generate(config: SyntheticConfig, name: str = "synthetic") -> EncodedDataset:
+    """Draw a planted data set; the same config gives the same data, bit for bit."""
+    seeds = np.random.SeedSequence(config.seed).spawn(6)
+    plan, sizes, draws, labels, context, clock = (np.random.default_rng(seed) for seed in seeds)
+    model = plant(config, plan)
+    users = config.num_users
+    types = plan.integers(config.num_types, size=users)
+    weights = distribution_weights(config.seqlen_distribution, config.max_seqlen - config.min_seqlen + 1)
+    lengths = config.min_seqlen + sizes.choice(len(weights), size=users, p=weights)
+    blocks = [slice(start, start + _BLOCK) for start in range(0, users, _BLOCK)]
+    drawn = [_draw_items(model, types[block], lengths[block], draws) for block in blocks]
+    items = np.concatenate([block.items for block in drawn])
+    probability = model.action[np.repeat(types, lengths), items]
+    actions = (labels.random(len(items)) < probability).astype(np.int64)
+    shown = context.random(users) < config.context_visibility
+    segment = np.where(shown, types, context.integers(config.num_types, size=users))
+    last = np.cumsum(lengths) - 1
+    best = {}
+    for split, (column, events) in {"valid": (0, last - 1), "test": (1, last)}.items():
+        ranks = np.concatenate([block.ranks[:, column] for block in drawn])
+        auc = area_under_curve(probability[events], actions[events])
+        best[split] = {"AUC": auc, **ranking_metrics(ranks)}
+    schema = Schema(
+        name=name,
+        features=(
+            Feature(name="user_id", role="user", vocab_size=users),
+            Feature(name="segment", role="context", vocab_size=config.num_types),
+            Feature(name="item_id", role="item", vocab_size=config.num_items),
+            Feature(name="action", role="action", vocab_size=2, action_type="bitmask"),
+            Feature(name="timestamp", role="time"),
+        ),
+        counts=count_statistics(lengths, config.num_items),
+        source={"SyntheticConfig": hashlib.sha256(json.dumps(asdict(config)).encode()).hexdigest()},
+        best_possible=best,
+    )
+    sizes_of = {"user_id": users, "segment": config.num_types, "item_id": config.num_items}
+    return EncodedDataset(
+        schema=schema,
+        lengths=lengths,
+        contexts={"segment": segment},
+        events={"item_id": items, "action": actions, "timestamp": _draw_times(lengths, clock)},
+        vocabularies={feature: pa.array(np.arange(size)) for feature, size in sizes_of.items()},
+    )
+
+
+def _draw_times(lengths: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Strictly increasing seconds within each user, [T]: log-normal gaps, half of them under an hour."""
+    gaps = 1 + np.exp(8.2 + 1.5 * rng.standard_normal(int(lengths.sum()))).astype(np.int64)
+    first = np.cumsum(lengths) - lengths
+    gaps[first] = rng.integers(86_400 * 30, size=len(lengths))
+    elapsed = gaps.cumsum()
+    return _START + elapsed - np.repeat(elapsed[first] - gaps[first], lengths)
+
+
+def write_synthetic(config: SyntheticConfig, directory: str | Path) -> Schema:
+    """Draw a planted data set and write it into ``directory``; returns its schema."""
+    directory = Path(directory)
+    dataset = generate(config, name=directory.name)
+    write_dataset(dataset, directory)
+    return dataset.schema
