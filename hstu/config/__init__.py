@@ -1,0 +1,32 @@
+"""Configuration: frozen dataclasses with the reference system's names, read from gin files."""
+
+from hstu.config.args import (
+    Config,
+    DatasetArgs,
+    EmbeddingArgs,
+    NetworkArgs,
+    OptimizerArgs,
+    RankingArgs,
+    RetrievalArgs,
+    TensorModelParallelArgs,
+    TrainerArgs,
+)
+from hstu.config.base import Args, ConfigError
+from hstu.config.load import LoadedConfig, find_config, load_config
+
+__all__ = [
+    "Args",
+    "Config",
+    "ConfigError",
+    "DatasetArgs",
+    "EmbeddingArgs",
+    "LoadedConfig",
+    "NetworkArgs",
+    "OptimizerArgs",
+    "RankingArgs",
+    "RetrievalArgs",
+    "TensorModelParallelArgs",
+    "TrainerArgs",
+    "find_config",
+    "load_config",
+]

@@ -1,0 +1,321 @@
+"""Every knob of a run, once. Class and field names are those of NVIDIA's recsys-examples; ours are added."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from hstu.config.base import Args, ConfigError
+
+RANKING_METRICS = ("AUC", "GAUC", "NE", "LOGLOSS", "ACCURACY")
+ShardingType = Literal["row_wise", "table_wise", "column_wise", "data_parallel"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerArgs(Args):
+    """How long to train, and how often to log, evaluate and save.
+
+    ``train_batch_size`` and ``eval_batch_size`` count sequences per rank. Training ends after
+    ``max_train_iters`` steps or ``max_epochs`` epochs, whichever is first; with neither, after one epoch.
+    """
+
+    train_batch_size: int
+    eval_batch_size: int
+    eval_interval: int = 100
+    log_interval: int = 100
+    max_train_iters: int | None = None
+    max_epochs: int | None = None
+    max_eval_iters: int | None = None
+    seed: int = 1234
+    #: Evaluations without a better validation score before training stops; 0 never stops early.
+    early_stopping_patience: int = 0
+    #: Steps between checkpoints; -1 saves only the best and the last one.
+    ckpt_save_interval: int = -1
+    keep_last_checkpoints: int = 2
+    #: Where curves go beside metrics.jsonl: "tensorboard", "wandb".
+    loggers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
+    profile: bool = False
+    profile_step_start: int = 100
+    profile_step_end: int = 200
+
+    def validate(self) -> None:
+        self.require_positive("train_batch_size", "eval_batch_size", "eval_interval", "log_interval")
+        self.require_positive("max_train_iters", "max_epochs", "max_eval_iters", "keep_last_checkpoints")
+        self.require_range("seed", 0, 2**31)
+        self.require_range("early_stopping_patience", 0, 2**31)
+        if self.ckpt_save_interval != -1:
+            self.require_positive("ckpt_save_interval")
+        if self.profile and not 0 <= self.profile_step_start < self.profile_step_end:
+            raise self.error("profile_step_end", "must be above TrainerArgs.profile_step_start")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetArgs(Args):
+    """Which preprocessed data set, and how much of each sequence.
+
+    ``dataset_path`` defaults to ``tmp_data/<dataset_name>`` under the working directory or the
+    repository root. A sequence keeps its most recent ``max_history_seqlen`` events.
+    """
+
+    dataset_name: str
+    max_history_seqlen: int
+    dataset_path: str | None = None
+    #: Ranking: the last events of a training sequence that are scored as candidates; 0 puts the loss on
+    #: every event of the history.
+    max_num_candidates: int = 0
+    shuffle: bool = True
+    #: Context features of the schema to use as tokens; None uses all of them.
+    contextual_feature_names: tuple[str, ...] | None = None
+    #: Train on all but the last two events of a user, validate on the last but one, test on the last.
+    protocol: Literal["leave_one_out"] = "leave_one_out"
+
+    def validate(self) -> None:
+        self.require_positive("max_history_seqlen")
+        self.require_range("max_num_candidates", 0, 2**31)
+        if not self.dataset_name:
+            raise self.error("dataset_name", "must name a data set")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingArgs(Args):
+    """How tables are laid out over ranks: one type for all, or by table name."""
+
+    sharding_type: ShardingType = "row_wise"
+    table_sharding_types: dict[str, ShardingType] = field(default_factory=dict)
+
+    def of(self, table: str) -> str:
+        """Return the sharding type of ``table``."""
+        return self.table_sharding_types.get(table, self.sharding_type)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkArgs(Args):
+    """The backbone. ``preset`` fixes the published parametrisation; a field that is not None overrides it.
+
+    ``research`` is the one behind the paper's public tables (relative position and time bias, no affine
+    norm, alpha = 1); ``production`` is the one of the industrial systems (https://arxiv.org/abs/2402.17152).
+    """
+
+    num_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    kv_channels: int
+    #: Width of the values of a head; None: kv_channels.
+    value_channels: int | None = None
+    backbone: Literal["hstu"] = "hstu"
+    preset: Literal["research", "production"] = "production"
+    relative_position_bias: bool | None = None
+    relative_time_bias: bool | None = None
+    num_bias_time_buckets: int = 128
+    #: Time of the row in the time bias: its own event's, or the next event's ("request-time aware").
+    bias_query_time: Literal["own", "next"] = "own"
+    gate: Literal["mul", "concat"] | None = None
+    hidden_dropout: float = 0.2
+    #: Dropout of the embedded tokens; None: hidden_dropout.
+    input_dropout: float | None = None
+    norm_epsilon: float | None = None
+    is_causal: bool = True
+    max_attn_len: int | None = None
+    context_attention: Literal["causal", "full"] = "causal"
+    target_group_size: int = 1
+    #: The constant that divides attention; -1: the longest sequence that the config allows, in tokens.
+    scaling_seqlen: int = -1
+    #: "interleave": item, action, item, action; "add": one token per event; "item": no actions.
+    #: None: "interleave" for ranking, "item" for retrieval.
+    token_layout: Literal["interleave", "add", "item"] | None = None
+    #: Rows of the position table; None: as many as a sequence can need.
+    num_position_buckets: int | None = None
+    #: Rows of the table of time before the request; 0: no such table.
+    num_time_buckets: int = 0
+    time_bucket_fn: Literal["sqrt", "log"] = "sqrt"
+    item_embedding_dim: int = -1
+    action_embedding_dim: int = -1
+    contextual_embedding_dim: int = -1
+    #: None: "l2" for retrieval, "layer_norm" for ranking.
+    output_norm: Literal["l2", "layer_norm", "none"] | None = None
+    dense_initializer_type: Literal["normal", "xavier_uniform"] = "normal"
+    dense_initializer_normal_std: float = 0.02
+    embedding_initializer_std: float = 0.02
+    dtype_str: Literal["float32", "bfloat16"] = "float32"
+    kernel_backend: Literal["auto", "pytorch", "triton"] = "auto"
+
+    def validate(self) -> None:
+        self.require_positive("num_layers", "hidden_size", "num_attention_heads", "kv_channels")
+        self.require_positive("value_channels", "max_attn_len", "num_position_buckets", "target_group_size")
+        self.require_positive("num_bias_time_buckets", "norm_epsilon", "dense_initializer_normal_std")
+        self.require_positive("embedding_initializer_std")
+        self.require_range("hidden_dropout", 0, 1)
+        self.require_range("input_dropout", 0, 1)
+        self.require_range("num_time_buckets", 0, 2**31)
+        for name in ("scaling_seqlen", "item_embedding_dim", "action_embedding_dim", "contextual_embedding_dim"):
+            if getattr(self, name) != -1:
+                self.require_positive(name)
+        if not self.is_causal:
+            raise self.error("is_causal", "the hstu backbone is trained to predict what follows; use True")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerArgs(Args):
+    """The optimizer of the dense weights and the one fused into the tables' backward pass.
+
+    Tables step inside the backward pass, so ``clip_grad`` (global norm, 0: off) and ``weight_decay`` are
+    those of the dense weights alone. ``sparse_*`` fields that are None follow the dense ones.
+    """
+
+    optimizer_str: Literal["adam", "adamw", "sgd"]
+    learning_rate: float
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_eps: float = 1e-8
+    sgd_momentum: float = 0.0
+    weight_decay: float = 0.0
+    clip_grad: float = 0.0
+    warmup_steps: int = 0
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    min_learning_rate: float = 0.0
+    sparse_optimizer_str: Literal["adam", "sgd", "adagrad", "rowwise_adagrad"] | None = None
+    sparse_learning_rate: float | None = None
+
+    def validate(self) -> None:
+        self.require_positive("learning_rate", "sparse_learning_rate", "adam_eps")
+        for name in ("adam_beta1", "adam_beta2", "sgd_momentum"):
+            self.require_range(name, 0, 1)
+        for name in ("weight_decay", "clip_grad", "warmup_steps", "min_learning_rate"):
+            self.require_range(name, 0, float("inf"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorModelParallelArgs(Args):
+    """Tensor parallelism of the dense weights."""
+
+    tensor_model_parallel_size: int = 1
+
+    def validate(self) -> None:
+        if self.tensor_model_parallel_size != 1:
+            raise self.error("tensor_model_parallel_size", "only 1 is supported")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankingArgs(Args):
+    """The ranking head: an MLP whose last width says what is predicted.
+
+    With ``num_tasks`` equal to the last width each output is one binary task that reads one bit of the
+    action; with ``num_tasks = 1`` and a wider output it is one softmax over action classes.
+    """
+
+    prediction_head_arch: tuple[int, ...]
+    prediction_head_act_type: Literal["relu", "gelu"] = "relu"
+    prediction_head_bias: bool = True
+    num_tasks: int = 1
+    eval_metrics: tuple[str, ...] = ("AUC",)
+
+    def validate(self) -> None:
+        if not self.prediction_head_arch or min(self.prediction_head_arch) <= 0:
+            raise self.error("prediction_head_arch", "must list at least one positive width")
+        if self.num_tasks not in (1, self.prediction_head_arch[-1]):
+            raise self.error("num_tasks", "must be 1 (one softmax) or the last width of prediction_head_arch")
+        unknown = [m for m in self.eval_metrics if m.upper() not in RANKING_METRICS]
+        if unknown or not self.eval_metrics:
+            raise self.error("eval_metrics", f"must be some of {', '.join(RANKING_METRICS)}")
+        object.__setattr__(self, "eval_metrics", tuple(m.upper() for m in self.eval_metrics))
+
+    @property
+    def is_multiclass(self) -> bool:
+        """Whether the head is one softmax rather than binary tasks."""
+        return self.num_tasks == 1 and self.prediction_head_arch[-1] > 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalArgs(Args):
+    """Next-item training by softmax over sampled or all items, and its evaluation on the whole catalogue."""
+
+    loss: Literal["sampled_softmax", "full_softmax"] = "sampled_softmax"
+    #: Negatives per label; -1 takes every negative there is in the batch (in_batch only).
+    num_negatives: int = -1
+    #: None: "uniform" when num_negatives is set, else "in_batch".
+    sampling_strategy: Literal["uniform", "in_batch"] | None = None
+    temperature: float = 0.05
+    l2_norm_eps: float = 1e-6
+    eval_metrics: tuple[str, ...] = ("HR@10", "NDCG@10")
+    #: Leave items of the user's whole history out of the ranking.
+    filter_seen: bool = True
+
+    def validate(self) -> None:
+        self.require_positive("temperature", "l2_norm_eps")
+        if self.num_negatives != -1:
+            self.require_positive("num_negatives")
+        if self.sampling_strategy == "uniform" and self.num_negatives == -1:
+            raise self.error("num_negatives", "must be set when RetrievalArgs.sampling_strategy = 'uniform'")
+        for metric in self.eval_metrics:
+            name, _, k = metric.partition("@")
+            if not (name in ("HR", "NDCG") and k.isdigit() and int(k) > 0) and metric != "MRR":
+                raise self.error("eval_metrics", "must be made of HR@k, NDCG@k and MRR, such as 'HR@10'")
+        if not self.eval_metrics:
+            raise self.error("eval_metrics", "must name at least one metric")
+
+    @property
+    def negatives(self) -> str:
+        """The sampling strategy that applies."""
+        if self.loss == "full_softmax":
+            return "all"
+        return self.sampling_strategy or ("in_batch" if self.num_negatives == -1 else "uniform")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything a run is made of. Exactly one of ``ranking`` and ``retrieval`` is set."""
+
+    trainer: TrainerArgs
+    dataset: DatasetArgs
+    network: NetworkArgs
+    optimizer: OptimizerArgs
+    embedding: EmbeddingArgs = field(default_factory=EmbeddingArgs)
+    tensor_model_parallel: TensorModelParallelArgs = field(default_factory=TensorModelParallelArgs)
+    ranking: RankingArgs | None = None
+    retrieval: RetrievalArgs | None = None
+
+    def __post_init__(self) -> None:
+        assert (self.ranking is None) != (self.retrieval is None), "exactly one task"
+        network = self.network
+        if self.retrieval is not None and self.dataset.max_num_candidates:
+            raise self.dataset.error("max_num_candidates", "retrieval has no candidates; use 0")
+        if self.dataset.max_num_candidates == 0:
+            reason = "would show the future to rows that carry a loss; set DatasetArgs.max_num_candidates above 0"
+            if self.retrieval is not None:
+                reason = "would show the future to rows that carry a loss; use it for ranking with candidates"
+            if network.context_attention == "full":
+                raise network.error("context_attention", reason)
+            if network.num_time_buckets:
+                raise network.error("num_time_buckets", reason)
+        if self.retrieval is None and self.layout != "interleave" and self.dataset.max_num_candidates == 0:
+            raise network.error("token_layout", "ranking without candidates needs 'interleave': in any other "
+                                "layout a row either holds the action it should predict or sees none")  # fmt: skip
+
+    @property
+    def task(self) -> Literal["ranking", "retrieval"]:
+        return "ranking" if self.ranking is not None else "retrieval"
+
+    @property
+    def layout(self) -> str:
+        """The token layout that applies."""
+        return self.network.token_layout or ("interleave" if self.task == "ranking" else "item")
+
+    @property
+    def eval_metrics(self) -> tuple[str, ...]:
+        task = self.ranking or self.retrieval
+        assert task is not None
+        return task.eval_metrics
+
+
+__all__ = [
+    "Config",
+    "ConfigError",
+    "DatasetArgs",
+    "EmbeddingArgs",
+    "NetworkArgs",
+    "OptimizerArgs",
+    "RankingArgs",
+    "RetrievalArgs",
+    "TensorModelParallelArgs",
+    "TrainerArgs",
+]

@@ -1,0 +1,104 @@
+"""The base of every config class: typed, frozen, keyword-only, and checked when it is made."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """A config field has a name, type, value or combination that cannot be used.
+
+    Attributes:
+        field: ``Class.field`` the message is about, for callers that know where it was set.
+    """
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(f"{field} {message}")
+        self.field = field
+
+
+def _coerce(annotation: Any, value: Any) -> Any:
+    """Return ``value`` as ``annotation``, or raise ``TypeError`` with what was expected."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        for option in arguments:
+            try:
+                return _coerce(option, value)
+            except TypeError:
+                continue
+        raise TypeError(" or ".join(_describe(option) for option in arguments))
+    if origin is typing.Literal:
+        if value in arguments and isinstance(value, str):
+            return value
+        raise TypeError(_describe(annotation))
+    if origin is tuple and isinstance(value, (list, tuple)):
+        return tuple(_coerce(arguments[0], item) for item in value)
+    if origin is dict and isinstance(value, dict):
+        return {_coerce(arguments[0], k): _coerce(arguments[1], v) for k, v in value.items()}
+    if annotation is type(None) and value is None:
+        return None
+    if annotation is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        if math.isfinite(value):
+            return float(value)
+        raise TypeError("a finite number")
+    if annotation in (int, str, bool) and type(value) is annotation:
+        return value
+    raise TypeError(_describe(annotation))
+
+
+def _describe(annotation: Any) -> str:
+    names = {int: "an integer", float: "a number", str: "a string", bool: "True or False", type(None): "None"}
+    if annotation in names:
+        return names[annotation]
+    if typing.get_origin(annotation) is typing.Literal:
+        return "one of " + ", ".join(repr(choice) for choice in typing.get_args(annotation))
+    if typing.get_origin(annotation) is tuple:
+        return f"a list, each item {_describe(typing.get_args(annotation)[0])}"
+    key, value = typing.get_args(annotation)
+    return f"a dict of {_describe(key)} to {_describe(value)}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Args:
+    """Checks field types on construction, then calls ``validate``.
+
+    A list becomes a tuple and an integer may stand for a float; nothing else is converted: a string
+    in place of a number is an error.
+
+    Raises:
+        ConfigError: naming the field, the value and what is accepted.
+    """
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            try:
+                object.__setattr__(self, field.name, _coerce(hints[field.name], value))
+            except TypeError as expected:
+                raise self.error(field.name, f"must be {expected}") from None
+        self.validate()
+
+    def validate(self) -> None:
+        """Check ranges and combinations; subclasses override."""
+
+    def error(self, field: str, message: str) -> ConfigError:
+        """Build the error for ``field``: ``Class.field = value: message``."""
+        return ConfigError(f"{type(self).__name__}.{field}", f"= {getattr(self, field)!r}: {message}")
+
+    def require_positive(self, *fields: str) -> None:
+        """Raise unless each of ``fields`` that is set is above zero."""
+        for field in fields:
+            value = getattr(self, field)
+            if value is not None and value <= 0:
+                raise self.error(field, "must be above zero")
+
+    def require_range(self, field: str, low: float, high: float) -> None:
+        """Raise unless ``low <= field < high``."""
+        value = getattr(self, field)
+        if value is not None and not low <= value < high:
+            raise self.error(field, f"must be at least {low} and below {high}")

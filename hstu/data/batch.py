@@ -1,0 +1,100 @@
+"""One training or evaluation batch: ragged features, the rows that carry a label, and their labels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from hstu.quiet import silence_known_notices
+
+silence_known_notices()
+
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor  # noqa: E402
+from torchrec.streamable import Pipelineable  # noqa: E402
+
+POOL = "__pool__"
+"""Feature of item ids that no sample owns: negatives, or the whole catalogue."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch(Pipelineable):
+    """B samples with E item events in all, nothing padded.
+
+    Attributes:
+        features: Keys in a fixed order: one per context feature (one id a sample), the item feature
+            (history, then candidates), the action feature (history only) if used, and for retrieval
+            ``POOL``. int64 ids.
+        item: Key of the item feature.
+        label_mask: [E] bool. Events whose row carries a label. Ranking: the event that is scored.
+            Retrieval: the event before the one to be predicted.
+        labels: [L] int64, L = label_mask.sum(). Ranking: action ids. Retrieval: item ids.
+        num_candidates: [B] int64. Trailing events of each sample that are candidates.
+        timestamps: [E] int64 seconds; zeros for a data set without time.
+        users: [B] int64. Row of each sample's user in the data set.
+        sample_ids: [B] int64. Identity of each sample in the run, whatever rank holds it.
+        step: Number of the global batch in the run.
+    """
+
+    features: KeyedJaggedTensor
+    item: str
+    label_mask: Tensor
+    labels: Tensor
+    num_candidates: Tensor
+    timestamps: Tensor
+    users: Tensor
+    sample_ids: Tensor
+    step: int
+
+    @property
+    def num_samples(self) -> int:
+        """B."""
+        return self.users.numel()
+
+    def ids(self, feature: str) -> Tensor:
+        """Return the ids of ``feature``, [sum of its lengths] int64."""
+        return self.features[feature].values()
+
+    def lengths(self, feature: str) -> Tensor:
+        """Return the number of ids of ``feature`` in each sample, [B] int64."""
+        return self.features[feature].lengths()
+
+    def with_pool(self, ids: Tensor) -> Batch:
+        """Return this batch with ``ids`` [P] looked up beside its own features, under ``POOL``.
+
+        One lookup for both matters: a table steps once per lookup in the backward pass.
+        """
+        names = self.features.keys()
+        lengths = self.features.lengths().view(len(names), -1)
+        pool = torch.zeros_like(lengths[:1])
+        pool[0, 0] = ids.numel()  # any sample may carry them: the collator never makes a batch of none
+        sizes = [*self.features.length_per_key(), ids.numel()]
+        features = keyed_features([*names, POOL], torch.cat([self.features.values(), ids]), torch.cat([lengths, pool]), sizes)
+        return replace(self, features=features)
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
+        """Copy to ``device``."""
+        return self._map(lambda value: value.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Batch:
+        """Copy to page-locked memory."""
+        return self._map(lambda value: value.pin_memory())
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        """Keep the memory alive until ``stream`` is done with it."""
+        for value in self._tensors().values():
+            value.record_stream(stream)
+
+    def _tensors(self) -> dict:
+        return {
+            name: value for name, value in vars(self).items() if isinstance(value, (Tensor, KeyedJaggedTensor))
+        }
+
+    def _map(self, function) -> Batch:  # type: ignore[no-untyped-def]
+        return replace(self, **{name: function(value) for name, value in self._tensors().items()})
+
+
+def keyed_features(keys: list[str], values: Tensor, lengths: Tensor, sizes: list[int]) -> KeyedJaggedTensor:
+    """Build a KJT whose per-key sizes are known on the host, so that splitting it never syncs a device."""
+    return KeyedJaggedTensor(keys=keys, values=values, lengths=lengths.reshape(-1), length_per_key=sizes)

@@ -1,0 +1,163 @@
+"""The HSTU layer and block, both published parametrisations in one class."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hstu.layers.tokens import Tokens
+from hstu.ops import RelativeBias, hstu_attention
+
+
+@dataclass(frozen=True, kw_only=True)
+class HSTUConfig:
+    """Shape and parametrisation of the HSTU block.
+
+    Attributes:
+        hidden_size: D.
+        num_heads: H.
+        qk_channels: Width of a query and key head.
+        value_channels: Width of a value head.
+        max_tokens: N, a bound on the tokens of one sample: sizes the position bias.
+        scaling_seqlen: S, the constant that divides attention; part of the model.
+        silu_on: SiLU on all of u, v, q, k or on u alone.
+        projection_bias: Whether the u, v, q, k product has a bias.
+        alpha: Scale of the scores; None: 1 / sqrt(qk_channels).
+        affine_norm: Whether the layer norms have weights.
+        gate: ``"mul"``: u * norm(o). ``"concat"``: [u, o, u * norm(o)].
+        position_bias: Add a learned bias by distance.
+        time_bias_buckets: Buckets of the learned bias by time difference; 0: none.
+        bias_query_time: Time of the reading row: its own event's or the next event's.
+        context_attention: Whether context tokens also read the history.
+        max_attn_len: Window of attention, in positions.
+        candidate_group_size: Candidates that see each other.
+        dropout: On the gated attention output.
+        norm_eps: Epsilon of the layer norms.
+        backend: Of the attention.
+    """
+
+    hidden_size: int
+    num_heads: int
+    qk_channels: int
+    value_channels: int
+    max_tokens: int
+    scaling_seqlen: float
+    silu_on: Literal["uvqk", "u"] = "uvqk"
+    projection_bias: bool = True
+    alpha: float | None = None
+    affine_norm: bool = True
+    gate: Literal["mul", "concat"] = "mul"
+    position_bias: bool = False
+    time_bias_buckets: int = 0
+    bias_query_time: Literal["own", "next"] = "own"
+    context_attention: Literal["causal", "full"] = "causal"
+    max_attn_len: int | None = None
+    candidate_group_size: int = 1
+    dropout: float = 0.0
+    norm_eps: float = 1e-5
+    backend: Literal["auto", "reference", "triton"] = "auto"
+
+
+class HSTULayer(nn.Module):
+    """One layer of "Actions Speak Louder than Words" (https://arxiv.org/abs/2402.17152, section 3).
+
+    [u | v | q | k] = act(norm(x) W + b); o = silu-attention(q, k, v); out = gate(u, norm(o)) W_o (+ b_o) + x
+    """
+
+    def __init__(self, config: HSTUConfig) -> None:
+        super().__init__()
+        self.config = config
+        qk, v = config.num_heads * config.qk_channels, config.num_heads * config.value_channels
+        self.splits = [v, v, qk, qk]
+        self.uvqk = nn.Linear(config.hidden_size, sum(self.splits), bias=config.projection_bias)
+        self.output = nn.Linear(v if config.gate == "mul" else 3 * v, config.hidden_size)
+        self.input_norm = nn.LayerNorm(config.hidden_size, config.norm_eps, config.affine_norm)
+        self.attention_norm = nn.LayerNorm(v, config.norm_eps, config.affine_norm)
+        self.position_table: nn.Parameter | None = None
+        self.time_table: nn.Parameter | None = None
+        if config.position_bias:
+            self.position_table = nn.Parameter(torch.randn(2 * config.max_tokens - 1) * 0.02)
+        if config.time_bias_buckets:
+            self.time_table = nn.Parameter(torch.randn(config.time_bias_buckets + 1) * 0.02)
+
+    def forward(self, x: Tensor, tokens: Tokens) -> Tensor:
+        """Map [T, D] to [T, D]; ``tokens`` gives the sequences, not the values."""
+        projected = self.uvqk(self.input_norm(x))
+        if self.config.silu_on == "uvqk":
+            projected = F.silu(projected)
+        u, v, q, k = projected.split(self.splits, dim=-1)
+        if self.config.silu_on == "u":
+            u = F.silu(u)
+        o = self._attention(q, k, v, tokens)
+        gated = u * self.attention_norm(o)
+        if self.config.gate == "concat":
+            gated = torch.cat([u, o, gated], dim=-1)
+        out: Tensor = self.output(F.dropout(gated, self.config.dropout, self.training)) + x
+        return out
+
+    def _attention(self, q: Tensor, k: Tensor, v: Tensor, tokens: Tokens) -> Tensor:
+        config, heads = self.config, self.config.num_heads
+        out = hstu_attention(
+            q.unflatten(-1, (heads, -1)),
+            k.unflatten(-1, (heads, -1)),
+            v.unflatten(-1, (heads, -1)),
+            tokens.offsets,
+            max_seqlen=config.max_tokens,
+            scaling_seqlen=config.scaling_seqlen,
+            alpha=config.alpha,
+            num_context=tokens.num_context,
+            num_candidates=tokens.num_candidates,
+            candidate_group_size=config.candidate_group_size,
+            context_attention=config.context_attention,
+            max_attn_len=config.max_attn_len,
+            bias=self._bias(tokens),
+            backend=config.backend,
+        )
+        return out.flatten(-2)
+
+    def _bias(self, tokens: Tokens) -> RelativeBias | None:
+        if self.position_table is None and self.time_table is None:
+            return None
+        return RelativeBias(
+            position=self.position_table,
+            time=self.time_table,
+            timestamps=tokens.timestamps,
+            query_time=self.config.bias_query_time,
+        )
+
+
+class HSTUBlock(nn.Module):
+    """A stack of HSTU layers: the backbone."""
+
+    def __init__(self, config: HSTUConfig, num_layers: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([HSTULayer(config) for _ in range(num_layers)])
+
+    def forward(self, tokens: Tokens) -> Tensor:
+        """Map the stream's values [T, D] to hidden states [T, D]."""
+        x = tokens.values
+        for layer in self.layers:
+            x = layer(x, tokens)
+        return x
+
+
+def hstu_preset(name: Literal["research", "production"]) -> dict:
+    """Return the fields of ``HSTUConfig`` that a published parametrisation fixes.
+
+    ``research``: the code behind the paper's public tables. ``production``: the industrial systems.
+    """
+    if name == "research":
+        return dict(
+            silu_on="uvqk", projection_bias=False, alpha=1.0, affine_norm=False, gate="mul", norm_eps=1e-6,
+            position_bias=True, time_bias_buckets=True,
+        )  # fmt: skip
+    assert name == "production", name
+    return dict(
+        silu_on="uvqk", projection_bias=True, alpha=None, affine_norm=True, gate="mul", norm_eps=1e-5,
+        position_bias=False, time_bias_buckets=False,
+    )  # fmt: skip

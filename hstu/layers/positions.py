@@ -1,0 +1,62 @@
+"""Position and time encoding of the token stream."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from hstu.layers.tokens import Tokens
+from hstu.ops import positions_in_sequence, sequence_ids
+
+
+def token_positions(tokens: Tokens) -> Tensor:
+    """Return p_i = min(i, L_b - m_b), [T] int64: all candidates stand at the place after the history."""
+    total = tokens.values.shape[0]
+    history_end = tokens.offsets.diff() - tokens.num_candidates
+    place = positions_in_sequence(tokens.offsets, total)
+    return torch.minimum(place, history_end[sequence_ids(tokens.offsets, total)])
+
+
+class PositionEncoder(nn.Module):
+    """x * sqrt(D) + P[p], and optionally + A[bucket(seconds before the request)], then dropout.
+
+    The request is the last event of the sample. With ``num_time_buckets`` = 0 there is no table of time.
+    Following "Actions Speak Louder than Words" (https://arxiv.org/abs/2402.17152) and its production form.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_positions: int,
+        *,
+        num_time_buckets: int = 0,
+        time_bucket_fn: Literal["sqrt", "log"] = "sqrt",
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.scale = math.sqrt(hidden_size)
+        self.position = nn.Parameter(torch.empty(num_positions, hidden_size))
+        nn.init.trunc_normal_(self.position, std=1 / self.scale, a=-2 / self.scale, b=2 / self.scale)
+        self.time: nn.Parameter | None = None
+        if num_time_buckets:
+            self.time = nn.Parameter(torch.zeros(num_time_buckets + 1, hidden_size))
+        self.time_bucket_fn = time_bucket_fn
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, tokens: Tokens) -> Tokens:
+        """Return the stream with encoded values."""
+        values = tokens.values * self.scale + self.position[token_positions(tokens)]
+        if self.time is not None:
+            values = values + self.time[self.time_buckets(tokens)]
+        return tokens.with_values(self.dropout(values))
+
+    def time_buckets(self, tokens: Tokens) -> Tensor:
+        """Return [T] int64, the row of the time table of each token."""
+        assert self.time is not None
+        last = (tokens.offsets[1:] - 1)[sequence_ids(tokens.offsets, tokens.values.shape[0])]
+        age = (tokens.timestamps[last] - tokens.timestamps).clamp(min=0).double()
+        buckets = age.sqrt() if self.time_bucket_fn == "sqrt" else age.log1p()
+        return buckets.long().clamp(max=self.time.shape[0] - 1)

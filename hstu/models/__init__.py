@@ -1,0 +1,19 @@
+"""Models: what is trained, and the loss. They know nothing of ranks."""
+
+from hstu.config import Config
+from hstu.data.schema import Schema
+from hstu.models.encoder import Encoder, make_collator
+from hstu.models.ranking import RankingModel
+from hstu.models.retrieval import RetrievalModel
+
+__all__ = ["Encoder", "RankingModel", "RetrievalModel", "build_model", "make_collator"]
+
+
+def build_model(config: Config, schema: Schema, *, allocate_tables: bool = True) -> RankingModel | RetrievalModel:
+    """Build the model of ``config.task`` for data sets of ``schema``, dense weights drawn from the run's seed."""
+    import torch
+
+    cls = RankingModel if config.task == "ranking" else RetrievalModel
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.trainer.seed)
+        return cls(config, schema, allocate_tables=allocate_tables)

@@ -1,0 +1,199 @@
+"""What ranking and retrieval share: tables, token stream, backbone, rows. Built from config and schema."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hstu.config import Config, ConfigError, NetworkArgs
+from hstu.data.batch import POOL, Batch
+from hstu.data.collate import Collator
+from hstu.data.schema import Schema
+from hstu.layers.hstu import HSTUBlock, HSTUConfig, hstu_preset
+from hstu.layers.mlp import initialize
+from hstu.layers.positions import PositionEncoder
+from hstu.layers.postprocess import Postprocess
+from hstu.layers.preprocess import Preprocess
+from hstu.models.embedding import EmbeddingTables, Table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """The features a model reads, and how long its sequences can be.
+
+    Attributes:
+        item: Item feature.
+        action: Action feature that is an input, or None.
+        contexts: Context features, in token order.
+        max_tokens: Tokens of the longest sample.
+    """
+
+    item: str
+    action: str | None
+    contexts: tuple[str, ...]
+    max_tokens: int
+
+
+def make_collator(config: Config, schema: Schema) -> Collator:
+    """Return the collator of ``config`` for data sets of ``schema``.
+
+    Raises:
+        ConfigError: for context features that the schema lacks.
+    """
+    known = tuple(feature.name for feature in schema.contexts)
+    chosen = config.dataset.contextual_feature_names
+    for name in chosen or ():
+        if name not in known:
+            available = ", ".join(known) or "none"
+            raise ConfigError(
+                "DatasetArgs.contextual_feature_names",
+                f"= {chosen!r}: data set {schema.name!r} has no context feature {name!r}; it has: {available}",
+            )
+    return Collator(
+        task=config.task,
+        max_history=config.dataset.max_history_seqlen,
+        max_candidates=config.dataset.max_num_candidates,
+        contexts=known if chosen is None else chosen,
+        use_actions=config.layout != "item" and schema.action is not None,
+    )
+
+
+def model_inputs(config: Config, schema: Schema) -> Inputs:
+    """Return what a model of ``config`` reads from data sets of ``schema``.
+
+    Raises:
+        ConfigError: if config and schema do not fit together.
+    """
+    collator = make_collator(config, schema)
+    network = config.network
+    if config.layout != "item" and schema.action is None:
+        raise ConfigError(
+            "NetworkArgs.token_layout", f"= {config.layout!r}: data set {schema.name!r} has no actions; use 'item'"
+        )
+    if schema.time is None and (_uses_time_bias(network) or network.num_time_buckets):
+        raise ConfigError(
+            "NetworkArgs.relative_time_bias",
+            f": data set {schema.name!r} has no timestamps; set it to False and NetworkArgs.num_time_buckets to 0",
+        )
+    per_event = 2 if config.layout == "interleave" else 1
+    return Inputs(
+        item=schema.item.name,
+        action=schema.action.name if schema.action is not None and collator.use_actions else None,
+        contexts=collator.contexts,
+        max_tokens=len(collator.contexts) + per_event * (collator.max_history + 1) + collator.max_candidates,
+    )
+
+
+def _uses_time_bias(network: NetworkArgs) -> bool:
+    chosen = network.relative_time_bias
+    return hstu_preset(network.preset)["time_bias_buckets"] if chosen is None else chosen
+
+
+def _hstu_config(network: NetworkArgs, max_tokens: int) -> HSTUConfig:
+    fields = hstu_preset(network.preset)
+    if network.relative_position_bias is not None:
+        fields["position_bias"] = network.relative_position_bias
+    if network.gate is not None:
+        fields["gate"] = network.gate
+    if network.norm_epsilon is not None:
+        fields["norm_eps"] = network.norm_epsilon
+    fields["time_bias_buckets"] = network.num_bias_time_buckets if _uses_time_bias(network) else 0
+    return HSTUConfig(
+        hidden_size=network.hidden_size,
+        num_heads=network.num_attention_heads,
+        qk_channels=network.kv_channels,
+        value_channels=network.value_channels or network.kv_channels,
+        max_tokens=max_tokens,
+        scaling_seqlen=float(max_tokens if network.scaling_seqlen == -1 else network.scaling_seqlen),
+        bias_query_time=network.bias_query_time,
+        context_attention=network.context_attention,
+        max_attn_len=network.max_attn_len,
+        candidate_group_size=network.target_group_size,
+        dropout=network.hidden_dropout,
+        backend={"auto": "auto", "pytorch": "reference", "triton": "triton"}[network.kernel_backend],  # type: ignore[arg-type]
+        **fields,
+    )
+
+
+def make_tables(config: Config, schema: Schema) -> tuple[Table, ...]:
+    """Return one table for each feature that the model reads, named after it and sized by the schema.
+
+    Raises:
+        ConfigError: for a sharding type given to a table that does not exist.
+    """
+    inputs, network = model_inputs(config, schema), config.network
+    widths = {inputs.item: network.item_embedding_dim}
+    if inputs.action is not None:
+        widths[inputs.action] = network.action_embedding_dim
+    widths |= {name: network.contextual_embedding_dim for name in inputs.contexts}
+    for table in config.embedding.table_sharding_types:
+        if table not in widths:
+            raise ConfigError(
+                "EmbeddingArgs.table_sharding_types", f": no table {table!r}; tables: {', '.join(widths)}"
+            )
+    rows = {feature.name: feature.vocab_size for feature in schema.features}
+    return tuple(
+        Table(
+            name=name,
+            rows=rows[name] or 0,
+            width=network.hidden_size if width == -1 else width,
+            features=(name, POOL) if name == inputs.item and config.task == "retrieval" else (name,),
+            std=network.embedding_initializer_std,
+            seed=config.trainer.seed,
+        )
+        for name, width in widths.items()
+    )
+
+
+class Encoder(nn.Module):
+    """Base of the models: batch to the hidden rows that carry labels.
+
+    Args:
+        config: The run.
+        schema: The data set.
+        allocate_tables: False leaves the tables to ``parallelize``.
+    """
+
+    def __init__(self, config: Config, schema: Schema, *, allocate_tables: bool = True) -> None:
+        super().__init__()
+        network, inputs = config.network, model_inputs(config, schema)
+        self.embeddings: nn.Module = EmbeddingTables(make_tables(config, schema), allocate=allocate_tables)
+        num_positions = network.num_position_buckets or inputs.max_tokens
+        if num_positions < inputs.max_tokens:
+            raise network.error("num_position_buckets", f"a sample can have {inputs.max_tokens} tokens; use at least that")
+        dropout = network.hidden_dropout if network.input_dropout is None else network.input_dropout
+        self.preprocess = Preprocess(
+            network.hidden_size,
+            {name: width for name, width in self.embeddings.widths.items() if name != POOL},
+            item=inputs.item,
+            action=inputs.action,
+            contexts=inputs.contexts,
+            layout=config.layout,  # type: ignore[arg-type]
+            positions=PositionEncoder(
+                network.hidden_size,
+                num_positions,
+                num_time_buckets=network.num_time_buckets,
+                time_bucket_fn=network.time_bucket_fn,
+                dropout=dropout,
+            ),
+        )
+        self.backbone = HSTUBlock(_hstu_config(network, inputs.max_tokens), network.num_layers)
+        norm = network.output_norm or ("l2" if config.retrieval else "layer_norm")
+        eps = config.retrieval.l2_norm_eps if config.retrieval and norm == "l2" else network.norm_epsilon or 1e-5
+        self.postprocess = Postprocess(network.hidden_size, norm, eps, last_token=config.task == "retrieval")
+        self.features = (*inputs.contexts, inputs.item, *([inputs.action] if inputs.action else []))
+        self.autocast_dtype = torch.bfloat16 if network.dtype_str == "bfloat16" else None
+        for part in (self.preprocess, self.backbone):
+            initialize(part, network.dense_initializer_type, network.dense_initializer_normal_std)
+
+    def encode(self, embedded: dict[str, Tensor], batch: Batch) -> Tensor:
+        """Return the rows that carry labels, [L, D] float32."""
+        lengths = {name: batch.lengths(name) for name in self.features}
+        embedded = {name: embedded[name] for name in self.features}
+        with torch.autocast(batch.labels.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
+            tokens = self.preprocess(embedded, lengths, batch.num_candidates, batch.timestamps)
+            hidden = self.backbone(tokens)
+        rows: Tensor = self.postprocess(hidden, tokens, batch.label_mask)
+        return rows

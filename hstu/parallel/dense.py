@@ -1,0 +1,35 @@
+"""Dense weights: replicated over the data ranks by Megatron-Core's DistributedDataParallel."""
+
+from __future__ import annotations
+
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.transformer import TransformerConfig
+from torch import nn
+
+from hstu.parallel.cpu import cuda_means_cpu
+
+
+class DenseParallel:
+    """Averages the gradients of ``module`` over ranks.
+
+    The forward pass goes on calling the submodules themselves: Megatron's hooks sit on the parameters.
+
+    Args:
+        module: Every dense weight of the model, and none of the sharded tables: their slices would be
+            flattened into Megatron's buffers too.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        # Megatron's config describes a transformer; its wrapper reads only the parallel degrees.
+        described = TransformerConfig(num_layers=1, hidden_size=1, num_attention_heads=1)
+        with cuda_means_cpu():
+            self.ddp = DistributedDataParallel(described, DistributedDataParallelConfig(), module)
+            self.ddp.broadcast_params()
+
+    def zero_grad(self) -> None:
+        """Clear the gradient buffer before a step."""
+        self.ddp.zero_grad_buffer()
+
+    def reduce_gradients(self) -> None:
+        """Average gradients over ranks after the backward pass."""
+        finalize_model_grads([self.ddp])

@@ -1,0 +1,155 @@
+"""Tables over ranks: TorchRec shards and steps the large ones, small ones may stay whole on every rank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from torch import Tensor, nn
+from torchrec import EmbeddingCollection, EmbeddingConfig, KeyedJaggedTensor
+from torchrec.distributed.embedding import EmbeddingCollectionSharder
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
+from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
+from torchrec.distributed.types import ShardingEnv
+from torchrec.optim.keyed import CombinedOptimizer
+
+from hstu.config import ConfigError, EmbeddingArgs, OptimizerArgs
+from hstu.models.embedding import EmbeddingTables, Table
+from hstu.parallel.fused_adam import adam_on_host
+from hstu.parallel.mesh import Mesh
+
+_OPTIMIZERS = {
+    "sgd": EmbOptimType.EXACT_SGD,
+    "adam": EmbOptimType.ADAM,
+    "adagrad": EmbOptimType.EXACT_ADAGRAD,
+    "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
+}
+
+
+def sparse_optimizer_name(args: OptimizerArgs) -> str:
+    """Return the tables' optimizer: the one configured, else the dense one's namesake."""
+    return args.sparse_optimizer_str or ("adam" if args.optimizer_str == "adamw" else args.optimizer_str)
+
+
+class ShardedTables(nn.Module):
+    """Looks up what ``EmbeddingTables`` looks up, over tables spread across all ranks.
+
+    Tables of one width form one TorchRec collection. Sharded tables step inside the backward pass, once
+    for each lookup; replicated ones are dense weights.
+
+    Args:
+        tables: What to build. Weights are drawn shard by shard and are those of ``EmbeddingTables``.
+        embedding: Sharding type of each table.
+        optimizer: Of the sharded tables.
+        mesh: The ranks.
+
+    Raises:
+        ConfigError: for row-wise Adagrad on column-wise tables, whose state is per row.
+    """
+
+    def __init__(
+        self, tables: tuple[Table, ...], embedding: EmbeddingArgs, optimizer: OptimizerArgs, mesh: Mesh
+    ) -> None:
+        super().__init__()
+        self.tables = tables
+        replicated = tuple(t for t in tables if embedding.of(t.name) == "data_parallel")
+        self.replicated = EmbeddingTables(replicated).to(mesh.device)
+        self.collections = nn.ModuleDict()
+        self._features: dict[str, list[str]] = {}
+        for width in sorted({t.width for t in tables if t not in replicated}):
+            members = tuple(t for t in tables if t.width == width and t not in replicated)
+            self._features[str(width)] = [feature for t in members for feature in t.features]
+            self.collections[str(width)] = _shard(members, embedding, optimizer, mesh)
+        self.fill()
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Embedding width of each feature."""
+        return {feature: table.width for table in self.tables for feature in table.features}
+
+    @property
+    def fused_optimizer(self) -> CombinedOptimizer:
+        """The optimizers inside the backward passes, keyed by collection."""
+        return CombinedOptimizer([(name, c.fused_optimizer) for name, c in self.collections.items()])
+
+    def set_learning_rate(self, value: float) -> None:
+        """Set the learning rate of the sharded tables."""
+        for collection in self.collections.values():
+            for group in collection.fused_optimizer.param_groups:
+                group["lr"] = value
+            collection.fused_optimizer.step()  # hands the rate to the kernels; weights move in backward only
+
+    def set_step(self, step: int) -> None:
+        """Set the steps taken, which Adam's bias correction needs and the fused state does not hold."""
+        for collection in self.collections.values():
+            collection.fused_optimizer.set_optimizer_step(step)
+
+    def forward(self, features: KeyedJaggedTensor) -> dict[str, Tensor]:
+        """Look up every feature: name -> [ids of the feature, width]."""
+        found: dict[str, Tensor] = self.replicated(features)
+        place = {name: index for index, name in enumerate(features.keys())}
+        for width, collection in self.collections.items():
+            # TorchRec fixes the order of features by the first batch and would not notice another one.
+            wanted = [place[name] for name in self._features[width]]
+            chosen = features if wanted == list(range(len(place))) else features.permute(wanted)
+            found |= {name: jagged.values() for name, jagged in collection(chosen).items()}
+        return found
+
+    @torch.no_grad()
+    def fill(self) -> None:
+        """Write the initial weights into this rank's shards."""
+        tables = {table.name: table for table in self.tables}
+        for collection in self.collections.values():
+            for name, weight in collection.state_dict().items():
+                table = tables[name.split(".")[-2]]
+                for shard in weight.local_shards():
+                    (row, column), (rows, columns) = shard.metadata.shard_offsets, shard.metadata.shard_sizes
+                    shard.tensor.copy_(table.initial_rows(row, row + rows)[:, column : column + columns])
+
+
+def _shard(
+    tables: tuple[Table, ...], embedding: EmbeddingArgs, optimizer: OptimizerArgs, mesh: Mesh
+) -> DistributedModelParallel:
+    kind = sparse_optimizer_name(optimizer)
+    if kind == "rowwise_adagrad" and any(embedding.of(t.name) == "column_wise" for t in tables):
+        raise ConfigError(
+            "OptimizerArgs.sparse_optimizer_str",
+            "= 'rowwise_adagrad': keeps one number per row, which column_wise tables split; use 'adagrad'",
+        )
+    collection = EmbeddingCollection(
+        tables=[
+            EmbeddingConfig(
+                name=t.name, num_embeddings=t.rows, embedding_dim=t.width, feature_names=list(t.features)
+            )
+            for t in tables
+        ],
+        device=torch.device("meta"),
+    )
+    sharder: Any = EmbeddingCollectionSharder(
+        fused_params=dict(
+            optimizer=_OPTIMIZERS[kind],
+            learning_rate=optimizer.sparse_learning_rate or optimizer.learning_rate,
+            eps=optimizer.adam_eps,
+            beta1=optimizer.adam_beta1,
+            beta2=optimizer.adam_beta2,
+        ),
+        use_index_dedup=mesh.device.type == "cuda",
+    )
+    planner = EmbeddingShardingPlanner(
+        topology=Topology(world_size=mesh.world_size, compute_device=mesh.device.type),
+        constraints={t.name: ParameterConstraints(sharding_types=[embedding.of(t.name)]) for t in tables},
+        storage_reservation=FixedPercentageStorageReservation(percentage=0.15),
+    )
+    # Every rank plans for itself, which is deterministic: a plan that fails then fails everywhere.
+    plan = planner.plan(collection, [sharder])
+    with adam_on_host():
+        return DistributedModelParallel(
+            collection,
+            env=ShardingEnv.from_process_group(torch.distributed.group.WORLD),
+            device=mesh.device,
+            plan=plan,
+            sharders=[sharder],
+            init_data_parallel=False,
+        )

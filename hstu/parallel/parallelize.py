@@ -1,0 +1,46 @@
+"""The only function that turns a plain model into a distributed one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from hstu.config import Config
+from hstu.models import RankingModel, RetrievalModel
+from hstu.parallel.dense import DenseParallel
+from hstu.parallel.embedding import ShardedTables
+from hstu.parallel.mesh import Mesh
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parallelized:
+    """A model spread over ranks.
+
+    Attributes:
+        model: The model, called as before.
+        tables: Its embeddings, sharded.
+        dense: Its dense weights, under Megatron-Core.
+        mesh: The ranks.
+    """
+
+    model: RankingModel | RetrievalModel
+    tables: ShardedTables
+    dense: DenseParallel
+    mesh: Mesh
+
+
+def parallelize(model: RankingModel | RetrievalModel, mesh: Mesh, config: Config) -> Parallelized:
+    """Spread ``model``, built with ``allocate_tables=False``, over the ranks of ``mesh``, in place.
+
+    Tables go to TorchRec, every other weight to Megatron-Core's data parallelism, and in-batch negatives
+    are shared by all ranks. On one process only the wrappers change.
+    """
+    model.to(mesh.device)
+    tables = ShardedTables(model.embeddings.tables, config.embedding, config.optimizer, mesh)
+    model.embeddings = tables
+    if isinstance(model, RetrievalModel):
+        model.sampler.gather = mesh.gather
+    parts = {name: part for name, part in model.named_children() if part is not tables}
+    dense = DenseParallel(nn.ModuleDict({**parts, "replicated": tables.replicated}))
+    return Parallelized(model=model, tables=tables, dense=dense, mesh=mesh)
