@@ -108,21 +108,9 @@ def ranking_model() -> Figure:
         tokens += [(f"$i_{t}$", ITEM), (f"$a_{t}$", ACTION)]
     tokens += [("$i_4$", CANDIDATE), ("$i_5$", CANDIDATE)]
     step = width / len(tokens)
-    y = 7
-    for index, (name, colour) in enumerate(tokens):
-        centre = left + (index + 0.5) * step
-        box(axes, centre - step / 2 + 0.4, y, step - 0.8, 5.4, name, colour, size=13)
-        arrow(axes, (centre, y + 5.4), (centre, y + 8.6), mutation_scale=8)
-    for first, last, name, colour in (
-        (0, 2, "context", CONTEXT),
-        (2, 8, "history: items and actions, interleaved", ITEM),
-        (8, 10, "candidates", CANDIDATE),
-    ):
-        x0, x1 = left + first * step + 0.6, left + last * step - 0.6
-        axes.plot([x0, x0, x1, x1], [y - 0.7, y - 1.6, y - 1.6, y - 0.7], color=colour[1], lw=1.2)
-        note(axes, (x0 + x1) / 2, y - 3.5, name, align="center", color=colour[1], size=10)
-    axes.text(left + width + 3, y + 5, "tokens", fontsize=11.5, weight="bold", ha="left", va="center")
-    note(axes, left + width + 3, y + 1.2, "one sample of the batch; every\nsample has its own length")
+    token_stream(axes, tokens, left, step)
+    axes.text(left + width + 3, 12, "tokens", fontsize=11.5, weight="bold", ha="left", va="center")
+    note(axes, left + width + 3, 8.2, "one sample of the batch; every\nsample has its own length")
 
     stage(
         15.7,
@@ -156,6 +144,23 @@ def ranking_model() -> Figure:
     )
     label(92.7, "cross-entropy")
     return figure
+
+
+def token_stream(axes: Axes, tokens: list[tuple[str, tuple[str, str]]], left: float, step: float) -> None:
+    """The tokens of one sample in the order in which the model reads them, `step` apart."""
+    y = 7
+    for index, (name, colour) in enumerate(tokens):
+        centre = left + (index + 0.5) * step
+        box(axes, centre - step / 2 + 0.4, y, step - 0.8, 5.4, name, colour, size=13)
+        arrow(axes, (centre, y + 5.4), (centre, y + 8.6), mutation_scale=8)
+    for first, last, name, colour in (
+        (0, 2, "context", CONTEXT),
+        (2, 8, "history: items and actions, interleaved", ITEM),
+        (8, 10, "candidates", CANDIDATE),
+    ):
+        x0, x1 = left + first * step + 0.6, left + last * step - 0.6
+        axes.plot([x0, x0, x1, x1], [y - 0.7, y - 1.6, y - 1.6, y - 0.7], color=colour[1], lw=1.2)
+        note(axes, (x0 + x1) / 2, y - 3.5, name, align="center", color=colour[1], size=10)
 
 
 def hstu_block(axes: Axes, left: float, width: float, bottom: float) -> None:
@@ -238,8 +243,18 @@ def parallelism() -> Figure:
     part(53, "tables", "sharded over all\nranks by TorchRec;\nupdated within the\nbackward pass")
     part(30, "dense part", "data-parallel under\nMegatron-Core, with\nits distributed\noptimizer")
 
-    # The axes of the mesh.
-    x = right + 3.5
+    mesh(axes, right + 3.5)
+    note(
+        axes, left, 6,
+        "loss of a rank = its sum × number of ranks / label tokens of all ranks:\n"
+        "1, 2 or 4 ranks on one global batch give the same loss curve, to rounding.",
+        size=10.5,
+    )  # fmt: skip
+    return figure
+
+
+def mesh(axes: Axes, x: float) -> None:
+    """The axes along which ranks divide the work."""
     axes.text(x, 73, "mesh", fontsize=12, weight="bold", ha="left", va="center")
 
     def axis(y: float, title: str, text: str, colour: tuple[str, str], *, planned: bool = False) -> None:
@@ -252,13 +267,6 @@ def parallelism() -> Figure:
     axis(42.4, "context", "planned: a slice of\nevery sequence", PLANNED, planned=True)
     axis(27.4, "tensor", "planned: a part of\nthe heads", PLANNED, planned=True)
     note(axes, x, 21, "ranks = data × context\n× tensor")
-    note(
-        axes, left, 6,
-        "loss of a rank = its sum × number of ranks / label tokens of all ranks:\n"
-        "1, 2 or 4 ranks on one global batch give the same loss curve, to rounding.",
-        size=10.5,
-    )  # fmt: skip
-    return figure
 
 
 def main(folder: Path) -> None:
