@@ -6,7 +6,7 @@ RUN    := runs/demo
 LOCKS  := $(wildcard requirements/*.txt requirements/*/pyproject.toml)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-all lint demo figs lock clean
+.PHONY: help venv test test-all lint format demo figs lock clean
 
 help:  ## List the targets
 	@sed -nE 's/^([a-z-]+):.*  ## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -40,6 +40,10 @@ lint: venv  ## Check style, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+format: venv  ## Format the code and apply the safe fixes
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
 
 demo: venv  ## Train ranking and retrieval on planted data; print each score beside the best possible one
 	@test -f tmp_data/synthetic/schema.json || $(BIN)/python preprocessing/preprocessor.py --dataset_name synthetic

@@ -26,6 +26,8 @@ _RECORDS: tuple[tuple[str, str], ...] = (
     ("torchrec.distributed.planner.types", r"The topology was constructed directly"),
     # Advice to the authors of TorchRec's pipelines on which tracing test to call.
     ("torch.fx._symbolic_trace", r"is_fx_tracing will return true"),
+    # FBGEMM 1.6 is made for torch 2.11, but its own table of releases ends at 1.5 (said on the root logger).
+    ("", r"\s*(\x1b\[33m)?\s*_fbgemm_torch_compat_table has no entry for 1\.6\."),
     # Announces a debugging aid that stays off.
     ("megatron.core.rerun_state_machine", r"RerunStateMachine initialized|Implicit initialization of Rerun"),
 )

@@ -1,4 +1,4 @@
-"""`python -m hstu.cli.scores RUN_DIR...`: the test score of each run, beside the best possible one if known."""
+"""`python -m hstu.cli.scores RUN_DIR...`: final test scores, beside the best possible ones where known."""
 
 from __future__ import annotations
 
