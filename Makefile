@@ -26,7 +26,7 @@ $(VENV)/.requirements: $(LOCKS)
 	touch $@; trap - EXIT
 
 $(VENV)/.project: $(VENV)/.requirements pyproject.toml
-	@$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	@$(BIN)/python -m pip check
 	@touch $@
 
