@@ -12,7 +12,7 @@ _debug = False
 
 @contextmanager
 def debug_checks(enabled: bool = True) -> Iterator[None]:
-    """Within this context the values of offsets and lengths on an accelerator are checked too (this syncs)."""
+    """Check the values of offsets and lengths on an accelerator too, within this context (it syncs)."""
     global _debug
     before, _debug = _debug, enabled
     try:

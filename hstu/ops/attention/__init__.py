@@ -10,12 +10,13 @@ from torch import Tensor
 
 from hstu.ops.attention.bias import RelativeBias
 from hstu.ops.attention.checks import check_arguments
+from hstu.ops.attention.cpu import hstu_attention_cpu
 from hstu.ops.attention.mask import Mask
 from hstu.ops.attention.reference import hstu_attention_reference
 
 __all__ = ["RelativeBias", "hstu_attention"]
 
-BACKENDS = ("auto", "reference")
+BACKENDS = ("auto", "reference", "cpu")
 logger = logging.getLogger(__name__)
 
 
@@ -67,7 +68,7 @@ def hstu_attention(
         segments: ``[T]`` int32.
         is_memory: ``[T]`` bool, tokens that every later segment may read.
         bias: relative bias of the layer, shared by its heads.
-        backend: ``"auto"`` or ``"reference"``.
+        backend: ``"auto"`` (by device), ``"reference"`` (dense, the definition) or ``"cpu"``.
 
     Returns:
         ``[T, H, d_v]`` in the dtype of v.
@@ -93,11 +94,12 @@ def hstu_attention(
     check_arguments(q, k, v, offsets, max_seqlen, scaling_seqlen, mask, bias)
     alpha = 1.0 / math.sqrt(q.shape[-1]) if alpha is None else alpha
     if backend == "auto":
-        backend = "reference"
+        backend = "cpu" if q.device.type == "cpu" else "reference"
         _announce(backend, q.device.type)
-    return hstu_attention_reference(
-        q, k, v, offsets, scaling_seqlen=scaling_seqlen, alpha=alpha, mask=mask, bias=bias
-    )
+    if backend == "cpu" and q.device.type != "cpu":
+        raise ValueError(f"backend 'cpu' needs CPU tensors, q is on {q.device}: use backend='auto'")
+    run = hstu_attention_cpu if backend == "cpu" else hstu_attention_reference
+    return run(q, k, v, offsets, scaling_seqlen=scaling_seqlen, alpha=alpha, mask=mask, bias=bias)
 
 
 @cache

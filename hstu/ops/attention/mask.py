@@ -50,40 +50,40 @@ def positions(length: int, num_candidates: int, device: torch.device | None = No
 
 def visible(
     mask: Mask,
-    length: int,
+    i: Tensor,
+    j: Tensor,
     *,
-    num_context: int = 0,
-    num_candidates: int = 0,
-    segments: Tensor | None = None,
-    is_memory: Tensor | None = None,
-    device: torch.device | None = None,
+    context: int | Tensor,
+    history: int | Tensor,
+    segments: tuple[Tensor, Tensor] | None = None,
+    memory: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Visibility of one sample: ``[length, length]`` bool, row i may read column j.
+    """Whether row i may read column j, a bool tensor; all arguments broadcast against each other.
 
     Args:
         mask: the options; its per-batch tensors are not read here.
-        length: tokens of the sample.
-        num_context: context tokens of the sample.
-        num_candidates: candidate tokens of the sample.
-        segments: ``[length]`` or None.
-        is_memory: ``[length]`` bool or None.
-        device: of the result.
+        i: places of the rows in their sample, ``[.., R, 1]``.
+        j: places of the columns, ``[.., 1, C]``.
+        context: context tokens of the sample.
+        history: place of the first candidate: length minus number of candidates.
+        segments: segment numbers of the rows and of the columns, or None.
+        memory: memory flags of the rows and of the columns, or None.
     """
-    i = torch.arange(length, device=device)[:, None]
-    j = torch.arange(length, device=device)[None, :]
-    history = length - num_candidates
-    memory = torch.zeros(length, dtype=torch.bool, device=device) if is_memory is None else is_memory
-    reach = memory[None, :] | (j < num_context)
-
-    seen = (j <= i) if mask.causal else torch.ones(length, length, dtype=torch.bool, device=device)
+    seen = (j <= i) if mask.causal else torch.ones_like(j <= i)
     if mask.context_full:
-        seen = seen | (i < num_context)
+        seen = seen | (i < context)
+    reach = (j < context) if memory is None else (j < context) | memory[1]
     if segments is not None:
-        seen = seen & ((segments[:, None] == segments[None, :]) | reach)
-    group_i, group_j = (i - history) // mask.candidate_group_size, (j - history) // mask.candidate_group_size
-    seen = seen & ((j < history) | ((i >= history) & (j <= i) & (group_i == group_j)))
+        seen = seen & ((segments[0] == segments[1]) | reach)
+    size = mask.candidate_group_size
+    same_group = (i >= history) & (j <= i) & ((i - history) // size == (j - history) // size)
+    seen = seen & ((j < history) | same_group)
     if mask.max_attn_len is not None:
-        position = positions(length, num_candidates, device)
-        near = position[:, None] - position[None, :] <= mask.max_attn_len
-        seen = seen & (near | reach | memory[:, None])
+        position_i, position_j = _at_most(i, history), _at_most(j, history)
+        near = (position_i - position_j <= mask.max_attn_len) | reach
+        seen = seen & (near if memory is None else near | memory[0])
     return seen
+
+
+def _at_most(place: Tensor, history: int | Tensor) -> Tensor:
+    return torch.minimum(place, torch.as_tensor(history, device=place.device))

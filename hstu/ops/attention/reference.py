@@ -37,14 +37,17 @@ def hstu_attention_reference(
             assert reader_time is not None and bias.timestamps is not None
             difference = reader_time[rows, None] - bias.timestamps[None, rows]
             scores = scores + bias.time[time_bucket(difference, bias.time.numel() - 1)]
+        place = torch.arange(stop - start, device=q.device)
+        segments = None if mask.segments is None else mask.segments[rows]
+        memory = None if mask.is_memory is None else mask.is_memory[rows]
         seen = visible(
             mask,
-            stop - start,
-            num_context=context[b],
-            num_candidates=candidates[b],
-            segments=None if mask.segments is None else mask.segments[rows],
-            is_memory=None if mask.is_memory is None else mask.is_memory[rows],
-            device=q.device,
+            place[:, None],
+            place[None, :],
+            context=context[b],
+            history=stop - start - candidates[b],
+            segments=None if segments is None else (segments[:, None], segments[None, :]),
+            memory=None if memory is None else (memory[:, None], memory[None, :]),
         )
         weights = torch.where(seen, F.silu(scores), 0.0).to(v.dtype)
         outputs.append(torch.einsum("hij,jhd->ihd", weights, v[rows]) / scaling_seqlen)

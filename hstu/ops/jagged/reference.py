@@ -119,12 +119,14 @@ def interleave_jagged(
         sample = int((num_actions > item_offsets.diff()).nonzero()[0])
         raise ValueError(f"sample {sample} has more actions than items")
     offsets = item_offsets + action_offsets
-    sample = sequence_ids(item_offsets, items.shape[0])
-    position = torch.arange(items.shape[0], device=items.device) - item_offsets[sample]
-    item_places = offsets[sample] + position + torch.minimum(position, num_actions[sample])
-    sample = sequence_ids(action_offsets, actions.shape[0])
-    position = torch.arange(actions.shape[0], device=actions.device) - action_offsets[sample]
-    action_places = offsets[sample] + 2 * position + 1
+    of_item, of_action = (
+        sequence_ids(item_offsets, items.shape[0]),
+        sequence_ids(action_offsets, actions.shape[0]),
+    )
+    position = torch.arange(items.shape[0], device=items.device) - item_offsets[of_item]
+    item_places = offsets[of_item] + position + torch.minimum(position, num_actions[of_item])
+    position = torch.arange(actions.shape[0], device=actions.device) - action_offsets[of_action]
+    action_places = offsets[of_action] + 2 * position + 1
     places = torch.cat([item_places, action_places])
     return _scatter_rows(torch.cat([items, actions]), places, places.numel()), offsets
 
@@ -154,7 +156,7 @@ class _GatherRows(torch.autograd.Function):
         return values.index_select(0, places)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def, override]
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
         (places,) = ctx.saved_tensors
         return _scatter_rows(grad, places, places.numel()), None
 

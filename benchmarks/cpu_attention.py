@@ -1,0 +1,164 @@
+"""Attention on a CPU, forward + backward: the jagged path against a padded dense implementation, one run.
+
+    python benchmarks/cpu_attention.py [--threads 2] [--rounds 7]
+
+Both sides get the same tokens, the same position and time bias and the same output gradients. Correctness is
+asserted first. Prints a table and writes benchmarks/results/cpu_attention.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hstu.ops import RelativeBias, hstu_attention, lengths_to_offsets
+from hstu.ops.attention.bias import BUCKET_LOG_WIDTH
+
+BATCH, LONGEST, HEADS, WIDTH, BUCKETS = 32, 200, 2, 32, 128
+
+
+def lognormal_lengths(batch: int, longest: int, seed: int) -> Tensor:
+    """Lengths with a mean near a quarter of the maximum, as ragged as logs of real users."""
+    rng = torch.Generator().manual_seed(seed)
+    raw = torch.exp(torch.randn(batch, generator=rng) * 0.9)
+    lengths = (raw * longest / 4 / raw.mean()).round().long().clamp(1, longest)
+    lengths[0] = longest
+    return lengths
+
+
+class Problem:
+    """Inputs of one comparison, jagged and padded."""
+
+    def __init__(self, lengths: Tensor, dtype: torch.dtype, seed: int = 0) -> None:
+        rng = torch.Generator().manual_seed(seed)
+        total = int(lengths.sum())
+        self.offsets = lengths_to_offsets(lengths)
+        self.longest = int(lengths.max())
+        self.qkv = [torch.randn(total, HEADS, WIDTH, generator=rng).to(dtype) for _ in range(3)]
+        self.grad = torch.randn(total, HEADS, WIDTH, generator=rng).to(dtype)
+        self.position = torch.randn(2 * LONGEST - 1, generator=rng).mul(0.1).to(dtype)
+        self.time = torch.randn(BUCKETS + 1, generator=rng).mul(0.1).to(dtype)
+        gaps = torch.exp(torch.rand(total, generator=rng) * 12).long()
+        self.timestamps = gaps.cumsum(0)
+        place = torch.arange(self.longest)
+        self.valid = place < lengths[:, None]
+        self.padded_times = self.pad(self.timestamps)
+
+    def pad(self, values: Tensor) -> Tensor:
+        dense = values.new_zeros(*self.valid.shape, *values.shape[1:])
+        dense[self.valid] = values
+        return dense
+
+    def leaves(self) -> list[Tensor]:
+        return [x.clone().requires_grad_() for x in (*self.qkv, self.position, self.time)]
+
+    def jagged(self, q: Tensor, k: Tensor, v: Tensor, position: Tensor, time: Tensor) -> Tensor:
+        bias = RelativeBias(position=position, time=time, timestamps=self.timestamps)
+        return hstu_attention(
+            q, k, v, self.offsets, max_seqlen=self.longest, scaling_seqlen=LONGEST, alpha=1.0, bias=bias
+        )
+
+    def dense(self, q: Tensor, k: Tensor, v: Tensor, position: Tensor, time: Tensor) -> Tensor:
+        """The usual padded layer: [B, N, N] bias, [B, H, N, N] scores, one multiplication by the mask."""
+        n = self.longest
+        place = torch.arange(n)
+        seconds = (self.padded_times[:, :, None] - self.padded_times[:, None, :]).abs().clamp(min=1)
+        bucket = (seconds.float().log() / BUCKET_LOG_WIDTH).long().clamp(max=BUCKETS)
+        bias = position[place[None, :] - place[:, None] + LONGEST - 1] + time[bucket]
+        scores = torch.einsum("bihd,bjhd->bhij", q, k) + bias[:, None]
+        weights = torch.nn.functional.silu(scores) / LONGEST
+        weights = weights * torch.ones(n, n, dtype=q.dtype).tril()
+        return torch.einsum("bhij,bjhd->bihd", weights, v)
+
+    def check(self) -> None:
+        """Outputs and gradients of both sides agree."""
+        jagged, dense = self.leaves(), self.leaves()
+        out = self.jagged(*jagged)
+        out.backward(self.grad)
+        padded = [self.pad(x) for x in dense[:3]]
+        expected = self.dense(*padded, *dense[3:])[self.valid]
+        expected.backward(self.grad)
+        pairs = [(out, expected), *((a.grad, b.grad) for a, b in zip(jagged, dense, strict=True))]
+        for ours, theirs in pairs:
+            error = (ours - theirs).abs().max() / theirs.abs().max()
+            assert error < 1e-4, f"the two sides differ by {error:.1e}"
+
+
+def seconds_each(problem: Problem, rounds: int) -> tuple[float, float]:
+    """Median seconds of a step, jagged and dense, taken in turns."""
+    jagged, dense = problem.leaves(), problem.leaves()
+    padded = [problem.pad(x.detach()).requires_grad_() for x in dense[:3]]
+    padded_grad = problem.pad(problem.grad)
+    steps: list[Callable[[], None]] = [
+        lambda: problem.jagged(*jagged).backward(problem.grad),
+        lambda: problem.dense(*padded, *dense[3:]).backward(padded_grad),
+    ]
+    times: list[list[float]] = [[], []]
+    for turn in range(rounds + 2):
+        for step, record in zip(steps, times, strict=True):
+            begin = time.perf_counter()
+            step()
+            if turn >= 2:
+                record.append(time.perf_counter() - begin)
+    return statistics.median(times[0]), statistics.median(times[1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "cpu_attention.json")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    shapes = {
+        "equal": torch.full((BATCH,), LONGEST),
+        "ragged": lognormal_lengths(BATCH, LONGEST, seed=0),
+    }
+    rows = []
+    print(f"{'lengths':8} {'dtype':9} {'tokens':>6} {'jagged tok/s':>13} {'dense tok/s':>12} {'ratio':>6}")
+    for name, lengths in shapes.items():
+        Problem(lengths, torch.float32).check()
+        for dtype in (torch.float32, torch.bfloat16):
+            problem = Problem(lengths, dtype)
+            jagged, dense = seconds_each(problem, arguments.rounds)
+            tokens = int(lengths.sum())
+            row = {
+                "lengths": name,
+                "dtype": str(dtype).removeprefix("torch."),
+                "tokens": tokens,
+                "jagged_tokens_per_second": round(tokens / jagged),
+                "dense_tokens_per_second": round(tokens / dense),
+                "ratio": round(dense / jagged, 2),
+            }
+            rows.append(row)
+            print(
+                f"{name:8} {row['dtype']:9} {tokens:6} {row['jagged_tokens_per_second']:13,} "
+                f"{row['dense_tokens_per_second']:12,} {row['ratio']:6.2f}"
+            )
+    result = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": arguments.threads,
+        "batch": BATCH,
+        "longest": LONGEST,
+        "heads": HEADS,
+        "head_width": WIDTH,
+        "rows": rows,
+    }
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
