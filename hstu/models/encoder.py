@@ -197,3 +197,11 @@ class Encoder(nn.Module):
             hidden = self.backbone(tokens)
         rows: Tensor = self.postprocess(hidden, tokens, batch.label_mask)
         return rows
+
+    def num_tokens(self, batch: Batch) -> int:
+        """Return the tokens that ``batch`` makes, without asking the device."""
+        sizes = dict(zip(batch.features.keys(), batch.features.length_per_key(), strict=True))
+        action = self.preprocess.action
+        if action is not None and self.preprocess.layout == "add":
+            sizes.pop(action)
+        return sum(sizes[name] for name in self.features if name in sizes)

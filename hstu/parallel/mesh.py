@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +12,11 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class _Failure:
+    error: Exception
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +95,19 @@ class Mesh:
         if self.world_size > 1:
             dist.broadcast_object_list(box, src=0, group=self.host_group)
         return box[0]
+
+    def on_main(self, action: Callable[[], Any]) -> Any:
+        """Run ``action`` on rank 0 while the others wait; its result, or its exception, reaches every rank."""
+        outcome: Any = None
+        if self.is_main:
+            try:
+                outcome = action()
+            except Exception as error:
+                outcome = _Failure(error)
+        outcome = self.broadcast(outcome)
+        if isinstance(outcome, _Failure):
+            raise outcome.error
+        return outcome
 
     def any(self, flag: bool) -> bool:
         """Return whether ``flag`` holds on some rank."""

@@ -1,0 +1,133 @@
+"""What the training entrypoints call: flags to a config, a data set, a run directory, and the trainer."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from absl import app, flags
+
+from hstu import environment
+from hstu.cli.flags import underscore_flags
+from hstu.config import ConfigError, DatasetArgs, LoadedConfig, load_config
+
+FLAGS = flags.FLAGS
+ROOT = Path(__file__).resolve().parents[2]
+logger = logging.getLogger("hstu.cli")
+
+
+def define_flags() -> None:
+    """Define the flags of an entrypoint; hyphens and underscores both work."""
+    flags.DEFINE_string("gin_config_file", None, "Gin file: a path, or the name of one in configs/.")
+    flags.DEFINE_multi_string("gin_bindings", [], "A line such as TrainerArgs.max_train_iters=100; repeatable.")
+    flags.DEFINE_enum("mode", "train", ["train", "eval"], "Train, or score a checkpoint.")
+    flags.DEFINE_string("checkpoint", None, "latest, best, a step, or a path. Default: latest to train, best to score.")
+    flags.DEFINE_enum("resume", "auto", ["auto", "never", "must"], "Whether to go on from the run directory.")
+    flags.DEFINE_string("run_dir", None, "Where results go. Default: runs/<config>-<time>.")
+
+
+def main(task: Literal["ranking", "retrieval"]) -> None:
+    """Run the entrypoint of ``task``; a user's mistake ends in one line and exit code 2."""
+    define_flags()
+    app.run(lambda _: sys.exit(_guarded(task)), argv=underscore_flags(sys.argv))
+
+
+def _guarded(task: Literal["ranking", "retrieval"]) -> int:
+    from hstu.parallel import Mesh
+    from hstu.training.run_directory import configure_logging
+    from hstu.training.trainer import TrainingError
+
+    with Mesh.create() as mesh:
+        configure_logging(None, is_main=mesh.is_main)
+        try:
+            _run(task, mesh)
+        except (ValueError, TrainingError) as error:
+            logger.debug("traceback", exc_info=True)
+            if mesh.is_main:
+                print(f"error: {error}", file=sys.stderr)
+            return 2
+    return 0
+
+
+def _run(task: Literal["ranking", "retrieval"], mesh: Any) -> None:
+    from hstu.data.reader import SequenceDataset
+    from hstu.training.checkpoint import find_checkpoint
+    from hstu.training.run_directory import RunDirectory, configure_logging
+    from hstu.training.trainer import Trainer
+
+    run = RunDirectory(mesh.broadcast(_run_path()))
+    loaded = _load(task, run)
+    dataset = SequenceDataset.open(find_dataset(loaded.config.dataset))
+    training = FLAGS.mode == "train"
+    started = mesh.broadcast(run.has_run())
+    if training and started and FLAGS.resume == "never":
+        raise ValueError(f"--run-dir = {str(run.path)!r}: holds a run, and --resume=never; choose another directory")
+    choice = FLAGS.checkpoint or ("latest" if training else "best")
+    checkpoint = mesh.broadcast(mesh.on_main(lambda: find_checkpoint(run.checkpoints, choice)))
+    if checkpoint is None and (not training or FLAGS.resume == "must"):
+        raise ValueError(f"--run-dir = {str(run.path)!r}: has no finished checkpoint {choice!r}; train first")
+    trainer = Trainer(loaded.config, dataset, mesh, run)
+    if not training:
+        _score(trainer, checkpoint, choice)
+        return
+    mesh.on_main(run.create)
+    configure_logging(run.path / "train.log", is_main=mesh.is_main)
+    for note in loaded.notes:
+        logger.info("note: %s", note)
+    if checkpoint is not None:
+        trainer.resume(checkpoint)
+    mesh.on_main(lambda: run.describe(loaded, environment.describe() | {"command": sys.argv}))
+    trainer.train()
+
+
+def _score(trainer: Any, checkpoint: Path, choice: str) -> None:
+    from hstu.training.logging import format_metrics
+
+    records = trainer.evaluate(checkpoint)
+    name = "eval.json" if choice == "best" else f"eval_{checkpoint.name}.json"
+    trainer.mesh.on_main(lambda: trainer.run.write_json(name, records[-1]))
+    for record in records:
+        logger.info("step %d  %s  %s", record["step"], record["split"], format_metrics(record["metrics"]))
+    logger.info("result: %s", trainer.run.path / name)
+
+
+def _load(task: Literal["ranking", "retrieval"], run: Any) -> LoadedConfig:
+    """Load the config that was given, or for a run directory alone the one it was trained with."""
+    given = FLAGS.gin_config_file
+    if given is None and (run.path / "config.gin").is_file():
+        given = str(run.path / "config.gin")
+    if given is None:
+        raise ConfigError("--gin-config-file", "is required; for example synthetic_ranking.gin")
+    return load_config(task, [given], FLAGS.gin_bindings)
+
+
+def _run_path() -> Path:
+    if FLAGS.run_dir is not None:
+        return Path(FLAGS.run_dir).resolve()
+    if FLAGS.mode == "eval":
+        raise ConfigError("--run-dir", "is required to score a checkpoint")
+    stem = Path(FLAGS.gin_config_file or "run").stem
+    return Path.cwd() / "runs" / f"{stem}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+def find_dataset(args: DatasetArgs) -> Path:
+    """Return the directory of a preprocessed data set.
+
+    Raises:
+        ConfigError: if there is none, with the command that makes it.
+    """
+    name = args.dataset_name
+    places = [Path.cwd() / "tmp_data" / name, ROOT / "tmp_data" / name]
+    if args.dataset_path is not None:
+        places = [Path(args.dataset_path), Path(args.dataset_path) / name]
+    for place in places:
+        if (place / "schema.json").is_file():
+            return place
+    where = " or ".join(dict.fromkeys(str(place) for place in places))
+    raise ConfigError(
+        "DatasetArgs.dataset_name",
+        f"= {name!r}: no schema.json in {where}; make it with: python preprocessing/preprocessor.py --dataset_name {name}",
+    )

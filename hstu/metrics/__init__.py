@@ -1,0 +1,1 @@
+"""Metrics, as sums and exact statistics; definitions in one place for training, evaluation and tests."""

@@ -1,0 +1,130 @@
+"""Scores of a model on a split: the same normalisation and similarity as in training, exact over ranks."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hstu.config import Config
+from hstu.data.batch import Batch
+from hstu.data.loader import BatchLoader
+from hstu.metrics.ranking import LOWER_IS_BETTER, ranking_scores
+from hstu.metrics.retrieval import per_user_metric, target_ranks
+from hstu.models import RankingModel, RetrievalModel
+from hstu.parallel import Mesh
+
+_LOOKUP_ROWS = 1 << 16  # items looked up at once
+_SCORE_ELEMENTS = 1 << 25  # scores held at once
+
+
+def improves(name: str, value: float, best: float | None) -> bool:
+    """Return whether ``value`` of metric ``name`` is better than ``best`` (None: anything finite is)."""
+    if math.isnan(value):
+        return False
+    if best is None:
+        return True
+    return value < best if name in LOWER_IS_BETTER else value > best
+
+
+@torch.no_grad()
+def evaluate(
+    model: RankingModel | RetrievalModel, loader: BatchLoader, mesh: Mesh, config: Config, step: int
+) -> dict[str, Any]:
+    """Return the evaluation record of ``loader.split``, the same on every rank.
+
+    The record says how it was made: protocol, split, filter_seen, num_candidates, tie_rule, num_users.
+    """
+    model.eval()
+    score = _ranking if isinstance(model, RankingModel) else _retrieval
+    result = score(model, loader, mesh, config)  # type: ignore[arg-type]
+    model.train()
+    record = {"kind": "eval", "split": loader.split.name, "step": step, "protocol": config.dataset.protocol}
+    return record | {"tie_rule": "average"} | result
+
+
+def _batches(loader: BatchLoader, config: Config, device: torch.device) -> Any:
+    for batch in itertools.islice(loader.epoch(0), config.trainer.max_eval_iters):
+        yield batch.to(device)
+
+
+def _ranking(model: RankingModel, loader: BatchLoader, mesh: Mesh, config: Config) -> dict[str, Any]:
+    assert config.ranking is not None
+    outputs, labels, users = [], [], []
+    for batch in _batches(loader, config, mesh.device):
+        logits = model.logits(batch).double()
+        outputs.append(logits.softmax(1) if model.multiclass else logits.sigmoid())
+        labels.append(batch.labels)
+        users.append(_labelled_users(batch))
+    joined = [mesh.gather(torch.cat(parts)).cpu().numpy() for parts in (outputs, labels, users)]
+    # One order whatever rank scored what, so that sums round alike.
+    order = np.lexsort((joined[1], joined[2]))
+    probabilities, actions, owners = (part[order] for part in joined)
+    scores = ranking_scores(config.eval_metrics, probabilities, actions, owners, multiclass=model.multiclass)
+    return {
+        "filter_seen": None,
+        "num_candidates": 1,
+        "num_users": int(np.unique(owners).size),
+        "metrics": scores.metrics,
+        "left_out": scores.left_out,
+    }
+
+
+def _retrieval(model: RetrievalModel, loader: BatchLoader, mesh: Mesh, config: Config) -> dict[str, Any]:
+    assert config.retrieval is not None
+    catalogue = _catalogue(model, loader, mesh)
+    names, filter_seen = config.eval_metrics, config.retrieval.filter_seen
+    sums = torch.zeros(len(names) + 1, dtype=torch.float64)
+    block = max(1, _SCORE_ELEMENTS // catalogue.shape[0])
+    for batch in _batches(loader, config, mesh.device):
+        queries, users = model.queries(batch), _labelled_users(batch)
+        for start in range(0, queries.shape[0], block):
+            rows = slice(start, start + block)
+            targets = batch.labels[rows]
+            seen = _seen(loader, users[rows], targets) if filter_seen else None
+            ranks = target_ranks(queries[rows] @ catalogue.T, targets, seen).cpu()
+            sums += torch.stack([*(per_user_metric(name, ranks).sum() for name in names), ranks.new_tensor(len(ranks))])
+    *totals, count = mesh.sum(sums).tolist()
+    return {
+        "filter_seen": filter_seen,
+        "num_candidates": model.num_items,
+        "num_users": int(count),
+        "metrics": {name: total / count if count else float("nan") for name, total in zip(names, totals, strict=True)},
+    }
+
+
+def _catalogue(model: RetrievalModel, loader: BatchLoader, mesh: Mesh) -> Tensor:
+    """Look up every item, as many times on every rank: [items, D] float32."""
+    empty = loader.collate(loader.dataset, loader.split, np.empty(0, np.int64), np.empty(0, np.int64), 0)
+    empty = empty.to(mesh.device)
+    ids = torch.arange(model.num_items, device=mesh.device)
+    return torch.cat([model.catalogue_vectors(empty, chunk) for chunk in ids.split(_LOOKUP_ROWS)])
+
+
+def _labelled_users(batch: Batch) -> Tensor:
+    """Return the user of each label, [L] int64."""
+    sample = torch.repeat_interleave(batch.lengths(batch.item))
+    return batch.users[sample[batch.label_mask]]
+
+
+def _seen(loader: BatchLoader, users: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the rows and items of everything each user had before the target, however long ago."""
+    split, rows = loader.split, users.cpu().numpy()
+    assert np.array_equal(split.users, np.arange(len(split))), "one sample per user, in order"
+    events = loader.dataset.gather(rows, np.zeros_like(rows), split.stop[rows] - 1)
+    owner = np.repeat(np.arange(rows.size), events.lengths)
+    return torch.from_numpy(owner).to(targets.device), torch.from_numpy(events.items).to(targets.device)
+
+
+def best_possible(
+    record: dict[str, Any], planted: dict[str, dict[str, float]] | None
+) -> dict[str, float | None] | None:
+    """Return the planted data's best scores under the keys of the record's metrics; None without planted data."""
+    if planted is None:
+        return None
+    known = planted.get(record["split"], {})
+    return {name: known.get(name) for name in record["metrics"]}

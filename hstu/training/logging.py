@@ -1,0 +1,107 @@
+"""What a run says while it trains: a line or a bar, metrics.jsonl, TensorBoard, Weights & Biases."""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+import time
+from types import TracebackType
+from typing import Any
+
+from tqdm import tqdm
+
+from hstu.config import ConfigError
+from hstu.training.run_directory import RunDirectory
+
+logger = logging.getLogger(__name__)
+
+
+class RunLogger:
+    """Writes each record everywhere it should appear; rank 0 only.
+
+    Args:
+        run: Where files go.
+        loggers: ``"tensorboard"``, ``"wandb"``.
+        first_step: Where training starts.
+        total_steps: Where it ends.
+    """
+
+    def __init__(self, run: RunDirectory, loggers: tuple[str, ...], first_step: int, total_steps: int) -> None:
+        self.run, self.total_steps, self.first_step = run, total_steps, first_step
+        self.started, self.paused = time.perf_counter(), 0.0
+        self.bar = (
+            tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, smoothing=0.1)
+            if sys.stdout.isatty()
+            else None
+        )
+        self.tensorboard: Any = None
+        self.wandb: Any = None
+        if "tensorboard" in loggers:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.tensorboard = SummaryWriter(str(run.path / "tensorboard"), purge_step=first_step + 1)
+        if "wandb" in loggers:
+            self.wandb = _start_wandb(run)
+
+    def __enter__(self) -> RunLogger:
+        return self
+
+    def __exit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+        if self.wandb is not None:
+            self.wandb.finish(exit_code=int(value is not None))
+
+    def tick(self) -> None:
+        """Count one step."""
+        if self.bar is not None:
+            self.bar.update()
+
+    def train(self, record: dict[str, Any]) -> None:
+        """Log a training record."""
+        self.run.append(record)
+        self._curves("train", record["step"], {k: v for k, v in record.items() if isinstance(v, float)})
+        speed = f"{record['sequences_per_second']:,.0f} seq/s {record['tokens_per_second']:,.0f} tok/s"
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"loss {record['loss']:.4f} {speed}")
+            return
+        logger.info(
+            "step %d/%d  epoch %d  loss %.4f  lr %.2e  %s  ETA %s",
+            record["step"], self.total_steps, record["epoch"], record["loss"], record["lr"], speed,
+            self._eta(record["step"]),
+        )  # fmt: skip
+
+    def evaluation(self, record: dict[str, Any], note: str = "") -> None:
+        """Log an evaluation record."""
+        self.run.append(record)
+        self._curves(record["split"], record["step"], record["metrics"])
+        logger.info("step %d  %s  %s%s", record["step"], record["split"], format_metrics(record["metrics"]), note)
+
+    def _curves(self, group: str, step: int, values: dict[str, float]) -> None:
+        finite = {f"{group}/{name}": value for name, value in values.items() if math.isfinite(value)}
+        if self.tensorboard is not None:
+            for name, value in finite.items():
+                self.tensorboard.add_scalar(name, value, step)
+        if self.wandb is not None:
+            self.wandb.log(finite, step=step)
+
+    def _eta(self, step: int) -> str:
+        done = step - self.first_step
+        seconds = (time.perf_counter() - self.started) / max(1, done) * (self.total_steps - step)
+        return tqdm.format_interval(seconds)
+
+
+def format_metrics(metrics: dict[str, float]) -> str:
+    """Return ``HR@10 0.1234  NDCG@10 0.0567``."""
+    return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+
+
+def _start_wandb(run: RunDirectory) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise ConfigError("TrainerArgs.loggers", "asks for 'wandb': install it with pip install 'hstu[wandb]'") from None
+    return wandb.init(dir=str(run.path), name=run.path.name, resume="allow")

@@ -1,0 +1,107 @@
+"""The directory of a run: configs, environment, logs, metrics, checkpoints, figures."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from hstu.config import LoadedConfig
+from hstu.training.checkpoint import write_atomically
+
+
+class RunDirectory:
+    """Paths and files of one run. Rank 0 alone writes.
+
+    Args:
+        path: The directory; created if absent.
+
+    Raises:
+        ValueError: if it cannot be written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.metrics = path / "metrics.jsonl"
+        self.figures = path / "figures"
+
+    def create(self) -> None:
+        """Make the directory and see that it can be written."""
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self.figures.mkdir(exist_ok=True)
+            write_atomically(self.path / ".writable", "")
+            (self.path / ".writable").unlink()
+        except OSError as error:
+            raise ValueError(f"--run-dir = {str(self.path)!r}: cannot be written ({error.strerror}); choose another") from None
+
+    def describe(self, loaded: LoadedConfig, environment: dict[str, Any]) -> None:
+        """Write ``config.gin`` (as given), ``operative.gin`` (every value that applies) and ``environment.json``."""
+        write_atomically(self.path / "config.gin", loaded.given)
+        write_atomically(self.path / "operative.gin", loaded.operative)
+        write_atomically(self.path / "environment.json", json.dumps(environment, indent=1, default=str))
+
+    def records(self, up_to: int | None = None) -> list[dict[str, Any]]:
+        """Return the records of ``metrics.jsonl`` up to step ``up_to``; a last line cut short is left out."""
+        if not self.metrics.is_file():
+            return []
+        found = []
+        for line in self.metrics.read_text().splitlines():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # a killed process may leave half of a line
+            if up_to is None or record["step"] <= up_to:
+                found.append(record)
+        return found
+
+    def rewind(self, step: int) -> None:
+        """Drop records after ``step``, which a resumed run will write again."""
+        if self.metrics.is_file():
+            kept = "".join(json.dumps(record) + "\n" for record in self.records(step))
+            write_atomically(self.metrics, kept)
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Add one record to ``metrics.jsonl``."""
+        with open(self.metrics, "a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write a JSON file, whole or not at all."""
+        write_atomically(self.path / name, json.dumps(value, indent=1) + "\n")
+
+    def has_run(self) -> bool:
+        """Return whether a run has been here."""
+        return self.metrics.is_file() or any(self.checkpoints.glob("step_*"))
+
+
+class _TerminalHandler(logging.StreamHandler):
+    """Prints above a progress bar instead of through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stdout)
+        sys.stdout.flush()
+
+
+def configure_logging(log_file: Path | None, *, is_main: bool) -> None:
+    """Send the library's log to the terminal (rank 0) and to ``log_file``; other ranks report errors only."""
+    root = logging.getLogger("hstu")
+    for handler in list(root.handlers):
+        root.removeHandler(handler)
+        handler.close()
+    root.propagate = False
+    root.setLevel(logging.INFO if is_main else logging.ERROR)
+    terminal = _TerminalHandler()
+    terminal.setFormatter(logging.Formatter("%(message)s"))
+    root.addHandler(terminal)
+    if log_file is not None and is_main:
+        file = logging.FileHandler(log_file)
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        root.addHandler(file)
+
+

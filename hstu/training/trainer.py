@@ -1,0 +1,323 @@
+"""The one trainer: steps, log lines, validation, checkpoints, and the test score of the best of them."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hstu.config import Config
+from hstu.data.batch import Batch
+from hstu.data.loader import BatchLoader
+from hstu.data.reader import SequenceDataset
+from hstu.data.splits import leave_one_out
+from hstu.models import build_model, make_collator
+from hstu.models.losses import LossSum
+from hstu.parallel import Mesh, parallelize
+from hstu.training.checkpoint import Checkpointer, Progress, find_checkpoint, model_identity
+from hstu.training.evaluate import best_possible, evaluate, improves
+from hstu.training.interrupt import StopRequest
+from hstu.training.logging import RunLogger, format_metrics
+from hstu.training.optimizer import Optimizer
+from hstu.training.plot import draw_curves, sketch_curves
+from hstu.training.profile import profiler
+from hstu.training.run_directory import RunDirectory
+
+logger = logging.getLogger(__name__)
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on: the loss is not finite, or there is nothing to learn from."""
+
+
+class Trainer:
+    """Trains and evaluates one model on one data set.
+
+    Args:
+        config: The run.
+        dataset: The data.
+        mesh: The ranks.
+        run: Where results go.
+
+    Raises:
+        ConfigError: if config and data do not fit together.
+    """
+
+    def __init__(self, config: Config, dataset: SequenceDataset, mesh: Mesh, run: RunDirectory) -> None:
+        self.config, self.dataset, self.mesh, self.run = config, dataset, mesh, run
+        args = config.trainer
+        splits = leave_one_out(dataset.lengths)
+        self.loaders = {
+            name: BatchLoader(
+                dataset=dataset,
+                split=split,
+                collate=make_collator(config, dataset.schema),
+                batch_size=args.train_batch_size if name == "train" else args.eval_batch_size,
+                rank=mesh.rank,
+                world_size=mesh.world_size,
+                seed=args.seed,
+                shuffle=config.dataset.shuffle and name == "train",
+            )
+            for name, split in splits.items()
+        }
+        self.total_steps = self._total_steps()
+        model = build_model(config, dataset.schema, allocate_tables=False)
+        self.parallel = parallelize(model, mesh, config)
+        self.model = self.parallel.model
+        self.optimizer = Optimizer(self.parallel, config.optimizer, self.total_steps)
+        self.checkpointer = Checkpointer(
+            run.checkpoints,
+            self.parallel,
+            self.optimizer,
+            model_identity(config, dataset.schema),
+            args.keep_last_checkpoints,
+        )
+        self.progress = Progress()
+        self.meter = Meter(mesh)
+        torch.manual_seed(args.seed + mesh.rank)
+
+    def resume(self, checkpoint: Path) -> None:
+        """Go on from ``checkpoint``, as if training had never stopped."""
+        self.progress = self.checkpointer.load(checkpoint)
+        self.mesh.on_main(lambda: self.run.rewind(self.progress.step))
+        logger.info("resumed from %s at step %d", checkpoint, self.progress.step)
+
+    def train(self) -> dict[str, Any] | None:
+        """Train to the end, then score the best checkpoint on the test split once.
+
+        Returns:
+            The test record, or None if a signal stopped the run (its state is saved).
+
+        Raises:
+            TrainingError: if the loss is not finite or there are no negatives; the last checkpoint stays.
+        """
+        logger.info(self._summary())
+        with StopRequest() as stop, self._logger() as log:
+            self.model.train()
+            with profiler(self.config.trainer, self.run.path, self.progress.step, self.mesh.rank) as profile:
+                finished = self._loop(stop, log, profile)
+            if not finished:
+                logger.info("stopped at step %d, saved; go on with --run-dir %s", self.progress.step, self.run.path)
+                return None
+            record = self._test(log)
+        self.mesh.on_main(lambda: self._draw(record))
+        return record
+
+    def evaluate(self, checkpoint: Path, splits: tuple[str, ...] = ("valid", "test")) -> list[dict[str, Any]]:
+        """Score ``checkpoint``; returns one record per split."""
+        step = self.checkpointer.load(checkpoint, optimizer=False).step
+        return [self._score(split, step) for split in splits]
+
+    def _loop(self, stop: StopRequest, log: RunLogger | _Silent, profile: Any) -> bool:
+        """Take steps until the end; return False if a signal came first."""
+        args, progress = self.config.trainer, self.progress
+        per_epoch = self.loaders["train"].steps_per_epoch
+        while progress.step < self.total_steps and not progress.stopped_early:
+            epoch, first = divmod(progress.step, per_epoch)
+            for batch in self.loaders["train"].epoch(epoch, first):
+                rate = self._step(batch.to(self.mesh.device))
+                progress.step += 1
+                profile.step()
+                log.tick()
+                done = progress.step == self.total_steps
+                if progress.step % args.log_interval == 0 or done:
+                    log.train(self._train_record(epoch, rate))
+                self._after_step(log, done)
+                if done or progress.stopped_early:
+                    break
+                if self.mesh.any(stop.requested):
+                    self._save()
+                    return False
+        return True
+
+    def _step(self, batch: Batch) -> float:
+        """Take one optimizer step; returns the learning rate."""
+        rate = self.optimizer.prepare(self.progress.step)
+        loss = self.model(batch)
+        count = torch.tensor(float(loss.count), device=self.mesh.device)
+        # Before the backward pass, in which the tables step; ranks average gradients, hence their number.
+        total = self.mesh.sum(count).clamp(min=1)
+        (loss.total * (self.mesh.world_size / total)).backward()
+        self.optimizer.step()
+        self.meter.add(loss, batch, self.model.num_tokens(batch))
+        return rate
+
+    def _after_step(self, log: RunLogger | _Silent, done: bool) -> None:
+        """Validate and save when it is time to."""
+        args, progress = self.config.trainer, self.progress
+        best = False
+        if progress.step % args.eval_interval == 0 or done:
+            with self.meter.paused():
+                record = self._score("valid", progress.step)
+            best = self._note(record)
+            log.evaluation(record, "  (best so far)" if best else "")
+        periodic = args.ckpt_save_interval != -1 and progress.step % args.ckpt_save_interval == 0
+        if best or periodic or done or progress.stopped_early:
+            with self.meter.paused():
+                self._save(best=best)
+
+    def _note(self, record: dict[str, Any]) -> bool:
+        """Keep the best validation score; returns whether this is it."""
+        name, progress = self.config.eval_metrics[0], self.progress
+        if improves(name, record["metrics"][name], progress.best_score):
+            progress.best_score, progress.best_step = record["metrics"][name], progress.step
+            progress.evaluations_since_best = 0
+            return True
+        progress.evaluations_since_best += 1
+        patience = self.config.trainer.early_stopping_patience
+        if patience and progress.evaluations_since_best >= patience:
+            progress.stopped_early = True
+            logger.info("no better %s in %d evaluations: training stops early", name, patience)
+        return False
+
+    def _save(self, *, best: bool = False) -> None:
+        self.meter.check(self.progress.step)
+        self.checkpointer.save(self.progress, best=best)
+
+    def _test(self, log: RunLogger | _Silent) -> dict[str, Any]:
+        """Score the best checkpoint on the test split, once."""
+        name = self.config.eval_metrics[0]
+        checkpoint = self.mesh.broadcast(find_checkpoint(self.run.checkpoints, "best"))
+        if checkpoint is None:  # no validation score was a number
+            checkpoint = self.mesh.broadcast(find_checkpoint(self.run.checkpoints, "latest"))
+        (record,) = self.evaluate(checkpoint, ("test",))
+        logger.info("best validation %s at step %d; its test score:", name, record["step"])
+        log.evaluation(record)
+        if record.get("best_possible"):
+            logger.info("best possible on this data:    %s", format_metrics(record["best_possible"]))
+        self.mesh.on_main(lambda: self.run.write_json("eval.json", record))
+        return record
+
+    def _score(self, split: str, step: int) -> dict[str, Any]:
+        record = evaluate(self.model, self.loaders[split], self.mesh, self.config, step)
+        best = best_possible(record, self.dataset.schema.best_possible)
+        return record if best is None else record | {"best_possible": best}
+
+    def _train_record(self, epoch: int, rate: float) -> dict[str, Any]:
+        return {"kind": "train", "step": self.progress.step, "epoch": epoch, "lr": rate, **self.meter.read(self.progress.step)}
+
+    def _draw(self, record: dict[str, Any]) -> None:
+        records, names = self.run.records(), self.config.eval_metrics
+        path = self.run.figures / "curves.png"
+        draw_curves(records, names, record, path)
+        sketch = sketch_curves(records, names[0], (record.get("best_possible") or {}).get(names[0]))
+        logger.info("%s\ncurves: %s\nresult: %s", sketch, path, self.run.path / "eval.json")
+
+    def _logger(self) -> RunLogger | _Silent:
+        if not self.mesh.is_main:
+            return _Silent()
+        return RunLogger(self.run, self.config.trainer.loggers, self.progress.step, self.total_steps)
+
+    def _total_steps(self) -> int:
+        args, per_epoch = self.config.trainer, self.loaders["train"].steps_per_epoch
+        epochs = args.max_epochs
+        if epochs is None and args.max_train_iters is None:
+            epochs = 1
+        limits = [args.max_train_iters, None if epochs is None else epochs * per_epoch]
+        return min(limit for limit in limits if limit is not None)
+
+    def _summary(self) -> str:
+        counts, mesh = self.dataset.schema.counts, self.mesh
+        dense = sum(p.numel() for p in self.parallel.dense.ddp.module.parameters())
+        tables = sum(t.rows * t.width for t in self.parallel.tables.tables)
+        return (
+            f"{self.config.task} on {self.dataset.schema.name}: {counts['users']:,} users, {counts['items']:,} items, "
+            f"{counts['events']:,} events\n"
+            f"{dense:,} dense and {tables:,} table weights; {mesh.world_size} rank(s) on {mesh.device.type}; "
+            f"{self.total_steps:,} steps of {self.loaders['train'].global_batch_size} sequences, "
+            f"{self.loaders['train'].steps_per_epoch} an epoch; run directory {self.run.path}"
+        )
+
+
+class Meter:
+    """Loss and throughput between two log lines, over all ranks; time spent elsewhere does not count."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self.mesh = mesh
+        self._reset()
+
+    def _reset(self) -> None:
+        self.loss = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        self.negatives: Tensor | None = None
+        self.labels = self.sequences = self.tokens = 0
+        self.away, self.since = 0.0, time.perf_counter()
+
+    def add(self, loss: LossSum, batch: Batch, tokens: int) -> None:
+        """Count one step; nothing is read back from the device."""
+        self.loss += loss.total.detach()
+        if loss.live_negatives is not None:
+            live = loss.live_negatives.detach().double()
+            self.negatives = live if self.negatives is None else self.negatives + live
+        self.labels += loss.count
+        self.sequences += int(batch.users.numel())
+        self.tokens += tokens
+
+    def paused(self) -> _Pause:
+        """Leave out the time spent inside."""
+        return _Pause(self)
+
+    def check(self, step: int) -> None:
+        """Raise unless the loss since the last line is finite on every rank."""
+        if not math.isfinite(float(self.mesh.sum(self.loss.clone()))):
+            raise TrainingError(f"loss is not finite at step {step}: lower OptimizerArgs.learning_rate or set clip_grad")
+
+    def read(self, step: int) -> dict[str, float]:
+        """Return means since the last call, and start again.
+
+        Raises:
+            TrainingError: if the loss is not finite, or a label token has less than one negative on average.
+        """
+        self.check(step)
+        negatives = torch.zeros_like(self.loss) if self.negatives is None else self.negatives
+        host = torch.tensor([self.labels, self.sequences, self.tokens], dtype=torch.float64, device=self.loss.device)
+        loss, live, labels, sequences, tokens = self.mesh.sum(torch.cat([torch.stack([self.loss, negatives]), host])).tolist()
+        seconds = max(1e-9, time.perf_counter() - self.since - self.away)
+        record = {
+            "loss": loss / max(1.0, labels),
+            "sequences_per_second": sequences / seconds,
+            "tokens_per_second": tokens / seconds,
+        }
+        if self.negatives is not None:
+            record["live_negatives"] = live / max(1.0, labels)
+            if labels and record["live_negatives"] < 1:
+                raise TrainingError(
+                    f"{record['live_negatives']:.2f} negatives per label at step {step}: raise "
+                    "TrainerArgs.train_batch_size or set RetrievalArgs.num_negatives"
+                )
+        self._reset()
+        return record
+
+
+class _Pause:
+    def __init__(self, meter: Meter) -> None:
+        self.meter = meter
+
+    def __enter__(self) -> None:
+        self.start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.meter.away += time.perf_counter() - self.start
+
+
+class _Silent:
+    """Stands in for the logger on ranks other than 0."""
+
+    def __enter__(self) -> _Silent:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def tick(self) -> None:
+        pass
+
+    def train(self, record: dict[str, Any]) -> None:
+        pass
+
+    def evaluation(self, record: dict[str, Any], note: str = "") -> None:
+        pass
