@@ -5,11 +5,12 @@ from __future__ import annotations
 
 def underscore_flags(argv: list[str]) -> list[str]:
     """Return ``argv`` with ``--some-flag=x`` spelled ``--some_flag=x``; values and what follows ``--`` stay."""
-    out, rest = argv, []
-    if "--" in argv:
-        out, rest = argv[: argv.index("--")], argv[argv.index("--") :]
-    fixed = []
-    for word in out:
-        name, equals, value = word.partition("=")
-        fixed.append(name.replace("-", "_").replace("__", "--", 1) + equals + value if word.startswith("--") else word)
-    return fixed + rest
+    end = argv.index("--") if "--" in argv else len(argv)
+    return [_underscore(word) for word in argv[:end]] + argv[end:]
+
+
+def _underscore(word: str) -> str:
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word[2:].partition("=")
+    return f"--{name.replace('-', '_')}{equals}{value}"
