@@ -12,8 +12,8 @@ from hstu.ops.attention.bias import RelativeBias, bucket_thresholds, query_times
 from hstu.ops.attention.cpu_groups import Group, Tile
 from hstu.ops.attention.mask import Mask
 
-# A float32 difference is looked up by its exponent and two bits of mantissa. Thresholds are a factor 1.35 apart
-# and a cell spans 1.25 at most: it holds one threshold at most, and one comparison settles the bucket.
+# A float32 difference is looked up by its exponent and two bits of mantissa. Thresholds are 1.35 times apart,
+# a cell spans 1.25 at most: it holds one threshold at most, and one comparison settles the bucket.
 _CELL_SHIFT = 21
 _CELLS = 1 << (31 - _CELL_SHIFT)
 _LANES = 4  # neighbours count in different bins: adding to one bin over and over waits on its last addition
@@ -103,7 +103,7 @@ class TileBias:
         seconds = torch.sub(readers[:, tile.r0 : tile.r1], keys[..., tile.c0 : tile.c1]).abs_()
         cell = seconds.float().view(torch.int32)
         cell.bitwise_right_shift_(_CELL_SHIFT)
-        # The sign of the distance to the cell's threshold, 0 or -1, is several times faster than a comparison.
+        # The sign of the distance to the cell's threshold, 0 or -1, is much faster than a comparison.
         below = seconds.sub_(self._thresholds.index_select(0, cell.view(-1)).view(cell.shape))
         below.bitwise_right_shift_(torch.iinfo(below.dtype).bits - 1)
         lanes = self._lanes[tile.c0 : tile.c1]

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from hstu.ops.attention.mask import Mask, visible
 
-TILE_ROWS = 64
-TILE_ELEMENTS = 256 * 1024  # scores of a tile: a few such float32 buffers stay in the caches of two cores
+TILE_ROWS = 80
+TILE_ELEMENTS = 384 * 1024  # scores of a tile: a few such float32 buffers stay in the caches of two cores
 PADDING = 0.7  # the shortest of a group against its longest
 SMALL_GROUP = 64 * 1024  # scores below which the calls cost more than padding does
 
