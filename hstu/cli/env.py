@@ -16,9 +16,7 @@ LIBRARIES = ("fbgemm_gpu", "torchrec", "megatron.core", "gin", "polars")
 def misfits(record: dict[str, Any]) -> list[Misfit]:
     """Everything that does not fit on this machine, given `environment.describe()`."""
     devices = record["devices"]
-    found = environment.version_misfits(
-        record["versions"], cuda=devices["cuda"], num_gpus=len(devices["gpus"])
-    )
+    found = environment.version_misfits(record["versions"], cuda=devices["cuda"], num_gpus=len(devices["gpus"]))
     found += environment.requirement_misfits(environment.PACKAGES)
     silence_known_notices()
     # A package that is missing is reported once, as missing.
@@ -60,9 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         record = environment.describe()
     except ImportError as error:
-        print(
-            f"{error}. Install the pinned versions first: make venv, or see docs/install.md", file=sys.stderr
-        )
+        print(f"{error}. Install the pinned versions first: make venv, or see docs/install.md", file=sys.stderr)
         return 1
     found = misfits(record)
     print(report(record, found))

@@ -129,5 +129,5 @@ def find_dataset(args: DatasetArgs) -> Path:
     where = " or ".join(dict.fromkeys(str(place) for place in places))
     raise ConfigError(
         "DatasetArgs.dataset_name",
-        f"= {name!r}: no schema.json in {where}; make it with: python preprocessing/preprocessor.py --dataset_name {name}",
+        f"= {name!r}: no schema.json in {where}; make it with preprocessing/preprocessor.py --dataset_name {name}",
     )

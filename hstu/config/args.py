@@ -147,7 +147,12 @@ class NetworkArgs(Args):
         self.require_range("hidden_dropout", 0, 1)
         self.require_range("input_dropout", 0, 1)
         self.require_range("num_time_buckets", 0, 2**31)
-        for name in ("scaling_seqlen", "item_embedding_dim", "action_embedding_dim", "contextual_embedding_dim"):
+        for name in (
+            "scaling_seqlen",
+            "item_embedding_dim",
+            "action_embedding_dim",
+            "contextual_embedding_dim",
+        ):
             if getattr(self, name) != -1:
                 self.require_positive(name)
         if not self.is_causal:
@@ -254,7 +259,7 @@ class RetrievalArgs(Args):
             raise self.error("eval_metrics", "must name at least one metric")
 
     @property
-    def negatives(self) -> str:
+    def negatives(self) -> Literal["all", "uniform", "in_batch"]:
         """The sampling strategy that applies."""
         if self.loss == "full_softmax":
             return "all"

@@ -127,7 +127,8 @@ def _parse(paths: list[Path], bindings: list[str]) -> dict[str, str]:
     """Parse everything into gin's state; return ``Class.field`` -> where it was set last."""
     locations: dict[str, str] = {}
     gin.config._LOCATION_PREFIXES[:] = ["", str(CONFIG_DIRECTORY), *{str(p.parent) for p in paths}]
-    for source in [*paths, *bindings]:
+    sources: list[Path | str] = [*paths, *bindings]
+    for source in sources:
         try:
             if isinstance(source, Path):
                 gin.parse_config_file(str(source), skip_unknown=False)
@@ -195,7 +196,7 @@ def _build(task: str, values: dict[str, dict[str, Any]], notes: list[str]) -> ar
     if values[other]:
         notes.append(f"{other} is not used by the {task} task")
     built = {_MEMBERS[name]: _construct(name, values[name]) for name in _CLASSES if name != other}
-    return args.Config(**built)
+    return args.Config(**built)  # type: ignore[arg-type]
 
 
 def _construct(name: str, fields: dict[str, Any]) -> Args:

@@ -70,7 +70,9 @@ class Batch(Pipelineable):
         pool = torch.zeros_like(lengths[:1])
         pool[0, 0] = ids.numel()  # any sample may carry them: the collator never makes a batch of none
         sizes = [*self.features.length_per_key(), ids.numel()]
-        features = keyed_features([*names, POOL], torch.cat([self.features.values(), ids]), torch.cat([lengths, pool]), sizes)
+        features = keyed_features(
+            [*names, POOL], torch.cat([self.features.values(), ids]), torch.cat([lengths, pool]), sizes
+        )
         return replace(self, features=features)
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
@@ -87,9 +89,7 @@ class Batch(Pipelineable):
             value.record_stream(stream)
 
     def _tensors(self) -> dict:
-        return {
-            name: value for name, value in vars(self).items() if isinstance(value, (Tensor, KeyedJaggedTensor))
-        }
+        return {name: value for name, value in vars(self).items() if isinstance(value, (Tensor, KeyedJaggedTensor))}
 
     def _map(self, function) -> Batch:  # type: ignore[no-untyped-def]
         return replace(self, **{name: function(value) for name, value in self._tensors().items()})

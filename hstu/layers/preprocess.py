@@ -40,7 +40,11 @@ class Preprocess(nn.Module):
         super().__init__()
         self.item, self.action, self.contexts, self.layout = item, action, contexts, layout
         self.project = nn.ModuleDict(
-            {name: MLP(width, (hidden_size, hidden_size), activation="silu") for name, width in widths.items() if width != hidden_size}
+            {
+                name: MLP(width, (hidden_size, hidden_size), activation="silu")
+                for name, width in widths.items()
+                if width != hidden_size
+            }
         )
         self.positions = positions
 
@@ -100,7 +104,12 @@ class Preprocess(nn.Module):
         return items.index_add(0, rows, actions.to(items.dtype)), item_offsets
 
     def _event_rows(
-        self, offsets: Tensor, num_context: Tensor, item_offsets: Tensor, num_history: Tensor, timestamps: Tensor
+        self,
+        offsets: Tensor,
+        num_context: Tensor,
+        item_offsets: Tensor,
+        num_history: Tensor,
+        timestamps: Tensor,
     ) -> Tensor:
         total = timestamps.shape[0]
         sequence, place = sequence_ids(item_offsets, total), positions_in_sequence(item_offsets, total)

@@ -55,7 +55,7 @@ def log_loss(probabilities: np.ndarray, labels: np.ndarray) -> float:
 
 
 def normalized_entropy(probabilities: np.ndarray, labels: np.ndarray) -> float:
-    """Log loss over that of always predicting the labels' frequencies (He et al., ADKDD 2014); nan if those are pure."""
+    """Log loss over that of predicting the labels' frequencies (He et al., ADKDD 2014); nan if those are pure."""
     frequency = np.bincount(labels, minlength=probabilities.shape[1]) / max(1, labels.size)
     present = frequency[frequency > 0]
     entropy = float(-(present * np.log(present)).sum())
@@ -68,7 +68,12 @@ def accuracy(probabilities: np.ndarray, labels: np.ndarray) -> float:
 
 
 def ranking_scores(
-    names: tuple[str, ...], probabilities: np.ndarray, labels: np.ndarray, users: np.ndarray, *, multiclass: bool
+    names: tuple[str, ...],
+    probabilities: np.ndarray,
+    labels: np.ndarray,
+    users: np.ndarray,
+    *,
+    multiclass: bool,
 ) -> RankingScores:
     """Compute metrics over all events.
 

@@ -41,21 +41,28 @@ class Table:
         return torch.cat(blocks) if blocks else torch.empty(0, self.width)
 
 
-class EmbeddingTables(nn.Module):
-    """Plain tables on one device. ``parallelize`` replaces them by sharded ones with the same forward."""
+class Embeddings(nn.Module):
+    """What every kind of tables offers: ``forward`` maps features to {name: [ids of the feature, width]}."""
 
-    def __init__(self, tables: tuple[Table, ...], *, allocate: bool = True) -> None:
-        """Create the tables; with ``allocate`` false only their descriptions, to be sharded later."""
+    def __init__(self, tables: tuple[Table, ...]) -> None:
         super().__init__()
         self.tables = tables
-        self.weights = nn.ParameterDict()
-        for table in tables if allocate else ():
-            self.weights[table.name] = nn.Parameter(table.initial_rows(0, table.rows))
 
     @property
     def widths(self) -> dict[str, int]:
         """Embedding width of each feature."""
         return {feature: table.width for table in self.tables for feature in table.features}
+
+
+class EmbeddingTables(Embeddings):
+    """Plain tables on one device. ``parallelize`` replaces them by sharded ones with the same forward."""
+
+    def __init__(self, tables: tuple[Table, ...], *, allocate: bool = True) -> None:
+        """Create the tables; with ``allocate`` false only their descriptions, to be sharded later."""
+        super().__init__(tables)
+        self.weights = nn.ParameterDict()
+        for table in tables if allocate else ():
+            self.weights[table.name] = nn.Parameter(table.initial_rows(0, table.rows))
 
     def forward(self, features: KeyedJaggedTensor) -> dict[str, Tensor]:
         """Look up every feature: name -> [ids of the feature, width]."""

@@ -16,7 +16,7 @@ from hstu.layers.mlp import initialize
 from hstu.layers.positions import PositionEncoder
 from hstu.layers.postprocess import Postprocess
 from hstu.layers.preprocess import Preprocess
-from hstu.models.embedding import EmbeddingTables, Table
+from hstu.models.embedding import Embeddings, EmbeddingTables, Table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,8 @@ def model_inputs(config: Config, schema: Schema) -> Inputs:
     network = config.network
     if config.layout != "item" and schema.action is None:
         raise ConfigError(
-            "NetworkArgs.token_layout", f"= {config.layout!r}: data set {schema.name!r} has no actions; use 'item'"
+            "NetworkArgs.token_layout",
+            f"= {config.layout!r}: data set {schema.name!r} has no actions; use 'item'",
         )
     if schema.time is None and (_uses_time_bias(network) or network.num_time_buckets):
         raise ConfigError(
@@ -159,10 +160,12 @@ class Encoder(nn.Module):
     def __init__(self, config: Config, schema: Schema, *, allocate_tables: bool = True) -> None:
         super().__init__()
         network, inputs = config.network, model_inputs(config, schema)
-        self.embeddings: nn.Module = EmbeddingTables(make_tables(config, schema), allocate=allocate_tables)
+        self.embeddings: Embeddings = EmbeddingTables(make_tables(config, schema), allocate=allocate_tables)
         num_positions = network.num_position_buckets or inputs.max_tokens
         if num_positions < inputs.max_tokens:
-            raise network.error("num_position_buckets", f"a sample can have {inputs.max_tokens} tokens; use at least that")
+            raise network.error(
+                "num_position_buckets", f"a sample can have {inputs.max_tokens} tokens; use at least that"
+            )
         dropout = network.hidden_dropout if network.input_dropout is None else network.input_dropout
         self.preprocess = Preprocess(
             network.hidden_size,

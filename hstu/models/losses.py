@@ -38,7 +38,9 @@ def ranking_loss(logits: Tensor, actions: Tensor, *, multiclass: bool) -> LossSu
     if multiclass:
         total = F.cross_entropy(logits.float(), actions, reduction="sum")
     else:
-        total = F.binary_cross_entropy_with_logits(logits.float(), action_bits(actions, logits.shape[-1]), reduction="sum")
+        total = F.binary_cross_entropy_with_logits(
+            logits.float(), action_bits(actions, logits.shape[-1]), reduction="sum"
+        )
     return LossSum(total=total, count=actions.numel())
 
 

@@ -39,7 +39,12 @@ class NegativeSampler:
     def __init__(
         self, strategy: Literal["all", "uniform", "in_batch"], num_items: int, num_negatives: int, seed: int
     ) -> None:
-        self.strategy, self.num_items, self.num_negatives, self.seed = strategy, num_items, num_negatives, seed
+        self.strategy, self.num_items, self.num_negatives, self.seed = (
+            strategy,
+            num_items,
+            num_negatives,
+            seed,
+        )
         #: Joins the label ids of all ranks; ``parallelize`` sets it.
         self.gather: Callable[[Tensor], Tensor] = lambda ids: ids
 

@@ -53,7 +53,9 @@ def check_actions(config: Config, schema: Schema) -> None:
     outputs, classes = args.prediction_head_arch[-1], action.vocab_size or 0
     if args.is_multiclass:
         if action.action_type == "bitmask":
-            raise args.error("num_tasks", f"{schema.name!r} has bit-mask actions; use num_tasks = {outputs}, one per bit")
+            raise args.error(
+                "num_tasks", f"{schema.name!r} has bit-mask actions; use num_tasks = {outputs}, one per bit"
+            )
         if outputs < classes:
             raise args.error("prediction_head_arch", f"{schema.name!r} has {classes} classes of actions; end with that")
     elif classes > 2**outputs:

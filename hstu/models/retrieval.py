@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from hstu.config import Config
@@ -26,7 +25,7 @@ class RetrievalModel(Encoder):
         self.num_items = schema.item.vocab_size or 0
         self.temperature, self.eps = args.temperature, args.l2_norm_eps
         self.normalize_items = self.postprocess.norm == "l2"
-        self.sampler = NegativeSampler(args.negatives, self.num_items, args.num_negatives, config.trainer.seed)  # type: ignore[arg-type]
+        self.sampler = NegativeSampler(args.negatives, self.num_items, args.num_negatives, config.trainer.seed)
         width = self.embeddings.widths[self.item]
         if width != config.network.hidden_size:
             raise config.network.error("item_embedding_dim", "retrieval scores hidden states against items: use -1")
@@ -69,5 +68,3 @@ class RetrievalModel(Encoder):
         sample = batch.sample_ids[sequence_ids(offsets, total)]
         keys = sample * 2**20 + positions_in_sequence(offsets, total)
         return keys[batch.label_mask]
-
-

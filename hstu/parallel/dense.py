@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
 from megatron.core.transformer import TransformerConfig
 from torch import nn
 

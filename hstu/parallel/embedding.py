@@ -13,10 +13,9 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.types import ShardingEnv
-from torchrec.optim.keyed import CombinedOptimizer
 
 from hstu.config import ConfigError, EmbeddingArgs, OptimizerArgs
-from hstu.models.embedding import EmbeddingTables, Table
+from hstu.models.embedding import Embeddings, EmbeddingTables, Table
 from hstu.parallel.fused_adam import adam_on_host
 from hstu.parallel.mesh import Mesh
 
@@ -33,7 +32,7 @@ def sparse_optimizer_name(args: OptimizerArgs) -> str:
     return args.sparse_optimizer_str or ("adam" if args.optimizer_str == "adamw" else args.optimizer_str)
 
 
-class ShardedTables(nn.Module):
+class ShardedTables(Embeddings):
     """Looks up what ``EmbeddingTables`` looks up, over tables spread across all ranks.
 
     Tables of one width form one TorchRec collection. Sharded tables step inside the backward pass, once
@@ -52,27 +51,17 @@ class ShardedTables(nn.Module):
     def __init__(
         self, tables: tuple[Table, ...], embedding: EmbeddingArgs, optimizer: OptimizerArgs, mesh: Mesh
     ) -> None:
-        super().__init__()
-        self.tables = tables
+        super().__init__(tables)
         replicated = tuple(t for t in tables if embedding.of(t.name) == "data_parallel")
         self.replicated = EmbeddingTables(replicated).to(mesh.device)
-        self.collections = nn.ModuleDict()
+        self.collections: dict[str, DistributedModelParallel] = {}
         self._features: dict[str, list[str]] = {}
         for width in sorted({t.width for t in tables if t not in replicated}):
             members = tuple(t for t in tables if t.width == width and t not in replicated)
             self._features[str(width)] = [feature for t in members for feature in t.features]
             self.collections[str(width)] = _shard(members, embedding, optimizer, mesh)
+        self.shards = nn.ModuleDict(self.collections)
         self.fill()
-
-    @property
-    def widths(self) -> dict[str, int]:
-        """Embedding width of each feature."""
-        return {feature: table.width for table in self.tables for feature in table.features}
-
-    @property
-    def fused_optimizer(self) -> CombinedOptimizer:
-        """The optimizers inside the backward passes, keyed by collection."""
-        return CombinedOptimizer([(name, c.fused_optimizer) for name, c in self.collections.items()])
 
     def set_learning_rate(self, value: float) -> None:
         """Set the learning rate of the sharded tables."""
@@ -120,9 +109,7 @@ def _shard(
         )
     collection = EmbeddingCollection(
         tables=[
-            EmbeddingConfig(
-                name=t.name, num_embeddings=t.rows, embedding_dim=t.width, feature_names=list(t.features)
-            )
+            EmbeddingConfig(name=t.name, num_embeddings=t.rows, embedding_dim=t.width, feature_names=list(t.features))
             for t in tables
         ],
         device=torch.device("meta"),

@@ -171,7 +171,9 @@ class Checkpointer:
 
     def _prune(self) -> None:
         keep = {path.name for path in complete_checkpoints(self.directory)[-self.keep_last :]}
-        keep |= {os.readlink(link) for link in (self.directory / "best", self.directory / "latest") if link.is_symlink()}
+        keep |= {
+            os.readlink(link) for link in (self.directory / "best", self.directory / "latest") if link.is_symlink()
+        }
         for path in self.directory.glob("step_*"):
             if path.name not in keep:
                 shutil.rmtree(path, ignore_errors=True)

@@ -103,5 +103,7 @@ def _start_wandb(run: RunDirectory) -> Any:
     try:
         import wandb
     except ImportError:
-        raise ConfigError("TrainerArgs.loggers", "asks for 'wandb': install it with pip install 'hstu[wandb]'") from None
+        raise ConfigError(
+            "TrainerArgs.loggers", "asks for 'wandb': install it with pip install 'hstu[wandb]'"
+        ) from None
     return wandb.init(dir=str(run.path), name=run.path.name, resume="allow")

@@ -63,7 +63,7 @@ class Optimizer:
         return float(norm) if norm is not None else 0.0
 
     def state(self) -> dict[str, Tensor]:
-        """Return the dense optimizer's tensors by parameter: ``<parameter>.<name>``, the same for any number of ranks."""
+        """Return the dense optimizer's tensors as ``<parameter>.<name>``, whatever the number of ranks."""
         names = {parameter: name for name, parameter in self.parallel.dense.ddp.module.named_parameters()}
         self._allocate()
         return {

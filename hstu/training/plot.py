@@ -57,7 +57,10 @@ def sketch_curves(records: Records, metric: str, best_possible: float | None = N
     """Return the training loss and validation ``metric`` over steps, drawn with characters."""
     import plotext
 
-    panels = [("training loss", *_losses(records), None), (f"validation {metric}", *_series(records, metric), best_possible)]
+    panels = [
+        ("training loss", *_losses(records), None),
+        (f"validation {metric}", *_series(records, metric), best_possible),
+    ]
     texts = []
     for title, steps, values, line in panels:
         if len(steps) < 2:

@@ -34,4 +34,8 @@ def profiler(args: TrainerArgs, run: Path, first_step: int, rank: int) -> Abstra
 
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
     active = args.profile_step_end - args.profile_step_start
-    return profile(activities=activities, schedule=schedule(wait=wait, warmup=0, active=active, repeat=1), on_trace_ready=write)
+    return profile(
+        activities=activities,
+        schedule=schedule(wait=wait, warmup=0, active=active, repeat=1),
+        on_trace_ready=write,
+    )

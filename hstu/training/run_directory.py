@@ -38,7 +38,9 @@ class RunDirectory:
             write_atomically(self.path / ".writable", "")
             (self.path / ".writable").unlink()
         except OSError as error:
-            raise ValueError(f"--run-dir = {str(self.path)!r}: cannot be written ({error.strerror}); choose another") from None
+            raise ValueError(
+                f"--run-dir = {str(self.path)!r}: cannot be written ({error.strerror}); choose another"
+            ) from None
 
     def describe(self, loaded: LoadedConfig, environment: dict[str, Any]) -> None:
         """Write ``config.gin`` (as given), ``operative.gin`` (every value that applies) and ``environment.json``."""
@@ -103,5 +105,3 @@ def configure_logging(log_file: Path | None, *, is_main: bool) -> None:
         file = logging.FileHandler(log_file)
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         root.addHandler(file)
-
-

@@ -199,7 +199,13 @@ class Trainer:
         return record if best is None else record | {"best_possible": best}
 
     def _train_record(self, epoch: int, rate: float) -> dict[str, Any]:
-        return {"kind": "train", "step": self.progress.step, "epoch": epoch, "lr": rate, **self.meter.read(self.progress.step)}
+        return {
+            "kind": "train",
+            "step": self.progress.step,
+            "epoch": epoch,
+            "lr": rate,
+            **self.meter.read(self.progress.step),
+        }
 
     def _draw(self, record: dict[str, Any]) -> None:
         records, names = self.run.records(), self.config.eval_metrics
@@ -264,7 +270,9 @@ class Meter:
     def check(self, step: int) -> None:
         """Raise unless the loss since the last line is finite on every rank."""
         if not math.isfinite(float(self.mesh.sum(self.loss.clone()))):
-            raise TrainingError(f"loss is not finite at step {step}: lower OptimizerArgs.learning_rate or set clip_grad")
+            raise TrainingError(
+                f"loss is not finite at step {step}: lower OptimizerArgs.learning_rate or set clip_grad"
+            )
 
     def read(self, step: int) -> dict[str, float]:
         """Return means since the last call, and start again.
@@ -275,7 +283,9 @@ class Meter:
         self.check(step)
         negatives = torch.zeros_like(self.loss) if self.negatives is None else self.negatives
         host = torch.tensor([self.labels, self.sequences, self.tokens], dtype=torch.float64, device=self.loss.device)
-        loss, live, labels, sequences, tokens = self.mesh.sum(torch.cat([torch.stack([self.loss, negatives]), host])).tolist()
+        loss, live, labels, sequences, tokens = self.mesh.sum(
+            torch.cat([torch.stack([self.loss, negatives]), host])
+        ).tolist()
         seconds = max(1e-9, time.perf_counter() - self.since - self.away)
         record = {
             "loss": loss / max(1.0, labels),
