@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -39,9 +40,7 @@ class EncodedDataset:
     vocabularies: dict[str, pa.Array]
 
 
-def write_dataset(
-    dataset: EncodedDataset, directory: str | Path, events_per_part: int = EVENTS_PER_PART
-) -> None:
+def write_dataset(dataset: EncodedDataset, directory: str | Path, events_per_part: int = EVENTS_PER_PART) -> None:
     """Write ``dataset`` into ``directory``, replacing the data set that is there only when complete.
 
     Other files in the directory (raw files, say) stay.
@@ -100,6 +99,16 @@ def _replacing(target: Path) -> Iterator[Path]:
         raise _unwritable(target, error) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def require_writable(directory: str | Path) -> None:
+    """Raise ValueError unless ``directory`` can be created and written, as far as permissions tell."""
+    path = Path(directory).absolute()
+    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    if not existing.is_dir():
+        raise _unwritable(path, NotADirectoryError(0, f"{existing} is a file"))
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise _unwritable(path, PermissionError(0, f"no permission in {existing}"))
 
 
 def _unwritable(target: Path, error: OSError) -> ValueError:

@@ -1,0 +1,1 @@
+"""The preprocessing command and one module per family of data sets."""

@@ -1,0 +1,163 @@
+"""Make a data set: python preprocessing/preprocessor.py --dataset_name NAME [--data_dir ./tmp_data].
+
+NAME is one of synthetic, ml-100k, ml-1m, ml-20m, custom, or all (every one but custom). The data set is
+written to <data_dir>/<name>/. Raw files are looked for in <raw_dir>/<name>/, <raw_dir>/, <data_dir>/<name>/
+and <data_dir>/, and downloaded when they are nowhere. A user's mistake is one line on stderr and exit code 2.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from dataclasses import fields
+from importlib.util import find_spec
+from pathlib import Path
+from typing import get_args
+
+from absl import app, flags
+
+if find_spec("preprocessing") is None:
+    # Run as a file. Last, so that an installed hstu comes first.
+    sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from hstu.cli.flags import underscore_flags
+from hstu.data.interactions import Duplicates, InteractionSpec
+from hstu.data.schema import ActionType, Schema
+from hstu.data.synthetic import Distribution, SyntheticConfig, generate
+from hstu.data.writer import EncodedDataset, require_writable, write_dataset
+from preprocessing.custom import encode_custom
+from preprocessing.movielens import DATASETS, encode_movielens
+
+NAMED = ("synthetic", *DATASETS)
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    """Define the flags of the command; hyphens and underscores both work."""
+    flags.DEFINE_string("dataset_name", None, f"One of {', '.join(NAMED)}, custom, or all (but custom).")
+    flags.DEFINE_string("data_dir", "tmp_data", "Where data sets are written.")
+    flags.DEFINE_string("raw_dir", None, "Where raw files are, besides data_dir; downloads go there too.")
+    flags.DEFINE_bool("check_counts", True, "Check users, items and events against the published numbers.")
+    spec = {field.name: field.default for field in fields(InteractionSpec)}
+    flags.DEFINE_string("name", None, "custom: name of the data set.")
+    flags.DEFINE_string("interactions", None, "custom: file of events, csv, tsv, parquet or `user item` text.")
+    flags.DEFINE_string("users", None, "custom: file of users; its other columns become contexts.")
+    flags.DEFINE_string("user_column", spec["user_column"], "custom: column of user ids, in both files.")
+    flags.DEFINE_string("item_column", spec["item_column"], "custom: column of item ids.")
+    flags.DEFINE_string("time_column", None, "custom: column of times; without it, the order of the rows.")
+    flags.DEFINE_string("action_column", None, "custom: column of actions.")
+    flags.DEFINE_enum("action_type", spec["action_type"], get_args(ActionType), "custom: how to read actions.")
+    flags.DEFINE_enum("duplicates", spec["duplicates"], get_args(Duplicates), "custom: rows that are equal.")
+    flags.DEFINE_integer("min_user_events", 0, "custom: drop users with fewer events; 0 drops none.")
+    flags.DEFINE_integer("min_item_events", 0, "custom: drop items with fewer events; 0 drops none.")
+    for field in fields(SyntheticConfig):
+        text = f"synthetic: {field.name.replace('_', ' ')}, see hstu.data.synthetic."
+        if isinstance(field.default, str):
+            flags.DEFINE_enum(field.name, field.default, get_args(Distribution), text)
+        elif isinstance(field.default, int):
+            flags.DEFINE_integer(field.name, field.default, text)
+        else:
+            flags.DEFINE_float(field.name, field.default, text)
+
+
+def main() -> None:
+    """Run the command."""
+    define_flags()
+    app.run(_guarded, argv=underscore_flags(sys.argv), flags_parser=_parse)
+
+
+def _parse(argv: list[str]) -> list[str]:
+    try:
+        return FLAGS(argv)
+    except flags.Error as error:
+        print(f"error: {error}".splitlines()[0] + " (--help lists the flags)", file=sys.stderr)
+        sys.exit(2)
+
+
+def _guarded(argv: list[str]) -> int:
+    logger = logging.getLogger("hstu")
+    logger.addHandler(logging.StreamHandler(sys.stdout))
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        if len(argv) > 1:
+            raise ValueError(f"argument {argv[1]!r} is no flag; flags start with --")
+        _refuse_foreign_flags()
+        for name in NAMED if FLAGS.dataset_name == "all" else (FLAGS.dataset_name,):
+            _make(name)
+    except ValueError as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _refuse_foreign_flags() -> None:
+    """A flag of another data set would be ignored: say so."""
+    for flag in (FLAGS[name] for name in FLAGS):
+        owner = flag.help.partition(":")[0]
+        if flag.present and owner in ("custom", "synthetic") and FLAGS.dataset_name not in (owner, "all"):
+            raise ValueError(f"--{flag.name} belongs to --dataset_name {owner}, not {FLAGS.dataset_name}")
+
+
+def _make(name: str | None) -> None:
+    require_writable(FLAGS.data_dir)
+    dataset = _encode(name)
+    directory = Path(FLAGS.data_dir) / dataset.schema.name
+    write_dataset(dataset, directory)
+    print(summary(dataset.schema, directory))
+
+
+def _encode(name: str | None) -> EncodedDataset:
+    if name == "synthetic":
+        return generate(SyntheticConfig(**_flags_of(SyntheticConfig)))
+    if name in DATASETS:
+        data_dir, raw_dir = Path(FLAGS.data_dir), Path(FLAGS.raw_dir or FLAGS.data_dir)
+        directories = [raw_dir / name, raw_dir, data_dir / name, data_dir]
+        return encode_movielens(name, directories, raw_dir / name, check_counts=FLAGS.check_counts)
+    if name == "custom":
+        return _encode_custom()
+    given = "is missing" if name is None else f"is {name!r}"
+    raise ValueError(f"--dataset_name {given}; choose one of {', '.join((*NAMED, 'custom', 'all'))}")
+
+
+def _encode_custom() -> EncodedDataset:
+    for flag in ("name", "interactions"):
+        if not FLAGS[flag].value:
+            raise ValueError(f"--dataset_name custom needs --{flag}")
+    if FLAGS.name in NAMED:
+        raise ValueError(f"--name {FLAGS.name} is that of a published data set; choose another")
+    spec = InteractionSpec(**_flags_of(InteractionSpec), file=FLAGS.interactions, users_file=FLAGS.users or "users")
+    return encode_custom(Path(FLAGS.interactions), spec, Path(FLAGS.users) if FLAGS.users else None)
+
+
+def _flags_of(owner: type) -> dict[str, object]:
+    """The flags that are fields of the dataclass ``owner``."""
+    return {field.name: FLAGS[field.name].value for field in fields(owner) if field.name in FLAGS}
+
+
+def summary(schema: Schema, directory: Path) -> str:
+    """A small table of what a data set holds."""
+    counts = schema.counts
+    rows = [
+        ("users", f"{counts['users']:,}"),
+        ("items", f"{counts['items']:,}"),
+        ("events", f"{counts['events']:,}"),
+        (
+            "events per user",
+            f"{counts['seqlen_min']} .. {counts['seqlen_max']}, "
+            f"mean {counts['seqlen_mean']:.1f}, median {counts['seqlen_median']:g}",
+        ),
+    ]
+    if schema.action:
+        rows.append((schema.action.name, f"{schema.action.action_type}, {schema.action.vocab_size} values"))
+    rows += [(feature.name, f"context, {feature.vocab_size} values") for feature in schema.contexts]
+    for split, scores in (schema.best_possible or {}).items():
+        rows.append((f"best {split}", ", ".join(f"{name} {score:.3f}" for name, score in scores.items())))
+    lines = [f"{schema.name}: {directory}"] + [f"  {name:<16} {value}" for name, value in rows]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
