@@ -32,7 +32,13 @@ def define_flags() -> None:
 def main(task: Literal["ranking", "retrieval"]) -> None:
     """Run the entrypoint of ``task``; a user's mistake ends in one line and exit code 2."""
     define_flags()
-    app.run(lambda _: sys.exit(_guarded(task)), argv=underscore_flags(sys.argv))
+    app.define_help_flags()
+    try:  # app.run would also send every library's notices to the terminal
+        FLAGS(underscore_flags(sys.argv))
+    except flags.Error as error:
+        print(f"error: {error} (--help lists the flags)".replace("\n", " "), file=sys.stderr)
+        sys.exit(2)
+    sys.exit(_guarded(task))
 
 
 def _guarded(task: Literal["ranking", "retrieval"]) -> int:
