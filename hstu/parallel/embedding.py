@@ -35,7 +35,7 @@ def sparse_optimizer_name(args: OptimizerArgs) -> str:
 class ShardedTables(Embeddings):
     """Looks up what ``EmbeddingTables`` looks up, over tables spread across all ranks.
 
-    Tables of one width form one TorchRec collection. Sharded tables step inside the backward pass, once
+    Tables of one width (rounded up to 4) form one TorchRec collection. Sharded tables step inside the backward pass, once
     for each lookup; replicated ones are dense weights.
 
     Args:
@@ -56,8 +56,8 @@ class ShardedTables(Embeddings):
         self.replicated = EmbeddingTables(replicated).to(mesh.device)
         self.collections: dict[str, DistributedModelParallel] = {}
         self._features: dict[str, list[str]] = {}
-        for width in sorted({t.width for t in tables if t not in replicated}):
-            members = tuple(t for t in tables if t.width == width and t not in replicated)
+        for width in sorted({_stored_width(t) for t in tables if t not in replicated}):
+            members = tuple(t for t in tables if _stored_width(t) == width and t not in replicated)
             self._features[str(width)] = [feature for t in members for feature in t.features]
             self.collections[str(width)] = _shard(members, embedding, optimizer, mesh)
         self.shards = nn.ModuleDict(self.collections)
@@ -83,7 +83,7 @@ class ShardedTables(Embeddings):
             # TorchRec fixes the order of features by the first batch and would not notice another one.
             wanted = [place[name] for name in self._features[width]]
             chosen = features if wanted == list(range(len(place))) else features.permute(wanted)
-            found |= {name: jagged.values() for name, jagged in collection(chosen).items()}
+            found |= {name: jagged.values()[:, : self.widths[name]] for name, jagged in collection(chosen).items()}
         return found
 
     @torch.no_grad()
@@ -95,7 +95,14 @@ class ShardedTables(Embeddings):
                 table = tables[name.split(".")[-2]]
                 for shard in weight.local_shards():
                     (row, column), (rows, columns) = shard.metadata.shard_offsets, shard.metadata.shard_sizes
-                    shard.tensor.copy_(table.initial_rows(row, row + rows)[:, column : column + columns])
+                    weights = table.initial_rows(row, row + rows)
+                    stored = nn.functional.pad(weights, (0, _stored_width(table) - table.width))
+                    shard.tensor.copy_(stored[:, column : column + columns])
+
+
+def _stored_width(table: Table) -> int:
+    """FBGEMM's kernels want rows of a multiple of 4; the columns beyond the table's own stay zero."""
+    return -(-table.width // 4) * 4
 
 
 def _shard(
@@ -109,7 +116,9 @@ def _shard(
         )
     collection = EmbeddingCollection(
         tables=[
-            EmbeddingConfig(name=t.name, num_embeddings=t.rows, embedding_dim=t.width, feature_names=list(t.features))
+            EmbeddingConfig(
+                name=t.name, num_embeddings=t.rows, embedding_dim=_stored_width(t), feature_names=list(t.features)
+            )
             for t in tables
         ],
         device=torch.device("meta"),
