@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 
 from hstu.data.columns import clean_ids, clean_masks, clean_times, clean_values, require_columns
-from hstu.data.schema import ActionType, Feature, Schema, count_statistics
+from hstu.data.schema import ActionType, Feature, Schema, count_statistics, require_plain_name
 from hstu.data.splits import MIN_EVENTS
 from hstu.data.writer import EncodedDataset, write_dataset
 
@@ -57,6 +57,7 @@ class InteractionSpec:
     users_file: str = "users"
 
     def __post_init__(self) -> None:
+        require_plain_name("data set", self.name)
         for option, choices in (("action_type", get_args(ActionType)), ("duplicates", get_args(Duplicates))):
             if getattr(self, option) not in choices:
                 value = getattr(self, option)
@@ -101,9 +102,7 @@ def preprocess_interactions(
         ValueError: For bad input, naming column, row, value and remedy.
     """
     spec = InteractionSpec(**options)  # type: ignore[arg-type]
-    dataset = encode_interactions(
-        _to_polars(interactions), spec, users=None if users is None else _to_polars(users)
-    )
+    dataset = encode_interactions(_to_polars(interactions), spec, users=None if users is None else _to_polars(users))
     write_dataset(dataset, Path(data_dir) / spec.name)
     return dataset.schema
 
@@ -150,12 +149,8 @@ def encode_interactions(
         source=source or {},
     )
     values = {name: ordered[name].to_numpy() for name in ordered.columns if name != USER}
-    arrow = {
-        name: column.to_arrow(compat_level=pl.CompatLevel.oldest()) for name, column in vocabularies.items()
-    }
-    return EncodedDataset(
-        schema=schema, lengths=lengths, contexts=contexts, events=values, vocabularies=arrow
-    )
+    arrow = {name: column.to_arrow(compat_level=pl.CompatLevel.oldest()) for name, column in vocabularies.items()}
+    return EncodedDataset(schema=schema, lengths=lengths, contexts=contexts, events=values, vocabularies=arrow)
 
 
 def _to_polars(frame: pl.DataFrame | pd.DataFrame) -> pl.DataFrame:

@@ -21,6 +21,12 @@ FORMAT_VERSION = 1
 COUNT_KEYS = ("users", "items", "events", "seqlen_min", "seqlen_max", "seqlen_mean", "seqlen_median")
 
 
+def require_plain_name(kind: str, name: str) -> None:
+    """Raise ValueError unless ``name`` can name a file, wherever it is used."""
+    if not isinstance(name, str) or not re.fullmatch(r"\w[\w.\- ]*", name):
+        raise ValueError(f"{kind} name {name!r}: use letters, digits and '_', after the first also '-', '.' and blanks")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Feature:
     """One column of the data set.
@@ -36,11 +42,7 @@ class Feature:
     action_type: ActionType | None = None
 
     def __post_init__(self) -> None:
-        # The name is also a file name in the vocabulary directory.
-        if not isinstance(self.name, str) or not re.fullmatch(r"\w[\w.\- ]*", self.name):
-            raise ValueError(
-                f"feature name {self.name!r}: use letters, digits, '_', and after the first '-', '.', blanks"
-            )
+        require_plain_name("feature", self.name)
         if self.role not in get_args(Role):
             choices = ", ".join(get_args(Role))
             raise ValueError(f"feature {self.name!r}: role {self.role!r} is none of {choices}")
@@ -54,9 +56,7 @@ class Feature:
             choices = " or ".join(get_args(ActionType))
             raise ValueError(f"feature {self.name!r}: action_type {self.action_type!r} is not {choices}")
         if self.action_type == "bitmask" and self.vocab_size & (self.vocab_size - 1):  # type: ignore[operator]
-            raise ValueError(
-                f"feature {self.name!r}: vocab_size {self.vocab_size} of a bitmask is not a power of two"
-            )
+            raise ValueError(f"feature {self.name!r}: vocab_size {self.vocab_size} of a bitmask is not a power of two")
 
     def _check_vocab_size(self) -> None:
         size = self.vocab_size
@@ -87,6 +87,7 @@ class Schema:
     best_possible: dict[str, dict[str, float]] | None = None
 
     def __post_init__(self) -> None:
+        require_plain_name("data set", self.name)
         names = [feature.name for feature in self.features]
         if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"data set {self.name!r}: feature {repeated[0]!r} appears twice; rename one")

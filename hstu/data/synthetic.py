@@ -179,9 +179,7 @@ class _Drawn:
     ranks: np.ndarray  # [B, 2]: valid, test
 
 
-def _draw_items(
-    model: PlantedModel, types: np.ndarray, lengths: np.ndarray, rng: np.random.Generator
-) -> _Drawn:
+def _draw_items(model: PlantedModel, types: np.ndarray, lengths: np.ndarray, rng: np.random.Generator) -> _Drawn:
     """Draw the items of a block of users, one step of all of them at a time."""
     steps, num_items = int(lengths.max()), len(model.cluster)
     items = np.full((len(types), steps), _NONE, dtype=np.int64)
@@ -297,6 +295,6 @@ def _draw_times(lengths: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def write_synthetic(config: SyntheticConfig, directory: str | Path) -> Schema:
     """Draw a planted data set and write it into ``directory``; returns its schema."""
     directory = Path(directory)
-    dataset = generate(config, name=directory.name)
+    dataset = generate(config, name=directory.resolve().name)
     write_dataset(dataset, directory)
     return dataset.schema

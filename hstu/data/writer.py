@@ -127,9 +127,9 @@ def _swap(target: Path, new: Path, old: Path) -> None:
             (new / entry).rename(target / entry)
     except BaseException:
         for entry in ENTRIES:
+            if not (new / entry).exists():
+                (target / entry).rename(new / entry)
             if (old / entry).exists():
-                if (target / entry).exists():
-                    (target / entry).rename(new / entry)
                 (old / entry).rename(target / entry)
         if created:
             with suppress(OSError):

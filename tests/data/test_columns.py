@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import logging
+from datetime import date, datetime, timedelta, timezone
+
+import polars as pl
+import pytest
+
+from hstu.data.columns import clean_ids, clean_masks, clean_times, clean_values
+
+NOON = 1_717_157_400  # 2024-05-31T12:10:00Z
+
+
+def column(values: list, dtype: pl.DataType | None = None) -> pl.Series:
+    return pl.Series("c", values, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (["7", "12"], [7, 12]),
+        (["007", "7"], ["007", "7"]),
+        (["7", "a"], ["7", "a"]),
+        ([str(2**62), "-1"], [2**62, -1]),
+        ([2**62], [2**62]),
+        ([1.0, 2.0**53], [1, 2**53]),
+    ],
+)
+def test_ids_are_integers_where_nothing_is_lost(values: list, expected: list) -> None:
+    assert clean_ids(column(values), "f").to_list() == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (["a", None], "row 2: value None is missing"),
+        (["a", "b", " "], "row 3: value ' ' is empty"),
+        ([1.0, 2.5], "row 2: value 2.5 is no exact whole number"),
+        ([2.0**54], "row 1: value 1.8.*e.16 is no exact whole number"),
+        ([1.0, float("inf")], "row 2: value inf is not finite"),
+        ([True], "is Boolean; ids are integers or strings"),
+    ],
+)
+def test_wrong_ids_are_refused(values: list, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^f: column 'c'.*{message}"):
+        clean_ids(column(values), "f")
+
+
+def test_integers_beyond_64_bits_are_refused() -> None:
+    with pytest.raises(ValueError, match=f"value {2**63} is too large"):
+        clean_ids(column([2**63], pl.UInt64()), "f")
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (["3", "1"], [3, 1]),
+        (["0.5", "3"], [0.5, 3.0]),
+        (["click", "3"], ["click", "3"]),
+        ([True, False], [True, False]),
+        ([date(2024, 5, 31)], ["2024-05-31"]),
+    ],
+)
+def test_values(values: list, expected: list) -> None:
+    assert clean_values(column(values), "f").to_list() == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [([1.0, float("nan")], "row 2: value nan is not finite"), (["1", "nan"], "row 2"), (["a", None], "row 2")],
+)
+def test_wrong_values_are_refused(values: list, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        clean_values(column(values), "f")
+
+
+@pytest.mark.parametrize("values", [[0, -1], [0, 1.5], ["0", "like"], [0, 2**20]])
+def test_wrong_masks_are_refused(values: list) -> None:
+    with pytest.raises(ValueError, match="is no bit mask.*--action_type categorical"):
+        clean_masks(pl.Series("c", values, strict=False), "f")
+
+
+@pytest.mark.parametrize(
+    ("values", "unit"),
+    [
+        ([NOON], None),
+        ([NOON * 10**3 + 999], "milliseconds"),
+        ([NOON * 10**6], "microseconds"),
+        ([NOON * 10**9], "nanoseconds"),
+        ([float(NOON) + 0.7], None),
+        ([float(NOON * 1000)], "milliseconds"),
+        ([str(NOON)], None),
+        ([f"{NOON}.5"], None),
+        (["2024-05-31T12:10:00Z"], None),
+        (["2024-05-31 12:10:00.75"], None),
+        (["2024-05-31T14:10:00+02:00"], None),
+        (["2024-05-31T12:10"], None),
+        ([datetime(2024, 5, 31, 12, 10)], None),
+        ([datetime(2024, 5, 31, 14, 10, tzinfo=timezone(timedelta(hours=2)))], None),
+    ],
+)
+def test_times_are_seconds(values: list, unit: str | None, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        assert clean_times(column(values), "f")[1].to_list() == [NOON]
+    assert [record.getMessage() for record in caplog.records] == (
+        [f"f: column 'c' is taken as {unit}, judged by its size"] if unit else []
+    )
+
+
+def test_times_before_1970_round_down() -> None:
+    assert clean_times(column([-1.5]), "f")[1].to_list() == [-2]
+    assert clean_times(column(["1969-12-31T23:59:58.5"]), "f")[1].to_list() == [-2]
+    assert clean_times(column([date(1970, 1, 2)]), "f")[1].to_list() == [86_400]
+
+
+def test_dates_beyond_2262_do_not_wrap() -> None:
+    assert clean_times(column(["9999-12-31"]), "f")[1].to_list() == [253_402_214_400]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (["2024-05-31", "yesterday"], "row 2: value 'yesterday' is no time"),
+        (["17", "18", "yesterday"], "row 3: value 'yesterday' is no time"),
+        (["2024-05-31", "2024-02-30"], "row 2: value '2024-02-30' is no time"),
+        ([1.0, float("nan")], "row 2: value nan is not finite"),
+        (["1.5", "2", "inf"], "row 3: value inf is not finite"),
+        ([1, None], "row 2: value None is missing"),
+        ([True], "is Boolean; times are"),
+    ],
+)
+def test_wrong_times_are_refused(values: list, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        clean_times(column(values), "f")

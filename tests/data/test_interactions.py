@@ -1,0 +1,247 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import polars as pl
+import pytest
+
+from hstu.data import EncodedDataset, SequenceDataset
+from hstu.data.interactions import InteractionSpec, encode_interactions, preprocess_interactions
+
+SPEC = {"name": "log", "time_column": "t", "action_column": "a"}
+
+
+def log(num_users: int = 30, num_items: int = 25, events: int = 600, seed: int = 0) -> pl.DataFrame:
+    rng = np.random.default_rng(seed)
+    return pl.DataFrame(
+        {
+            "user_id": rng.integers(0, num_users, events) * 7,
+            "item_id": rng.integers(0, num_items, events) * 3,
+            "t": rng.integers(0, 40, events),  # many ties
+            "a": rng.integers(1, 6, events),
+            "line": np.arange(events),
+        }
+    )
+
+
+def encode(frame: pl.DataFrame, users: pl.DataFrame | None = None, **options) -> EncodedDataset:
+    return encode_interactions(frame, InteractionSpec(**SPEC | options), users=users)
+
+
+def sequences(dataset: EncodedDataset, name: str) -> list[np.ndarray]:
+    return np.split(dataset.events[name], np.cumsum(dataset.lengths)[:-1])
+
+
+def originals(dataset: EncodedDataset, name: str) -> np.ndarray:
+    return np.array(dataset.vocabularies[name].to_pylist())
+
+
+def by_hand(frame: pl.DataFrame, column: str) -> list[list]:
+    """A user's values in time order, ties by row: with Python's stable sort."""
+    rows = sorted(frame.iter_rows(named=True), key=lambda row: (row["user_id"], row["t"]))
+    users = sorted({row["user_id"] for row in rows})
+    return [[row[column] for row in rows if row["user_id"] == user] for user in users]
+
+
+def test_events_are_in_time_order_and_ties_in_row_order() -> None:
+    frame = log()
+    dataset = encode(frame)
+    for name, column in (("item_id", "item_id"), ("action", "a")):
+        decoded = [originals(dataset, name)[ids].tolist() for ids in sequences(dataset, name)]
+        assert decoded == by_hand(frame, column)
+    assert [times.tolist() for times in sequences(dataset, "timestamp")] == by_hand(frame, "t")
+
+
+@pytest.mark.parametrize("scale", [1, 2**53])
+def test_order_does_not_depend_on_how_it_is_sorted(scale: int) -> None:
+    # Times so far apart that user and time do not fit into one sort key, and floats, take another way.
+    frame = log()
+    expected = encode(frame).events["item_id"]
+    for times in (pl.col("t") * scale, pl.col("t").cast(pl.Float64)):
+        np.testing.assert_array_equal(encode(frame.with_columns(times.alias("t"))).events["item_id"], expected)
+
+
+def test_fractions_of_a_second_count_in_the_order() -> None:
+    frame = pl.DataFrame({"user_id": [1, 1, 1], "item_id": [10, 20, 30], "t": [5.9, 5.1, 5.5], "a": [0, 0, 0]})
+    dataset = encode(frame)
+    assert dataset.events["item_id"].tolist() == [1, 2, 0]
+    assert dataset.events["timestamp"].tolist() == [5, 5, 5]
+
+
+def test_without_times_the_order_is_that_of_the_rows() -> None:
+    frame = log()
+    dataset = encode(frame, time_column=None)
+    expected = frame.sort("user_id", "line")["item_id"].to_list()
+    assert originals(dataset, "item_id")[dataset.events["item_id"]].tolist() == expected
+    assert dataset.schema.time is None and "timestamp" not in dataset.events
+
+
+@pytest.mark.parametrize("shift", [2**24, 2**40, 2**62 - 600])
+def test_large_ids_stay_apart(shift: int, tmp_path: Path) -> None:
+    # Neighbours that a 32-bit (2**24, 2**40) or 64-bit (2**62) float would merge.
+    frame = log(events=900).with_columns(pl.col("item_id") + shift, pl.col("user_id") + shift)
+    preprocess_interactions(frame, data_dir=tmp_path, **SPEC)
+    dataset = SequenceDataset.open(tmp_path / "log")
+    assert dataset.vocabulary("item_id").tolist() == sorted(set(frame["item_id"]))
+    assert dataset.vocabulary("user_id").tolist() == sorted(set(frame["user_id"]))
+    batch = dataset.gather(np.arange(30), np.zeros(30), dataset.lengths)
+    decoded = dataset.vocabulary("item_id")[batch.items]
+    assert decoded.tolist() == sum(by_hand(frame, "item_id"), [])
+
+
+def test_categorical_actions_are_ranks_and_masks_are_themselves() -> None:
+    frame = log().with_columns(a=pl.col("a") / 2)
+    dataset = encode(frame)
+    assert dataset.schema.action.vocab_size == 5
+    assert originals(dataset, "action").tolist() == [0.5, 1.0, 1.5, 2.0, 2.5]
+    masks = encode(log().with_columns(a=pl.col("a") * 2), action_type="bitmask")
+    assert masks.schema.action.vocab_size == 16  # the largest is 10: four bits
+    assert set(masks.events["action"]) == {2, 4, 6, 8, 10} and "action" not in masks.vocabularies
+    zeros = encode(log().with_columns(a=0), action_type="bitmask")
+    assert zeros.schema.action.vocab_size == 2
+
+
+def test_pandas_polars_and_text_give_the_same_data_set() -> None:
+    frame = log()
+    expected = encode(frame)
+    text = frame.with_columns(pl.all().cast(pl.String))
+    for other in (pl.from_pandas(pd.DataFrame(frame.to_dicts())), text):
+        found = encode(other)
+        assert found.schema == expected.schema
+        for name in expected.events:
+            np.testing.assert_array_equal(found.events[name], expected.events[name])
+
+
+def test_pandas_is_taken_as_it_is(tmp_path: Path) -> None:
+    schema = preprocess_interactions(pd.DataFrame(log().to_dicts()), data_dir=tmp_path, **SPEC)
+    assert SequenceDataset.open(tmp_path / "log").schema == schema
+
+
+def test_every_column_of_the_users_becomes_a_context() -> None:
+    frame = log()
+    users = pl.DataFrame(
+        {
+            "city": [f"c{k % 4}" for k in range(40)],
+            "user_id": [str(7 * k) for k in range(39, -1, -1)],  # other order, other type, ten too many
+            "age": np.arange(40) % 3 + 20,
+        }
+    )
+    dataset = encode(frame, users)
+    assert [feature.name for feature in dataset.schema.contexts] == ["city", "age"]
+    expected = dict(zip(users["user_id"], users["city"], strict=True))
+    cities = originals(dataset, "city")[dataset.contexts["city"]]
+    assert cities.tolist() == [expected[str(user)] for user in originals(dataset, "user_id")]
+    assert originals(dataset, "age").tolist() == [20, 21, 22]
+
+
+def k_core(rows: list[tuple], least_user: int, least_item: int) -> list[tuple]:
+    """Drop one user or item after the other until every one has enough events."""
+    while True:
+        users, items = [row[0] for row in rows], [row[1] for row in rows]
+        for row in rows:
+            if users.count(row[0]) < least_user:
+                rows = [other for other in rows if other[0] != row[0]]
+                break
+            if items.count(row[1]) < least_item:
+                rows = [other for other in rows if other[1] != row[1]]
+                break
+        else:
+            return rows
+
+
+def test_filters_repeat_until_stable() -> None:
+    frame = log(num_users=40, num_items=40, events=290, seed=3)
+    expected = k_core(list(frame.iter_rows()), 5, 5)
+    once = frame.filter((pl.len().over("user_id") >= 5) & (pl.len().over("item_id") >= 5))
+    assert 0 < len(expected) < once.height < frame.height  # one pass would not do
+    dataset = encode(frame, min_user_events=5, min_item_events=5)
+    assert dataset.schema.counts["events"] == len(expected)
+    assert originals(dataset, "user_id").tolist() == sorted({row[0] for row in expected})
+    assert originals(dataset, "item_id").tolist() == sorted({row[1] for row in expected})
+
+
+def test_duplicates() -> None:
+    frame = log().drop("line")
+    frame = frame.unique(maintain_order=True)
+    twice = pl.concat([frame, frame[5:8]])
+    with pytest.raises(
+        ValueError, match=rf"3 rows repeat .* is row {frame.height + 1} .*--duplicates drop or --duplicates keep"
+    ):
+        encode(twice)
+    assert encode(twice, duplicates="drop").schema == encode(frame).schema
+    assert encode(twice, duplicates="keep").schema.counts["events"] == frame.height + 3
+    # Rows that differ in a column without a role are no duplicates.
+    assert encode(twice.with_row_index("n")).schema.counts["events"] == frame.height + 3
+
+
+def short_users(frame: pl.DataFrame) -> pl.DataFrame:
+    rare = {"user_id": [901, 902, 902], "item_id": [0, 0, 3], "t": [1, 1, 1], "a": [1, 1, 1], "line": [-1, -2, -3]}
+    return pl.concat([frame, pl.DataFrame(rare)])
+
+
+def test_users_with_too_few_events_are_named_and_can_be_dropped() -> None:
+    frame = short_users(log())
+    with pytest.raises(ValueError, match=r"log.csv: 2 of 32 users have fewer than 3 .*901 with 1.*--min_user_events 3"):
+        encode(frame, file="log.csv")
+    assert encode(frame, min_user_events=3).schema == encode(log()).schema
+
+
+def with_null(name: str) -> pl.DataFrame:
+    return log().with_columns(pl.when(pl.col("line") == 16).then(None).otherwise(pl.col(name)).alias(name))
+
+
+@pytest.mark.parametrize(
+    ("frame", "options", "message"),
+    [
+        (log(), {"item_column": "sku"}, "column 'sku' is missing; present: user_id, item_id, t, a, line"),
+        (log().clear(), {}, "has no rows"),
+        (with_null("item_id"), {}, "column 'item_id', row 17: value None is missing"),
+        (with_null("t"), {}, "column 't', row 17: value None is missing"),
+        (with_null("a"), {}, "column 'a', row 17: value None is missing"),
+        (log(), {"min_user_events": 1000}, "no event passes --min_user_events 1000"),
+    ],
+)
+def test_wrong_tables_are_refused(frame: pl.DataFrame, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^log.csv: .*{message}") as error:
+        encode(frame, file="log.csv", **options)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"action_type": "stars"}, "action_type is 'stars', must be one of categorical, bitmask"),
+        ({"duplicates": "maybe"}, "duplicates is 'maybe'"),
+        ({"min_user_events": -1}, "min_user_events is -1"),
+        ({"item_column": "user_id"}, "'user_id' is named for two roles"),
+        ({"name": "a/b"}, "'a/b'"),
+    ],
+)
+def test_wrong_options_are_refused(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        encode(log(), **options)
+
+
+def users_table() -> pl.DataFrame:
+    return pl.DataFrame({"user_id": np.arange(30) * 7, "city": ["x"] * 30})
+
+
+@pytest.mark.parametrize(
+    ("users", "message"),
+    [
+        (users_table().rename({"user_id": "id"}), "column 'user_id' is missing; present: id, city"),
+        (users_table()[:-2], "2 of 30 users of log.csv are missing .for example 196"),
+        (pl.concat([users_table(), users_table()[3:4]]), "row 31: user 21 appears twice"),
+        (users_table().with_columns(city=None), "column 'city', row 1: value None is missing"),
+    ],
+)
+def test_wrong_users_are_refused(users: pl.DataFrame, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^users.csv: .*{message}"):
+        encode(log(), users, file="log.csv", users_file="users.csv")
+
+
+def test_a_context_named_like_another_feature_is_refused() -> None:
+    with pytest.raises(ValueError, match="'item_id' appears twice; rename one"):
+        encode(log(), users_table().rename({"city": "item_id"}))

@@ -1,0 +1,207 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from hstu.data import EncodedDataset, Feature, Schema, SequenceDataset, write_dataset
+from hstu.data.schema import count_statistics
+
+# Ids that a 32-bit float, and a 32-bit integer, would change.
+BIG = (2**24 + 1, 2**40 + 3)
+
+
+def encode(num_users: int = 40, seed: int = 0) -> EncodedDataset:
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(3, 12, num_users)
+    items = rng.integers(0, 50, lengths.sum())
+    items[:2] = BIG
+    times = np.concatenate([np.sort(rng.integers(0, 20, length)) for length in lengths])
+    features = (
+        Feature(name="user_id", role="user", vocab_size=num_users),
+        Feature(name="segment", role="context", vocab_size=4),
+        Feature(name="item_id", role="item", vocab_size=2**41),
+        Feature(name="action", role="action", vocab_size=5, action_type="categorical"),
+        Feature(name="timestamp", role="time"),
+    )
+    schema = Schema(name="tiny", features=features, counts=count_statistics(lengths, 2**41))
+    return EncodedDataset(
+        schema=schema,
+        lengths=lengths,
+        contexts={"segment": rng.integers(0, 4, num_users)},
+        events={"item_id": items, "action": rng.integers(0, 5, len(items)), "timestamp": times},
+        vocabularies={"segment": pa.array(["a", "b", "c", "d"])},
+    )
+
+
+@pytest.fixture
+def encoded() -> EncodedDataset:
+    return encode()
+
+
+@pytest.fixture
+def path(encoded: EncodedDataset, tmp_path: Path) -> Path:
+    write_dataset(encoded, tmp_path / "tiny", events_per_part=100)
+    return tmp_path / "tiny"
+
+
+def per_user(encoded: EncodedDataset, name: str) -> list[np.ndarray]:
+    return np.split(encoded.events[name], np.cumsum(encoded.lengths)[:-1])
+
+
+def test_windows_equal_those_of_a_loop(encoded: EncodedDataset, path: Path) -> None:
+    dataset = SequenceDataset.open(path)
+    assert len(list((path / "data").iterdir())) > 1  # read over several files
+    np.testing.assert_array_equal(dataset.lengths, encoded.lengths)
+    rng = np.random.default_rng(1)
+    users = rng.integers(0, dataset.num_users, 200)
+    stop = rng.integers(0, dataset.lengths[users] + 1)
+    start = rng.integers(0, stop + 1)
+    batch = dataset.gather(users, start, stop)
+    np.testing.assert_array_equal(batch.users, users)
+    np.testing.assert_array_equal(batch.lengths, stop - start)
+    np.testing.assert_array_equal(batch.contexts["segment"], encoded.contexts["segment"][users])
+    for column, name in ((batch.items, "item_id"), (batch.actions, "action"), (batch.times, "timestamp")):
+        sequences = per_user(encoded, name)
+        expected = [sequences[u][a:b] for u, a, b in zip(users, start, stop, strict=True)]
+        np.testing.assert_array_equal(column, np.concatenate(expected))
+        assert column.dtype == np.int64
+
+
+def test_large_ids_are_exact(path: Path) -> None:
+    batch = SequenceDataset.open(path).gather(np.array([0]), np.array([0]), np.array([2]))
+    assert tuple(batch.items) == BIG
+
+
+def test_empty_selection(path: Path) -> None:
+    none = np.zeros(0, np.int64)
+    batch = SequenceDataset.open(path).gather(none, none, none)
+    assert len(batch.items) == len(batch.lengths) == len(batch.contexts["segment"]) == 0
+
+
+def test_data_set_without_actions_and_times(tmp_path: Path, encoded: EncodedDataset) -> None:
+    schema = Schema(
+        name="bare",
+        features=(encoded.schema.user, encoded.schema.item),
+        counts=encoded.schema.counts,
+    )
+    bare = EncodedDataset(
+        schema=schema,
+        lengths=encoded.lengths,
+        contexts={},
+        events={"item_id": encoded.events["item_id"]},
+        vocabularies={},
+    )
+    write_dataset(bare, tmp_path / "bare")
+    batch = SequenceDataset.open(tmp_path / "bare").gather(np.array([1]), np.array([0]), np.array([3]))
+    assert batch.actions is None and batch.times is None and batch.contexts == {}
+    np.testing.assert_array_equal(batch.items, per_user(encoded, "item_id")[1][:3])
+
+
+@pytest.mark.parametrize(
+    ("users", "start", "stop"),
+    [([40], [0], [1]), ([-1], [0], [1]), ([0], [-1], [1]), ([0], [2], [1]), ([0], [0], [99])],
+)
+def test_windows_out_of_range_are_refused(path: Path, users: list, start: list, stop: list) -> None:
+    with pytest.raises(ValueError, match=r"out of range|lies outside"):
+        SequenceDataset.open(path).gather(np.array(users), np.array(start), np.array(stop))
+
+
+def test_vocabulary_is_in_the_order_of_the_ids(path: Path) -> None:
+    assert list(SequenceDataset.open(path).vocabulary("segment")) == ["a", "b", "c", "d"]
+    with pytest.raises(ValueError, match="no vocabulary of 'timestamp'; there are: segment"):
+        SequenceDataset.open(path).vocabulary("timestamp")
+
+
+def edit(path: Path, change) -> None:
+    """Rewrite the second file after ``change`` of its columns (name -> list of values per row)."""
+    file = path / "data" / "part-00001.parquet"
+    columns = pq.read_table(file).to_pydict()
+    columns = change(columns) or columns
+    pq.write_table(pa.table(columns), file)
+
+
+def drop_action(columns: dict) -> dict:
+    return {name: values for name, values in columns.items() if name != "action"}
+
+
+def shorten_action(columns: dict) -> None:
+    columns["action"][4].pop()
+
+
+def high_item(columns: dict) -> None:
+    columns["item_id"][3][1] = 2**41
+
+
+def negative_context(columns: dict) -> None:
+    columns["segment"][2] = -1
+
+
+def falling_time(columns: dict) -> None:
+    columns["timestamp"][5][1] = columns["timestamp"][5][0] - 1
+
+
+def repeated_user(columns: dict) -> None:
+    columns["user_id"][1] = columns["user_id"][0]
+
+
+def null_user(columns: dict) -> None:
+    columns["user_id"][1] = None
+
+
+def null_list(columns: dict) -> None:
+    columns["item_id"][1] = None
+
+
+def null_value(columns: dict) -> None:
+    columns["item_id"][1][0] = None
+
+
+def float_items(columns: dict) -> None:
+    columns["item_id"] = [[float(value) for value in values] for values in columns["item_id"]]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (drop_action, "column 'action' is missing; present: user_id, segment, item_id, timestamp"),
+        (shorten_action, "column 'action', row 4: .* they must be equal"),
+        (high_item, f"column 'item_id', row 3: value {2**41} is outside"),
+        (negative_context, r"column 'segment', row 2: value -1 is outside \[0, 4\)"),
+        (falling_time, "column 'timestamp', row 5: value -?[0-9]+ is before the event in front of it"),
+        (repeated_user, "column 'user_id', row 1"),
+        (null_user, "column 'user_id', row 1: null"),
+        (null_list, "column 'item_id', row 1: null"),
+        (null_value, "column 'item_id' has null"),
+        (float_items, "column 'item_id' is list<.*double>, expected list<int64>"),
+    ],
+)
+def test_files_that_contradict_the_schema_are_refused(path: Path, change, message: str) -> None:
+    edit(path, change)
+    with pytest.raises(ValueError, match=message) as error:
+        SequenceDataset.open(path)
+    assert "part-00001.parquet" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_times_may_fall_between_users(path: Path, encoded: EncodedDataset) -> None:
+    first = [times[0] for times in per_user(encoded, "timestamp")]
+    last = [times[-1] for times in per_user(encoded, "timestamp")]
+    assert any(b < a for a, b in zip(last, first[1:], strict=False))
+    SequenceDataset.open(path)
+
+
+def test_missing_and_broken_files_are_refused(path: Path) -> None:
+    files = sorted((path / "data").iterdir())
+    files[-1].unlink()
+    with pytest.raises(ValueError, match="the schema counts 40"):
+        SequenceDataset.open(path)
+    files[0].write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match="part-00000.parquet: not readable as parquet"):
+        SequenceDataset.open(path)
+    for file in files[:-1]:
+        file.unlink()
+    with pytest.raises(ValueError, match="no parquet files"):
+        SequenceDataset.open(path)
