@@ -1,20 +1,21 @@
-"""Gin files and bindings to a checked ``Config``: the only place that imports gin."""
+"""Gin files and bindings to a checked ``Config``."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import gin
-from gin import config_parser
-
 from hstu.config import args
 from hstu.config.base import Args, ConfigError
+from hstu.config.parse import Binding, read_bindings
 
-CONFIG_DIRECTORY = Path(__file__).resolve().parents[2] / "configs"
+# In a clone configs/ stands beside the package; a wheel puts it under the environment's data directory.
+_BESIDE = Path(__file__).resolve().parents[2] / "configs"
+CONFIG_DIRECTORY = _BESIDE if _BESIDE.is_dir() else Path(sysconfig.get_path("data")) / "share" / "hstu" / "configs"
 
 _CLASSES: dict[str, type[Args]] = {
     "TrainerArgs": args.TrainerArgs,
@@ -50,16 +51,6 @@ _IGNORED = {
     "NetworkArgs.disable_contextual_mask": "set NetworkArgs.context_attention instead",
 }
 _REPLACED_VALUES = {("NetworkArgs.kernel_backend", "cutlass"): "auto"}
-
-
-def _register(name: str) -> Any:
-    def collect(**fields: Any) -> dict[str, Any]:
-        return fields
-
-    return gin.external_configurable(collect, name=name, module="hstu")
-
-
-_COLLECT = {name: _register(name) for name in _CLASSES}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,93 +96,48 @@ def load_config(
     Raises:
         ConfigError: in one line that names the field, its value, what is accepted, and where it was set.
     """
-    gin.clear_config()
-    locations = _parse([find_config(f) for f in files], list(bindings))
+    bound = read_bindings([find_config(f) for f in files], bindings, tuple(_CLASSES), CONFIG_DIRECTORY)
+    given = _given(bound)
+    notes: list[str] = []
+    bound = _apply_reference_names(bound, notes)
     try:
-        given = gin.config_str()
-        values = {name: collect() for name, collect in _COLLECT.items()}
-    except Exception as error:
-        raise ConfigError("gin", f": {_first_line(error)}") from error
-    finally:
-        gin.clear_config()
-    try:
-        notes = _apply_reference_names(values, locations)
-        config = _build(task, values, notes)
+        config = _build(task, bound, notes)
     except ConfigError as error:
-        where = locations.get(error.field)
-        raise ConfigError(str(error), f"(set in {where})") from None if where else error
+        if error.field not in bound:
+            raise
+        raise ConfigError(error.field, f"{error.message} (set in {bound[error.field].where})") from None
     return LoadedConfig(config=config, given=given, operative=_operative(config), notes=tuple(notes))
 
 
-def _parse(paths: list[Path], bindings: list[str]) -> dict[str, str]:
-    """Parse everything into gin's state; return ``Class.field`` -> where it was set last."""
-    locations: dict[str, str] = {}
-    gin.config._LOCATION_PREFIXES[:] = ["", str(CONFIG_DIRECTORY), *{str(p.parent) for p in paths}]
-    sources: list[Path | str] = [*paths, *bindings]
-    for source in sources:
-        try:
-            if isinstance(source, Path):
-                gin.parse_config_file(str(source), skip_unknown=False)
-            else:
-                gin.parse_config(source)
-            locations.update(_locations(source))
-        except Exception as error:
-            where = source if isinstance(source, Path) else f"--gin-bindings {source!r}"
-            raise ConfigError(str(where), f": {_explain(error)}") from None
-    return locations
+def _given(bound: dict[str, Binding]) -> str:
+    groups = [[f"{key} = {b.value!r}" for key, b in bound.items() if key.split(".")[0] == name] for name in _CLASSES]
+    return "\n\n".join("\n".join(lines) for lines in groups if lines) + "\n"
 
 
-def _locations(source: Path | str) -> dict[str, str]:
-    text = source.read_text() if isinstance(source, Path) else source
-    found: dict[str, str] = {}
-    for statement in config_parser.ConfigParser(text, gin.config.ParserDelegate()):
-        if isinstance(statement, config_parser.BindingStatement) and statement.arg_name:
-            where = f"{source}:{statement.location.line_num}" if isinstance(source, Path) else "--gin-bindings"
-            found[f"{statement.selector.split('.')[-1]}.{statement.arg_name}"] = where
-        elif isinstance(statement, config_parser.IncludeStatement) and isinstance(source, Path):
-            for folder in (Path(), CONFIG_DIRECTORY, source.parent):
-                if (folder / statement.filename).is_file():
-                    found |= _locations(folder / statement.filename)
-                    break
-    return found
+def _apply_reference_names(bound: dict[str, Binding], notes: list[str]) -> dict[str, Binding]:
+    """Translate the reference system's options, adding a line to ``notes`` for each."""
+    result: dict[str, Binding] = {}
+    for key, binding in bound.items():
+        value, owner = binding.value, key.split(".")[0]
+        if key in _IGNORED:
+            notes.append(f"{key} = {value!r} has no effect here: {_IGNORED[key]}")
+            continue
+        if key in _RENAMED:
+            notes.append(f"{key} is read as {owner}.{_RENAMED[key]}")
+            key = f"{owner}.{_RENAMED[key]}"
+        elif isinstance(value, str) and (key, value) in _REPLACED_VALUES:
+            binding = Binding(_REPLACED_VALUES[key, value], binding.where)
+            notes.append(f"{key} = {value!r} is not available; {binding.value!r} is used")
+        result.pop(key, None)  # of an old and a new name, the one that was set last wins
+        result[key] = binding
+    return result
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0].strip()
-
-
-def _explain(error: BaseException) -> str:
-    text = _first_line(error)
-    if "No configurable matching" in text or "Couldn't find" in text:
-        return f"{text} Known classes: {', '.join(_CLASSES)}."
-    return text
-
-
-def _apply_reference_names(values: dict[str, dict[str, Any]], locations: dict[str, str]) -> list[str]:
-    """Translate the reference system's options in place; return a line for each."""
-    notes = []
-    for owner, fields in values.items():
-        for name in list(fields):
-            key = f"{owner}.{name}"
-            if key in _RENAMED:
-                new = _RENAMED[key]
-                old = fields.pop(name)
-                if new in fields:
-                    notes.append(f"{key} = {old!r} is the old name of {owner}.{new}, which is also set and wins")
-                    continue
-                fields[new] = old
-                locations[f"{owner}.{new}"] = locations.get(key, "")
-                notes.append(f"{key} is read as {owner}.{new}")
-            elif key in _IGNORED:
-                notes.append(f"{key} = {fields.pop(name)!r} has no effect here: {_IGNORED[key]}")
-            elif isinstance(fields[name], str) and (key, fields[name]) in _REPLACED_VALUES:
-                new = _REPLACED_VALUES[key, fields[name]]
-                notes.append(f"{key} = {fields[name]!r} is not available; {new!r} is used")
-                fields[name] = new
-    return notes
-
-
-def _build(task: str, values: dict[str, dict[str, Any]], notes: list[str]) -> args.Config:
+def _build(task: str, bound: dict[str, Binding], notes: list[str]) -> args.Config:
+    values: dict[str, dict[str, Any]] = {name: {} for name in _CLASSES}
+    for key, binding in bound.items():
+        owner, _, name = key.partition(".")
+        values[owner][name] = binding.value
     other = "RetrievalArgs" if task == "ranking" else "RankingArgs"
     if values[other]:
         notes.append(f"{other} is not used by the {task} task")

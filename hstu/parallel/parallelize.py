@@ -35,7 +35,12 @@ def parallelize(model: RankingModel | RetrievalModel, mesh: Mesh, config: Config
 
     Tables go to TorchRec, every other weight to Megatron-Core's data parallelism, and in-batch negatives
     are shared by all ranks. On one process only the wrappers change.
+
+    Raises:
+        ConfigError: if the config asks for what the mesh's devices cannot do.
     """
+    if config.network.kernel_backend == "triton" and mesh.device.type == "cpu":
+        raise config.network.error("kernel_backend", "Triton kernels need a GPU; use 'auto'")
     model.to(mesh.device)
     tables = ShardedTables(model.embeddings.tables, config.embedding, config.optimizer, mesh)
     model.embeddings = tables

@@ -55,12 +55,11 @@ class Optimizer:
         self.parallel.tables.set_learning_rate(self.sparse_rate * factor)
         return self.args.learning_rate * factor
 
-    def step(self) -> float:
-        """Average gradients over ranks, clip and step; return the dense gradient's global norm."""
+    def step(self) -> None:
+        """Average gradients over ranks, clip them and step the dense weights."""
         self.parallel.dense.reduce_gradients()
         with cuda_means_cpu():
-            _, norm, _ = self.megatron.step()
-        return float(norm) if norm is not None else 0.0
+            self.megatron.step()
 
     def state(self) -> dict[str, Tensor]:
         """Return the dense optimizer's tensors as ``<parameter>.<name>``, whatever the number of ranks."""
