@@ -55,6 +55,8 @@ def read_table(path: Path, columns: list[str]) -> pl.DataFrame:
             first = file.readline().strip("\r\n")
         separator = {".csv": ",", ".tsv": "\t"}.get(path.suffix) or _separator(first, columns)
         return _read_separated(path, separator) if separator else _read_text(path, columns)
+    except pl.exceptions.NoDataError as error:
+        raise ValueError(f"{path}: is empty; give a file with at least one event") from error
     except (pl.exceptions.PolarsError, OSError, UnicodeDecodeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{path}: cannot be read ({reason}); give csv, tsv, parquet or text in UTF-8") from error
@@ -67,8 +69,6 @@ def _separator(first_line: str, columns: list[str]) -> str | None:
 def _read_separated(path: Path, separator: str) -> pl.DataFrame:
     try:
         frame = pl.read_csv(path, separator=separator, infer_schema=False)
-    except pl.exceptions.NoDataError as error:
-        raise ValueError(f"{path}: is empty; give a file with a header and at least one row") from error
     except pl.exceptions.ComputeError:
         _refuse_ragged(path, separator)
         raise

@@ -1,0 +1,76 @@
+"""The command as a user meets it: what it prints, writes and refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hstu.cli.flags import underscore_flags
+from hstu.data import SequenceDataset
+
+from .conftest import Command, assert_refused, ratings, write_ml_100k
+
+TINY = ("--num_users=50", "--num_items=60", "--num_clusters=8", "--max_seqlen=30")
+
+
+def test_planted_data_from_any_directory(command: Command, tmp_path: Path) -> None:
+    result = command("--dataset_name", "synthetic", *TINY, "--seed", 7)
+    assert result.returncode == 0 and result.stderr == ""
+    dataset = SequenceDataset.open(tmp_path / "tmp_data" / "synthetic")
+    assert dataset.num_users == 50 and dataset.schema.best_possible
+    for part in ("synthetic: tmp_data/synthetic", "users            50", "best test        AUC 0."):
+        assert part in result.stdout
+
+
+def test_movielens_beside_its_raw_files(command: Command, tmp_path: Path) -> None:
+    write_ml_100k(tmp_path / "data" / "ml-100k", ratings())
+    flags = ("--dataset-name=ml-100k", "--data-dir", "data")
+    assert_refused(command(*flags), "u.data: 12 users, the published data set has 943", "--check_counts=false")
+    assert sorted(path.name for path in (tmp_path / "data").rglob("*")) == ["ml-100k", "u.data", "u.user"]
+    result = command(*flags, "--check-counts=false")
+    assert result.returncode == 0, result.stderr
+    assert SequenceDataset.open(tmp_path / "data" / "ml-100k").num_users == 12
+    assert (tmp_path / "data" / "ml-100k" / "u.data").is_file()
+
+
+def test_custom_and_a_failed_run_after_it(command: Command, tmp_path: Path) -> None:
+    log = tmp_path / "log.csv"
+    lines = [f"{user},{item},{10 * user + item}\n" for user in range(4) for item in range(5)]
+    log.write_text("user_id,sku,ts\n" + "".join(lines))
+    flags = ("--dataset_name=custom", "--name=mine", f"--interactions={log}", "--item-column=sku", "--data_dir=d")
+    result = command(*flags, "--time_column=ts")
+    assert result.returncode == 0, result.stderr
+    before = {path: path.read_bytes() for path in (tmp_path / "d").rglob("*") if path.is_file()}
+    log.write_text("user_id,sku,ts\n" + "".join(lines[:1]))
+    assert_refused(command(*flags), "1 of 1 users have fewer than 3 events", "--min_user_events 3")
+    assert {path: path.read_bytes() for path in (tmp_path / "d").rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        ((), ("--dataset_name is missing", "ml-100k")),
+        (("--dataset_name=netflix",), ("'netflix'", "synthetic, ml-100k, ml-1m, ml-20m, custom, all")),
+        (("--dataset_name=custom",), ("needs --name",)),
+        (("--dataset_name=custom", "--name=ml-1m", "--interactions=x"), ("ml-1m", "published")),
+        (("--dataset_name=ml-1m", "--num_users=5"), ("--num_users belongs to --dataset_name synthetic",)),
+        (("--dataset_name=synthetic", "--num_items=5"), ("num_items = 5",)),
+        (("--dataset_name=synthetic", "--colour=red"), ("colour",)),
+        (("--dataset_name=synthetic", "--seqlen-distribution=flat"), ("seqlen_distribution", "lognormal")),
+        (("--dataset_name=synthetic", "--data_dir=file/sub"), ("file/sub", "cannot be written")),
+        (("synthetic",), ("'synthetic' is no flag",)),
+    ],
+)
+def test_mistakes_end_in_one_line_and_exit_code_2(
+    command: Command, tmp_path: Path, flags: tuple[str, ...], parts: tuple[str, ...]
+) -> None:
+    (tmp_path / "file").write_text("x")
+    assert_refused(command(*flags), *parts)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_both_spellings_of_flags() -> None:
+    given = ["run", "--data-dir=a-b", "--raw-dir", "c-d", "--no-check-counts", "-x-y", "--", "--not-me"]
+    expected = ["run", "--data_dir=a-b", "--raw_dir", "c-d", "--no_check_counts", "-x-y", "--", "--not-me"]
+    assert underscore_flags(given) == expected

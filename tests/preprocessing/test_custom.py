@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from hstu.data import EncodedDataset
+from hstu.data.interactions import InteractionSpec
+from preprocessing.custom import encode_custom, read_table
+
+from .conftest import ratings
+
+FRAME = pl.DataFrame(ratings(), schema=["who", "what", "stars", "when"], orient="row")
+COLUMNS = {"user_column": "who", "item_column": "what", "time_column": "when", "action_column": "stars"}
+
+
+def encode(path: Path, users: Path | None = None, **options) -> EncodedDataset:
+    spec = InteractionSpec(name="mine", file=str(path), users_file=str(users), **COLUMNS | options)
+    return encode_custom(path, spec, users)
+
+
+def test_all_formats_give_the_same_data_set(tmp_path: Path) -> None:
+    FRAME.write_csv(tmp_path / "a.csv")
+    FRAME.write_csv(tmp_path / "a.tsv", separator="\t")
+    FRAME.write_csv(tmp_path / "a.txt", separator=";")
+    FRAME.write_csv(tmp_path / "bom.csv", include_bom=True)
+    FRAME.write_parquet(tmp_path / "a.parquet")
+    found = [encode(path) for path in sorted(tmp_path.iterdir())]
+    assert len(found) == 5
+    for dataset in found[1:]:
+        assert dataset.schema.features == found[0].schema.features
+        assert all((dataset.events[name] == found[0].events[name]).all() for name in found[0].events)
+        assert all(dataset.vocabularies[name] == found[0].vocabularies[name] for name in found[0].vocabularies)
+
+
+def test_quoted_strings_and_dates(tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    path.write_text(
+        "who,what,stars,when\n"
+        'ann,"tea, green",like,2024-05-31T12:00:00Z\n'
+        "ann,milk,skip,2024-05-30\n"
+        "ann,rice,like,2024-06-01 08:30:00\n"
+    )
+    dataset = encode(path)
+    assert dataset.vocabularies["item_id"].to_pylist() == ["milk", "rice", "tea, green"]
+    assert dataset.events["item_id"].tolist() == [0, 2, 1]
+    assert dataset.vocabularies["action"].to_pylist() == ["like", "skip"]
+    assert list(dataset.schema.source) == ["log.csv"] and len(dataset.schema.source["log.csv"]) == 64
+
+
+def test_users_file(tmp_path: Path) -> None:
+    FRAME.write_csv(tmp_path / "log.csv")
+    lines = [f"{user}\t{'north' if user % 2 else 'south'}\n" for user in range(1, 13)]
+    (tmp_path / "users.tsv").write_text("who\tregion\n" + "".join(lines))
+    dataset = encode(tmp_path / "log.csv", tmp_path / "users.tsv")
+    assert [feature.name for feature in dataset.schema.contexts] == ["region"]
+    assert dataset.contexts["region"].tolist() == [0, 1] * 6
+    assert len(dataset.schema.source) == 2
+
+
+TEXT = {"user_column": "user_id", "item_column": "item_id", "time_column": None, "action_column": None}
+
+
+def test_text_of_pairs(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.txt"
+    path.write_text("u2 30\nu1\t7\n\nu2   10 \nu1 8\nu2 20\nu1 7\n")
+    dataset = encode(path, **TEXT, duplicates="keep")
+    assert dataset.vocabularies["user_id"].to_pylist() == ["u1", "u2"]
+    assert dataset.vocabularies["item_id"].to_pylist() == [7, 8, 10, 20, 30]
+    assert dataset.events["item_id"].tolist() == [0, 1, 0, 4, 2, 3]
+    assert dataset.schema.time is None and dataset.schema.action is None
+
+
+def test_text_of_sequences(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "sequences.txt"
+    path.write_text("2 30 10 20\n1 7 8 9 10\n")
+    with caplog.at_level("INFO"):
+        dataset = encode(path, **TEXT)
+    assert dataset.lengths.tolist() == [4, 3]
+    assert dataset.vocabularies["item_id"].to_pylist() == [7, 8, 9, 10, 20, 30]
+    assert dataset.events["item_id"].tolist() == [0, 1, 2, 3, 5, 3, 4]
+    assert "one user `user item1 item2 ...` per line" in caplog.text
+
+
+def test_text_with_a_header_is_a_table(tmp_path: Path) -> None:
+    path = tmp_path / "log.txt"
+    path.write_text("user_id item_id\n1 5\n1 6\n1 7\n")
+    assert encode(path, **TEXT).schema.counts["events"] == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "options", "message"),
+    [
+        ("log.csv", "", {}, "log.csv: is empty"),
+        ("log.csv", "who,what,stars,when\n", {}, "log.csv: has no rows"),
+        ("log.csv", "who,what,when\n1,2,3\n", {}, "column 'stars' is missing; present: who, what, when"),
+        ("log.csv", "who,what,stars,when\n1,2,3,4\n1,2,3,4,5\n", {}, "line 3 has 5 fields, the header has 4"),
+        ("log.csv", "who,what,stars,when\n1,2,3,4\n1,2\n", {}, "line 3 has 2 fields, the header has 4"),
+        ("log.csv", "who,what,stars,when\n1,2,3,4\n1,2,3,\n", {}, "column 'when', row 2: value None is missing"),
+        ("log.csv", "who,what,stars,when\n1,2,nan,4\n", {}, "column 'stars', row 1: value nan is not finite"),
+        ("log.csv", "who,what,stars,when\n1,2,3,noon\n", {}, "column 'when', row 1: value 'noon' is no time"),
+        ("log.parquet", "no parquet", {}, "log.parquet: cannot be read"),
+        ("log.csv", b"who,what\n\xff\xfe,1\n", {}, "log.csv: cannot be read"),
+        ("log.txt", "", TEXT, "log.txt: is empty"),
+        ("log.txt", "1 2\n\n3\n", TEXT, "line 3 holds '3' alone"),
+        ("u.data", "1\t2\t3\t4\n2\t2\t3\t4\n1\t3\t3\t4\n", TEXT, "line 3: user '1' has a line already"),
+    ],
+)
+def test_wrong_files_are_refused(tmp_path: Path, name: str, content: str | bytes, options: dict, message: str) -> None:
+    (tmp_path / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(ValueError, match=message) as error:
+        encode(tmp_path / name, **options)
+    assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    for read in (lambda path: encode(path), lambda path: read_table(path, ["who"])):
+        with pytest.raises(ValueError, match=r"absent.csv: cannot be read"):
+            read(tmp_path / "absent.csv")
+
+
+def test_a_users_file_without_a_header_is_refused(tmp_path: Path) -> None:
+    FRAME.write_csv(tmp_path / "log.csv")
+    (tmp_path / "users.txt").write_text("1 north\n")
+    with pytest.raises(ValueError, match="users.txt: the first line is no header with the column 'who'"):
+        encode(tmp_path / "log.csv", tmp_path / "users.txt")

@@ -1,0 +1,66 @@
+"""Downloads, from a server on this machine."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import threading
+import zipfile
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from preprocessing.raw_files import Archive, obtain
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def archive(tmp_path: Path) -> Iterator[Archive]:
+    """A zip with a file x.txt, published by a local server."""
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as file:
+        file.writestr("toy/x.txt", "content")
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "toy.zip").write_bytes(content.getvalue())
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(site)))
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    url = f"http://127.0.0.1:{server.server_port}/toy.zip"
+    yield Archive(name="toy", url=url, md5=hashlib.md5(content.getvalue()).hexdigest())
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_an_absent_file_is_downloaded_once(archive: Archive, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    target = tmp_path / "raw" / "toy"
+    assert obtain("x.txt", archive, [target], target).read() == b"content"
+    assert "100%" in capfd.readouterr().err  # the progress bar
+    (tmp_path / "site" / "toy.zip").unlink()
+    assert obtain("x.txt", archive, [target], target).read() == b"content"
+
+
+def test_a_wrong_checksum_is_refused_and_nothing_stays(archive: Archive, tmp_path: Path) -> None:
+    other = Archive(name="toy", url=archive.url, md5="0" * 32)
+    target = tmp_path / "raw" / "toy"
+    with pytest.raises(ValueError, match="cannot be downloaded .*hash.* does not match"):
+        obtain("x.txt", other, [target], target)
+    assert not target.exists()
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:1/toy.zip", None])
+def test_without_the_file_the_error_says_what_to_put_where(archive: Archive, tmp_path: Path, url: str | None) -> None:
+    url = url or archive.url.replace("toy.zip", "gone.zip")  # nobody listens, or 404
+    target = tmp_path / "raw" / "toy"
+    with pytest.raises(ValueError) as error:
+        obtain("x.txt", Archive(name="toy", url=url, md5=archive.md5), [target], target)
+    assert f"put x.txt or toy.zip into {target}, or name its directory with --raw_dir" in str(error.value)
+    assert "\n" not in str(error.value) and not target.exists()
