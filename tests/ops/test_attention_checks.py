@@ -78,7 +78,7 @@ def test_auto_announces_its_choice_once(caplog: pytest.LogCaptureFixture) -> Non
     with caplog.at_level(logging.INFO, logger="hstu.ops"):
         call()
         call()
-    assert [r.getMessage() for r in caplog.records] == ["hstu_attention on cpu: backend 'cpu'"]
+    assert [r.getMessage() for r in caplog.records] == ["hstu_attention: backend 'cpu' (CPU tensors)"]
 
 
 def test_ops_import_needs_torch_alone() -> None:

@@ -67,9 +67,7 @@ def test_low_precision_with_float32_tables() -> None:
         assert out.dtype == torch.bfloat16 and tables[0].grad.dtype == torch.float32
         results.append((out.float(), tables[0].grad, tables[1].grad))
     for reference, fast in zip(*results, strict=True):
-        torch.testing.assert_close(
-            fast, reference, rtol=0.03, atol=0.03 * reference.detach().abs().max().item()
-        )
+        torch.testing.assert_close(fast, reference, rtol=0.03, atol=0.03 * reference.detach().abs().max().item())
 
 
 def test_strided_inputs() -> None:
@@ -104,9 +102,7 @@ def test_time_differences_of_more_than_31_bits() -> None:
     tensors, arguments = build(CASES["time"])
     stamps = arguments["bias"].timestamps * 10_000
     arguments["bias"] = RelativeBias(time=torch.randn(129), timestamps=stamps)
-    reference, fast = (
-        outputs_and_gradients(tensors, arguments, b, torch.float64) for b in ("reference", "cpu")
-    )
+    reference, fast = (outputs_and_gradients(tensors, arguments, b, torch.float64) for b in ("reference", "cpu"))
     for key in reference:
         torch.testing.assert_close(fast[key], reference[key])
 
@@ -153,8 +149,6 @@ def test_random_shapes(seed: int) -> None:
         options={"max_attn_len": 40 if seed % 7 == 0 else None, "causal": seed % 6 != 0},
     )
     tensors, arguments = build(case, torch.float64, seed)
-    reference, fast = (
-        outputs_and_gradients(tensors, arguments, b, torch.float64) for b in ("reference", "cpu")
-    )
+    reference, fast = (outputs_and_gradients(tensors, arguments, b, torch.float64) for b in ("reference", "cpu"))
     for key in reference:
         torch.testing.assert_close(fast[key], reference[key])

@@ -32,9 +32,7 @@ def test_positions_and_sequence_ids(lengths: list[int]) -> None:
     offsets = lengths_to_offsets(torch.tensor(lengths, dtype=torch.int32))
     assert offsets.dtype == torch.int64 and offsets.numel() == len(lengths) + 1
     assert positions_in_sequence(offsets, sum(lengths)).tolist() == [p for n in lengths for p in range(n)]
-    assert sequence_ids(offsets, sum(lengths)).tolist() == [
-        b for b, n in enumerate(lengths) for _ in range(n)
-    ]
+    assert sequence_ids(offsets, sum(lengths)).tolist() == [b for b, n in enumerate(lengths) for _ in range(n)]
 
 
 @settings(deadline=None, max_examples=60)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import logging
 import math
 from functools import cache
+from importlib.util import find_spec
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from hstu.ops.attention.bias import RelativeBias
@@ -16,7 +19,7 @@ from hstu.ops.attention.reference import hstu_attention_reference
 
 __all__ = ["RelativeBias", "hstu_attention"]
 
-BACKENDS = ("auto", "reference", "cpu")
+BACKENDS = ("auto", "reference", "cpu", "triton")
 logger = logging.getLogger(__name__)
 
 
@@ -68,7 +71,7 @@ def hstu_attention(
         segments: ``[T]`` int32.
         is_memory: ``[T]`` bool, tokens that every later segment may read.
         bias: relative bias of the layer, shared by its heads.
-        backend: ``"auto"`` (by device), ``"reference"`` (dense, the definition) or ``"cpu"``.
+        backend: ``"auto"`` (by device), ``"reference"`` (dense, the definition), ``"cpu"`` or ``"triton"``.
 
     Returns:
         ``[T, H, d_v]`` in the dtype of v.
@@ -94,14 +97,32 @@ def hstu_attention(
     check_arguments(q, k, v, offsets, max_seqlen, scaling_seqlen, mask, bias)
     alpha = 1.0 / math.sqrt(q.shape[-1]) if alpha is None else alpha
     if backend == "auto":
-        backend = "cpu" if q.device.type == "cpu" else "reference"
-        _announce(backend, q.device.type)
+        backend = _choose(q)
+    common: dict[str, Any] = {"scaling_seqlen": scaling_seqlen, "alpha": alpha, "mask": mask, "bias": bias}
+    if backend == "triton":
+        from hstu.ops.attention.triton import hstu_attention_triton
+
+        return hstu_attention_triton(q, k, v, offsets, max_seqlen=max_seqlen, **common)
     if backend == "cpu" and q.device.type != "cpu":
         raise ValueError(f"backend 'cpu' needs CPU tensors, q is on {q.device}: use backend='auto'")
     run = hstu_attention_cpu if backend == "cpu" else hstu_attention_reference
-    return run(q, k, v, offsets, scaling_seqlen=scaling_seqlen, alpha=alpha, mask=mask, bias=bias)
+    return run(q, k, v, offsets, **common)
+
+
+def _choose(q: Tensor) -> str:
+    """Backend for the device and dtype of q."""
+    if q.device.type == "cpu":
+        backend, reason = "cpu", "CPU tensors"
+    elif q.device.type != "cuda" or q.dtype == torch.float64:
+        backend, reason = "reference", f"no kernel for {q.dtype} on {q.device.type}"
+    elif find_spec("triton") is None:
+        backend, reason = "reference", "triton is not installed"
+    else:
+        backend, reason = "triton", "CUDA tensors"
+    _announce(backend, reason)
+    return backend
 
 
 @cache
-def _announce(backend: str, device: str) -> None:
-    logger.info("hstu_attention on %s: backend %r", device, backend)
+def _announce(backend: str, reason: str) -> None:
+    logger.info("hstu_attention: backend %r (%s)", backend, reason)

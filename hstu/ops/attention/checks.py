@@ -46,8 +46,7 @@ def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.dim() != 3 or tensor.shape[:2] != q.shape[:2]:
             raise ValueError(
-                f"{name} must be [T, H, d] with the T and H of q, got {list(tensor.shape)}, "
-                f"q is {list(q.shape)}"
+                f"{name} must be [T, H, d] with the T and H of q, got {list(tensor.shape)}, q is {list(q.shape)}"
             )
         if not 1 <= tensor.shape[2] <= MAX_HEAD_WIDTH:
             raise ValueError(f"{name} has head width {tensor.shape[2]}: choose 1 to {MAX_HEAD_WIDTH}")
@@ -76,9 +75,7 @@ def _check_bias(bias: RelativeBias, total: int, max_seqlen: int, device: torch.d
             continue
         _expect(name, table, None, None, device)
         if table.dim() != 1 or table.numel() == 0 or table.dtype not in FLOATS:
-            raise ValueError(
-                f"{name} must be a floating vector, got shape {list(table.shape)} of {table.dtype}"
-            )
+            raise ValueError(f"{name} must be a floating vector, got shape {list(table.shape)} of {table.dtype}")
     if bias.position is not None and bias.position.numel() % 2 == 0:
         raise ValueError(f"bias.position must have 2N - 1 entries, got {bias.position.numel()}")
     if bias.position is not None and bias.position.numel() < 2 * max_seqlen - 1:
@@ -103,9 +100,7 @@ def _expect(
     if tensor.device != device:
         raise ValueError(f"{name} is on {tensor.device}, q on {device}: move it to the device of q")
     if (shape is not None and tuple(tensor.shape) != shape) or (dtype is not None and tensor.dtype != dtype):
-        raise ValueError(
-            f"{name} must be {dtype} of shape {shape or 'any'}, got {tensor.dtype} {list(tensor.shape)}"
-        )
+        raise ValueError(f"{name} must be {dtype} of shape {shape or 'any'}, got {tensor.dtype} {list(tensor.shape)}")
 
 
 def _check_lengths(offsets: Tensor, max_seqlen: int, mask: Mask) -> None:

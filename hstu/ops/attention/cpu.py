@@ -103,10 +103,7 @@ class _Pass:
         """Gradients of q, k and v; those of the tables gather in ``self.bias``."""
         do = self.layout.pad(grad, scale=1.0 / self.call.scaling_seqlen, zero=True)
         inputs = (self.q, self.k, self.v, do)
-        sums = [
-            self.zeros(x) if need else None
-            for x, need in zip(inputs[:3], (need_qk, need_qk, need_v), strict=True)
-        ]
+        sums = [self.zeros(x) if need else None for x, need in zip(inputs[:3], (need_qk, need_qk, need_v), strict=True)]
         for group in self.layout.groups:
             own = [self.layout.of(group, x) for x in inputs]
             own_sums = [None if x is None else self.layout.of(group, x) for x in sums]

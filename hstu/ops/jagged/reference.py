@@ -45,9 +45,7 @@ def concat_jagged(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tenso
     for index, (values, offsets) in enumerate(parts):
         check_offsets(f"offsets of part {index}", offsets, values.shape[0])
         if offsets.numel() != parts[0][1].numel():
-            raise ValueError(
-                f"part {index} has {offsets.numel() - 1} samples, part 0 has {parts[0][1].numel() - 1}"
-            )
+            raise ValueError(f"part {index} has {offsets.numel() - 1} samples, part 0 has {parts[0][1].numel() - 1}")
     total = sum(values.shape[0] for values, _ in parts)
     places, out_offsets = _places([offsets for _, offsets in parts], [v.shape[0] for v, _ in parts])
     values = parts[0][0] if len(parts) == 1 else torch.cat([values for values, _ in parts])
@@ -111,9 +109,7 @@ def interleave_jagged(
     check_offsets("item_offsets", item_offsets, items.shape[0])
     check_offsets("action_offsets", action_offsets, actions.shape[0])
     if item_offsets.numel() != action_offsets.numel():
-        raise ValueError(
-            f"items have {item_offsets.numel() - 1} samples, actions have {action_offsets.numel() - 1}"
-        )
+        raise ValueError(f"items have {item_offsets.numel() - 1} samples, actions have {action_offsets.numel() - 1}")
     num_actions = action_offsets.diff()
     if values_readable(num_actions) and bool((num_actions > item_offsets.diff()).any()):
         sample = int((num_actions > item_offsets.diff()).nonzero()[0])
