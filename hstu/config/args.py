@@ -187,6 +187,8 @@ class OptimizerArgs(Args):
             self.require_range(name, 0, 1)
         for name in ("weight_decay", "clip_grad", "warmup_steps", "min_learning_rate"):
             self.require_range(name, 0, float("inf"))
+        if self.min_learning_rate > self.learning_rate:
+            raise self.error("min_learning_rate", "must not be above OptimizerArgs.learning_rate")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,11 +14,12 @@ class ConfigError(ValueError):
 
     Attributes:
         field: ``Class.field`` the message is about, for callers that know where it was set.
+        message: What is wrong with it.
     """
 
     def __init__(self, field: str, message: str) -> None:
-        super().__init__(f"{field} {message}")
-        self.field = field
+        super().__init__(f"{field}{message}" if message.startswith(":") else f"{field} {message}")
+        self.field, self.message = field, message
 
 
 def _coerce(annotation: Any, value: Any) -> Any:

@@ -1,0 +1,343 @@
+"""Gin files and bindings to a checked config: what loads, what wins, and one line for every mistake."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from hstu.config import ConfigError, load_config
+from hstu.config.load import CONFIG_DIRECTORY
+
+BASE = """\
+TrainerArgs.train_batch_size = 8
+TrainerArgs.eval_batch_size = 8
+DatasetArgs.dataset_name = 'some'
+DatasetArgs.max_history_seqlen = 20
+NetworkArgs.num_layers = 1
+NetworkArgs.hidden_size = 8
+NetworkArgs.num_attention_heads = 2
+NetworkArgs.kv_channels = 4
+OptimizerArgs.optimizer_str = 'adam'
+OptimizerArgs.learning_rate = 1e-3
+"""
+RANKING = BASE + "RankingArgs.prediction_head_arch = [8, 5]\n"
+RETRIEVAL = BASE + "RetrievalArgs.num_negatives = 4\n"
+TEXTS = {"ranking": RANKING, "retrieval": RETRIEVAL}
+
+PUBLISHED_RANKING = """\
+TrainerArgs.train_batch_size = 128
+TrainerArgs.eval_batch_size = 128
+TrainerArgs.eval_interval = 100
+TrainerArgs.log_interval = 100
+TrainerArgs.seed = 1234
+TrainerArgs.max_train_iters = 1000
+TrainerArgs.profile = True
+TrainerArgs.pipeline_type = "native"
+
+DatasetArgs.dataset_name = 'ml-20m'
+DatasetArgs.max_sequence_length = 200
+DatasetArgs.shuffle = True
+DatasetArgs.max_num_candidates = 20
+
+NetworkArgs.dtype_str = "bfloat16"
+NetworkArgs.num_layers = 1
+NetworkArgs.num_attention_heads = 4
+NetworkArgs.hidden_size = 128
+NetworkArgs.kv_channels = 128
+NetworkArgs.target_group_size = 1
+
+# a comment
+RankingArgs.prediction_head_arch = [512, 10]
+RankingArgs.prediction_head_bias = True
+RankingArgs.num_tasks = 1
+RankingArgs.eval_metrics = ("AUC",)
+
+OptimizerArgs.optimizer_str = 'adam'
+OptimizerArgs.learning_rate = 1e-3
+OptimizerArgs.adam_beta1 = 0.9
+OptimizerArgs.adam_beta2 = 0.98
+
+TensorModelParallelArgs.tensor_model_parallel_size = 1
+"""
+PUBLISHED_RETRIEVAL = """\
+TrainerArgs.train_batch_size = 128
+TrainerArgs.eval_batch_size = 128
+TrainerArgs.eval_interval = 100
+TrainerArgs.log_interval = 100
+TrainerArgs.ckpt_save_interval = -1
+TrainerArgs.seed = 1234
+
+DatasetArgs.dataset_name = 'ml-20m'
+DatasetArgs.max_sequence_length = 200
+DatasetArgs.shuffle = True
+
+NetworkArgs.dtype_str = "bfloat16"
+NetworkArgs.num_layers = 4
+NetworkArgs.num_attention_heads = 4
+NetworkArgs.hidden_size = 256
+NetworkArgs.kv_channels = 64
+NetworkArgs.hidden_dropout = 0
+NetworkArgs.norm_epsilon = 1e-6
+NetworkArgs.is_causal = True
+NetworkArgs.dense_initializer_type = 'normal'
+NetworkArgs.dense_initializer_normal_std = 0.02
+
+OptimizerArgs.optimizer_str = 'adam'
+OptimizerArgs.learning_rate = 1e-3
+OptimizerArgs.adam_beta1 = 0.9
+OptimizerArgs.adam_beta2 = 0.98
+
+RetrievalArgs.num_negatives = 128
+RetrievalArgs.eval_metrics = ("NDCG@10", "NDCG@20", "HR@10")
+
+TensorModelParallelArgs.tensor_model_parallel_size = 1
+"""
+
+
+def write(folder: Path, text: str, name: str = "run.gin") -> str:
+    (folder / name).write_text(text)
+    return str(folder / name)
+
+
+def message_of(folder: Path, text: str, bindings: tuple[str, ...] = (), task: str = "ranking") -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(task, [write(folder, text)], bindings)  # type: ignore[arg-type]
+    message = str(caught.value)
+    assert "\n" not in message and "0x" not in message, message
+    return message
+
+
+LINE = RANKING.count("\n") + 1  # of a line added to the file
+MISTAKES = [
+    # (line, every part that the message must have)
+    ("TrainerArgs.train_batch_sice = 3", ["TrainerArgs.train_batch_sice", "3", "train_batch_size?"]),
+    ("TrainerArgs.zzz = 3", ["TrainerArgs.zzz", "fields: train_batch_size"]),
+    ("TrainerArg.seed = 3", ["TrainerArg.seed", "3", "TrainerArgs?"]),
+    ("Zzz.seed = 3", ["Zzz.seed", "classes: TrainerArgs"]),
+    ("TrainerArgs.seed = '3'", ["TrainerArgs.seed = '3'", "an integer"]),
+    ("TrainerArgs.seed = True", ["TrainerArgs.seed = True", "an integer"]),
+    ("TrainerArgs.seed = 3.0", ["TrainerArgs.seed = 3.0", "an integer"]),
+    ("TrainerArgs.seed = None", ["TrainerArgs.seed = None", "an integer"]),
+    ("TrainerArgs.max_epochs = 'x'", ["TrainerArgs.max_epochs = 'x'", "an integer or None"]),
+    ("TrainerArgs.profile = 1", ["TrainerArgs.profile = 1", "True or False"]),
+    ("OptimizerArgs.learning_rate = '1e-3'", ["OptimizerArgs.learning_rate = '1e-3'", "a number"]),
+    ("OptimizerArgs.learning_rate = 1e999", ["OptimizerArgs.learning_rate = inf", "finite"]),
+    ("DatasetArgs.dataset_name = 3", ["DatasetArgs.dataset_name = 3", "a string"]),
+    ("OptimizerArgs.optimizer_str = 'Adam'", ["= 'Adam'", "'adam', 'adamw', 'sgd'"]),
+    ("NetworkArgs.gate = 'max'", ["NetworkArgs.gate = 'max'", "'mul', 'concat'", "None"]),
+    ("RankingArgs.prediction_head_arch = 5", ["prediction_head_arch = 5", "a list, each item an integer"]),
+    ("RankingArgs.prediction_head_arch = [8, '5']", ["prediction_head_arch = [8, '5']", "an integer"]),
+    ("RankingArgs.eval_metrics = ('AUK',)", ["RankingArgs.eval_metrics = ('AUK',)", "AUC, GAUC, NE"]),
+    ("EmbeddingArgs.table_sharding_types = {'a': 'x'}", ["table_sharding_types", "'row_wise'"]),
+    ("TrainerArgs.train_batch_size = 0", ["TrainerArgs.train_batch_size = 0", "above zero"]),
+    ("TrainerArgs.ckpt_save_interval = -2", ["ckpt_save_interval = -2", "above zero"]),
+    ("TrainerArgs.seed = -1", ["TrainerArgs.seed = -1", "at least 0"]),
+    ("NetworkArgs.hidden_dropout = 1", ["NetworkArgs.hidden_dropout = 1.0", "below 1"]),
+    ("OptimizerArgs.min_learning_rate = 2", ["OptimizerArgs.min_learning_rate = 2.0", "learning_rate"]),
+    ("RankingArgs.num_tasks = 3", ["RankingArgs.num_tasks = 3", "last width"]),
+    ("TensorModelParallelArgs.tensor_model_parallel_size = 2", ["tensor_model_parallel_size = 2", "only 1"]),
+    ("NetworkArgs.is_causal = False", ["NetworkArgs.is_causal = False", "use True"]),
+    ("NetworkArgs.context_attention = 'full'", ["context_attention = 'full'", "max_num_candidates above 0"]),
+    ("NetworkArgs.num_time_buckets = 9", ["num_time_buckets = 9", "max_num_candidates above 0"]),
+    ("NetworkArgs.token_layout = 'add'", ["NetworkArgs.token_layout = 'add'", "'interleave'"]),
+    ("TrainerArgs.seed = = 3", ["Unable to parse value", "Class.field = value"]),
+    ("TrainerArgs.seed 3", ["expected ':' or '='"]),
+    ("DatasetArgs.dataset_name = my_log", ["'my_log'", "quotes"]),
+    ("TrainerArgs.seed = @TrainerArgs()", ["@TrainerArgs mean nothing"]),
+    ("TrainerArgs.seed = %MISSING", ["TrainerArgs.seed = %MISSING", "no line sets MISSING"]),
+    ("train/TrainerArgs.seed = 3", ["train/TrainerArgs", "scopes mean nothing"]),
+    ("seed = 3", ["seed = 3", "names no class", "write Class.seed"]),
+    ("import os", ["only fields, macros and includes"]),
+    ("include 'nowhere.gin'", ["include 'nowhere.gin'", "no such file; tried"]),
+]
+
+
+@pytest.mark.parametrize(("line", "parts"), MISTAKES, ids=[line for line, _ in MISTAKES])
+def test_a_mistake_in_a_file_names_field_value_remedy_file_and_line(
+    line: str, parts: list[str], tmp_path: Path
+) -> None:
+    message = message_of(tmp_path, RANKING + line + "\n")
+    for part in [*parts, f"run.gin:{LINE}"]:
+        assert part in message, (part, message)
+
+
+@pytest.mark.parametrize(("line", "parts"), MISTAKES, ids=[line for line, _ in MISTAKES])
+def test_a_mistake_in_a_binding_names_the_flag(line: str, parts: list[str], tmp_path: Path) -> None:
+    message = message_of(tmp_path, RANKING, (line,))
+    assert "--gin-bindings" in message and "run.gin" not in message, message
+
+
+def test_an_open_bracket_is_reported_with_its_file(tmp_path: Path) -> None:
+    assert "run.gin:" in (message := message_of(tmp_path, RANKING + "TrainerArgs.seed = [3\n"))
+    assert "not closed" in message
+
+
+def test_a_missing_required_field_is_named(tmp_path: Path) -> None:
+    message = message_of(tmp_path, RANKING.replace("NetworkArgs.num_layers = 1\n", ""))
+    assert message == "NetworkArgs.num_layers is required and is not set"
+
+
+def test_a_mistake_in_an_included_file_names_that_file(tmp_path: Path) -> None:
+    (tmp_path / "parts").mkdir()
+    write(tmp_path / "parts", "\nTrainerArgs.seed = 'x'\n", "more.gin")
+    assert f"{tmp_path / 'parts' / 'more.gin'}:2" in message_of(tmp_path, RANKING + "include 'parts/more.gin'\n")
+    write(tmp_path / "parts", "\nTrainerArgs.seed = x\n", "more.gin")
+    assert f"{tmp_path / 'parts' / 'more.gin'}:2" in message_of(tmp_path, RANKING + "include 'parts/more.gin'\n")
+
+
+def test_a_file_that_includes_itself_is_refused(tmp_path: Path) -> None:
+    assert "includes itself" in message_of(tmp_path, RANKING + "include 'run.gin'\n")
+
+
+def test_a_missing_file_lists_the_shipped_ones() -> None:
+    with pytest.raises(ConfigError, match=r"'nope.gin': no such file; shipped configs: .*synthetic_ranking.gin"):
+        load_config("ranking", ["nope.gin"])
+
+
+def test_bytes_that_are_no_text_are_an_error_of_one_line(tmp_path: Path) -> None:
+    (tmp_path / "run.gin").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match=r"run\.gin: cannot be read as text") as caught:
+        load_config("ranking", [str(tmp_path / "run.gin")])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("lines", "part"),
+    [
+        ("NetworkArgs.context_attention = 'full'", "future"),
+        ("DatasetArgs.max_num_candidates = 2", "retrieval has no candidates"),
+        ("RetrievalArgs.sampling_strategy = 'uniform'\nRetrievalArgs.num_negatives = -1", "must be set"),
+        ("RetrievalArgs.eval_metrics = ('HR@0',)", "such as 'HR@10'"),
+        ("RetrievalArgs.eval_metrics = ()", "at least one metric"),
+    ],
+)
+def test_wrong_combinations_for_retrieval(lines: str, part: str, tmp_path: Path) -> None:
+    message = message_of(tmp_path, RETRIEVAL + lines + "\n", task="retrieval")
+    assert part in message and "run.gin:" in message
+
+
+def test_the_mask_that_reads_the_future_is_fine_where_no_history_row_has_a_loss(tmp_path: Path) -> None:
+    path = write(tmp_path, RANKING + "DatasetArgs.max_num_candidates = 3\nNetworkArgs.context_attention = 'full'\n")
+    assert load_config("ranking", [path]).config.network.context_attention == "full"
+
+
+def test_bindings_win_over_files_and_later_ones_over_earlier(tmp_path: Path) -> None:
+    first, second = write(tmp_path, RANKING), write(tmp_path, "TrainerArgs.seed = 5\n", "second.gin")
+    assert load_config("ranking", [first, second]).config.trainer.seed == 5
+    loaded = load_config("ranking", [first, second], ["TrainerArgs.seed=6", "TrainerArgs.seed=7"])
+    assert loaded.config.trainer.seed == 7
+    assert "TrainerArgs.seed = 7" in loaded.given and "seed = 5" not in loaded.given
+
+
+@pytest.mark.parametrize("in_file", ["max_history_seqlen", "max_sequence_length"])
+@pytest.mark.parametrize("in_binding", ["max_history_seqlen", "max_sequence_length"])
+def test_bindings_win_over_files_under_either_name(in_file: str, in_binding: str, tmp_path: Path) -> None:
+    text = RANKING.replace("max_history_seqlen = 20", f"{in_file} = 20")
+    loaded = load_config("ranking", [write(tmp_path, text)], [f"DatasetArgs.{in_binding}=7"])
+    assert loaded.config.dataset.max_history_seqlen == 7
+
+
+def test_includes_and_macros(tmp_path: Path) -> None:
+    write(tmp_path, RANKING + "RATE = 0.5\nOptimizerArgs.learning_rate = %RATE\n", "base.gin")
+    path = write(tmp_path, "include 'base.gin'\nTrainerArgs:\n  seed = 9\n")
+    config = load_config("ranking", [path]).config
+    assert (config.trainer.seed, config.optimizer.learning_rate) == (9, 0.5)
+    assert load_config("ranking", [path], ["RATE = 0.25"]).config.optimizer.learning_rate == 0.25
+
+
+def test_one_load_leaves_nothing_behind_for_the_next(tmp_path: Path) -> None:
+    path = write(tmp_path, RANKING)
+    load_config("ranking", [path], ["TrainerArgs.seed=7"])
+    message_of(tmp_path, RANKING + "TrainerArgs.seed = 'x'\n")
+    assert load_config("ranking", [write(tmp_path, RANKING)]).config.trainer.seed == 1234
+
+
+def test_an_integer_may_stand_for_a_float_and_a_list_for_a_tuple(tmp_path: Path) -> None:
+    config = load_config("ranking", [write(tmp_path, RANKING)], ["OptimizerArgs.learning_rate=1"]).config
+    assert config.optimizer.learning_rate == 1.0 and isinstance(config.optimizer.learning_rate, float)
+    assert config.ranking is not None and config.ranking.prediction_head_arch == (8, 5)
+
+
+def test_published_ranking_file_loads_as_it_is(tmp_path: Path) -> None:
+    loaded = load_config("ranking", [write(tmp_path, PUBLISHED_RANKING)])
+    config = loaded.config
+    assert (config.dataset.max_history_seqlen, config.dataset.max_num_candidates) == (200, 20)
+    assert config.trainer.max_train_iters == 1000 and config.trainer.profile
+    assert config.ranking is not None and config.ranking.is_multiclass
+    assert len(loaded.notes) == 2
+    assert any("TrainerArgs.pipeline_type" in note for note in loaded.notes)
+    assert any("DatasetArgs.max_sequence_length" in note for note in loaded.notes)
+
+
+def test_published_retrieval_file_loads_as_it_is(tmp_path: Path) -> None:
+    loaded = load_config("retrieval", [write(tmp_path, PUBLISHED_RETRIEVAL)])
+    config = loaded.config
+    assert (config.dataset.max_history_seqlen, config.network.hidden_dropout) == (200, 0.0)
+    assert config.retrieval is not None and config.retrieval.negatives == "uniform"
+    assert config.eval_metrics == ("NDCG@10", "NDCG@20", "HR@10")
+    assert len(loaded.notes) == 1 and "max_sequence_length" in loaded.notes[0]
+
+
+@pytest.mark.parametrize(("task", "text"), [("ranking", PUBLISHED_RANKING), ("retrieval", PUBLISHED_RETRIEVAL)])
+def test_shipped_movielens_configs_are_the_published_ones(task: str, text: str, tmp_path: Path) -> None:
+    published = load_config(task, [write(tmp_path, text)]).config  # type: ignore[arg-type]
+    shipped = load_config(task, [f"movielen_{task}.gin"]).config  # type: ignore[arg-type]
+    unprofiled = dataclasses.replace(published.trainer, profile=False)
+    assert shipped == dataclasses.replace(published, trainer=unprofiled)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "TrainerArgs.ckpt_save_dir = './x'",
+        "TrainerArgs.ckpt_load_dir = './x'",
+        "NetworkArgs.recompute_input_layernorm = True",
+        "NetworkArgs.kernel_backend = 'cutlass'",
+    ],
+)
+def test_an_option_without_meaning_here_costs_one_line(line: str, tmp_path: Path) -> None:
+    notes = load_config("ranking", [write(tmp_path, RANKING + line + "\n")]).notes
+    assert len(notes) == 1 and notes[0].startswith(line) and "\n" not in notes[0]
+
+
+def test_the_other_task_is_noted(tmp_path: Path) -> None:
+    notes = load_config("ranking", [write(tmp_path, RANKING + "RetrievalArgs.num_negatives = 4\n")]).notes
+    assert notes == ("RetrievalArgs is not used by the ranking task",)
+
+
+@pytest.mark.parametrize("task", ["ranking", "retrieval"])
+def test_operative_and_given_texts_load_to_an_equal_config(task: str, tmp_path: Path) -> None:
+    bindings = (
+        "OptimizerArgs.learning_rate=1e-7",
+        "DatasetArgs.contextual_feature_names=('a b', \"it's\")",
+        "EmbeddingArgs.table_sharding_types={'item': 'table_wise'}",
+        "TrainerArgs.loggers=()",
+        "TrainerArgs.max_epochs=None",
+    )
+    loaded = load_config(task, [write(tmp_path, TEXTS[task])], bindings)  # type: ignore[arg-type]
+    for text in (loaded.operative, loaded.given):
+        again = load_config(task, [write(tmp_path, text, "again.gin")])  # type: ignore[arg-type]
+        assert again.config == loaded.config and again.notes == ()
+        assert again.operative == loaded.operative
+    every_field = {line.split(" = ")[0] for line in loaded.operative.splitlines() if line}
+    for member in dataclasses.fields(loaded.config):
+        if (owner := getattr(loaded.config, member.name)) is not None:
+            assert {f"{type(owner).__name__}.{f.name}" for f in dataclasses.fields(owner)} <= every_field
+
+
+SHIPPED = sorted(path.name for path in CONFIG_DIRECTORY.glob("*.gin"))
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_config_loads_without_a_note(name: str) -> None:
+    task = "ranking" if "ranking" in name else "retrieval"
+    loaded = load_config(task, [name])  # type: ignore[arg-type]
+    assert loaded.notes == () and loaded.config.task == task
+
+
+def test_the_shipped_configs_are_all_there() -> None:
+    wanted = {f"{data}_{task}.gin" for data in ("synthetic", "ml_100k", "custom", "movielen")
+              for task in ("ranking", "retrieval")}  # fmt: skip
+    assert wanted <= set(SHIPPED)
