@@ -96,11 +96,11 @@ class Collator:
 
     def _features(self, dataset: SequenceDataset, events: Sequences, candidates: np.ndarray):  # type: ignore[no-untyped-def]
         names, values, lengths = [], [], []
-        present = (events.lengths > 0).astype(np.int64) if events.items.size == 0 else np.ones_like(events.lengths)
         for name in self.contexts:
             names.append(name)
             values.append(events.contexts[name])
-            lengths.append(present)
+            # One id a sample, but none for the sample that stands in for no samples.
+            lengths.append(np.full(events.lengths.size, events.contexts[name].size // events.lengths.size))
         names.append(dataset.schema.item.name)
         values.append(events.items)
         lengths.append(events.lengths)

@@ -1,0 +1,73 @@
+"""Small data sets, written to disk and read back, for tests above the data floor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from hstu.config import Config, load_config
+from hstu.data import EncodedDataset, Feature, Schema, SequenceDataset, write_dataset
+from hstu.data.schema import count_statistics
+
+
+def make_dataset(
+    folder: Path,
+    lengths: Sequence[int],
+    *,
+    num_items: int = 50,
+    num_actions: int | None = 4,
+    action_type: str = "categorical",
+    with_time: bool = True,
+    contexts: Sequence[str] = ("country", "age"),
+    items: np.ndarray | None = None,
+    seed: int = 0,
+) -> SequenceDataset:
+    """Write random sequences of the given lengths into ``folder`` and open them."""
+    rng = np.random.default_rng(seed)
+    sizes = np.asarray(lengths, np.int64)
+    total = int(sizes.sum())
+    features = [Feature(name="user", role="user", vocab_size=len(sizes))]
+    features += [Feature(name=name, role="context", vocab_size=7) for name in contexts]
+    features.append(Feature(name="item", role="item", vocab_size=num_items))
+    events = {"item": rng.integers(num_items, size=total) if items is None else items}
+    if num_actions is not None:
+        features.append(
+            Feature(name="action", role="action", vocab_size=num_actions, action_type=action_type)  # type: ignore[arg-type]
+        )
+        events["action"] = rng.integers(num_actions, size=total)
+    if with_time:
+        features.append(Feature(name="time", role="time"))
+        clock = np.concatenate([np.sort(rng.integers(10**9, 10**9 + 10**6, size=size)) for size in sizes])
+        events["time"] = clock.astype(np.int64)
+    dataset = EncodedDataset(
+        schema=Schema(name="small", features=tuple(features), counts=count_statistics(sizes, num_items)),
+        lengths=sizes,
+        contexts={name: rng.integers(7, size=len(sizes)) for name in contexts},
+        events=events,
+        vocabularies={"user": pa.array(np.arange(len(sizes)))},
+    )
+    write_dataset(dataset, folder)
+    return SequenceDataset.open(folder)
+
+
+def make_config(task: str, *lines: str) -> Config:
+    """A small config of ``task``; ``lines`` win over its defaults."""
+    head = {"ranking": "RankingArgs.prediction_head_arch=[6, 4]", "retrieval": "RetrievalArgs.num_negatives=5"}[task]
+    defaults = (
+        "TrainerArgs.train_batch_size=4",
+        "TrainerArgs.eval_batch_size=4",
+        "DatasetArgs.dataset_name='small'",
+        "DatasetArgs.max_history_seqlen=6",
+        "NetworkArgs.num_layers=2",
+        "NetworkArgs.hidden_size=8",
+        "NetworkArgs.num_attention_heads=2",
+        "NetworkArgs.kv_channels=3",
+        "NetworkArgs.hidden_dropout=0.0",
+        "OptimizerArgs.optimizer_str='adam'",
+        "OptimizerArgs.learning_rate=1e-3",
+        head,
+    )
+    return load_config(task, (), [*defaults, *lines]).config  # type: ignore[arg-type]
