@@ -19,7 +19,7 @@ from hstu.ops.attention import triton_tiles as tiles
 from hstu.ops.attention.bias import RelativeBias, bucket_thresholds, query_times
 from hstu.ops.attention.mask import Mask
 from hstu.ops.attention.triton_backward import attention_backward_columns, attention_backward_rows
-from hstu.ops.attention.triton_config import Kernel, TileConfig, padded_width, tile_config
+from hstu.ops.attention.triton_config import Kernel, TileConfig, is_rich, padded_width, tile_config
 from hstu.ops.attention.triton_forward import attention_forward
 from hstu.ops.checks import values_readable
 
@@ -111,10 +111,15 @@ class AttentionCall:
             arguments=arguments,
         )
 
+    def config(self, name: Kernel, q: Tensor, v: Tensor) -> TileConfig:
+        """Tiles of a kernel for these head widths."""
+        width = padded_width(max(q.shape[2], v.shape[2]))
+        return tile_config(name, width, q.element_size(), is_rich(self.flags))
+
     def launch(self, kernel: Any, name: Kernel, q: Tensor, v: Tensor, **tensors: Any) -> None:
         """Run a kernel over all blocks of all samples and heads."""
         dqk, dv = padded_width(q.shape[2]), padded_width(v.shape[2])
-        config: TileConfig = tile_config(name, max(dqk, dv), q.element_size())
+        config = self.config(name, q, v)
         block = config.columns if name == "backward_columns" else config.rows
         blocks = triton.cdiv(self.max_seqlen, block)
         kernel[(blocks * self.samples * q.shape[1],)](
@@ -191,7 +196,8 @@ def backward(
         grad = _unit_stride(grad)
         inputs = _inputs(q, k, v, position, time, call) | _rows("DO", grad)
         unit = _fixed_point_unit(grad, v, call) if deterministic else call.arguments["OFFSETS"]
-        dq_sums = dq if deterministic else torch.zeros(dq.shape, dtype=torch.float32, device=q.device)
+        atomic_dq = call.config("backward_columns", q, v).atomic_dq and not deterministic
+        dq_sums = dq if not atomic_dq else torch.zeros(dq.shape, dtype=torch.float32, device=q.device)
         call.launch(
             attention_backward_columns,
             "backward_columns",
@@ -206,13 +212,15 @@ def backward(
             UNIT=unit,
             NEED_POSITION=d_tables[0] is not None,
             NEED_TIME=d_tables[1] is not None,
-            DETERMINISTIC=deterministic,
+            ATOMIC_DQ=atomic_dq,
+            FIXED=deterministic,
         )
-        if deterministic:
-            call.launch(attention_backward_rows, "backward_rows", q, v, **inputs, **_rows("DQ", dq))
-            d_tables = [None if sums is None else sums.double() / unit for sums in d_tables]
-        else:
+        if atomic_dq:
             dq.copy_(dq_sums)
+        else:
+            call.launch(attention_backward_rows, "backward_rows", q, v, **inputs, **_rows("DQ", dq))
+        if deterministic:
+            d_tables = [None if sums is None else sums.double() / unit for sums in d_tables]
     d_position, d_time = (
         None if sums is None or table is None else sums.to(table.dtype)
         for sums, table in zip(d_tables, (position, time), strict=True)

@@ -108,7 +108,8 @@ def _column_tile(
     MASKED: tl.constexpr,
     NEED_POSITION: tl.constexpr,
     NEED_TIME: tl.constexpr,
-    DETERMINISTIC: tl.constexpr,
+    ATOMIC_DQ: tl.constexpr,
+    FIXED: tl.constexpr,
     FLAGS: tl.constexpr,
     DQK: tl.constexpr,
     DV: tl.constexpr,
@@ -137,13 +138,13 @@ def _column_tile(
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
     ds = tl.dot(v, tl.trans(do), input_precision=PRECISION) * slope
     if NEED_POSITION:
-        _add_position_gradient(D_POSITION, ds * scale, m0, n0, length, history, centre, unit, FLAGS, DETERMINISTIC)
+        _add_position_gradient(D_POSITION, ds * scale, m0, n0, length, history, centre, unit, FLAGS, FIXED)
     if NEED_TIME:
         bucket = time_buckets(READERS, KEYS, THRESHOLDS, i, j, length, num_buckets)
-        _add_time_gradient(D_TIME, ds * scale, bucket, unit, DETERMINISTIC)
+        _add_time_gradient(D_TIME, ds * scale, bucket, unit, FIXED)
     low = ds.to(q.dtype)
     dk = tl.dot(low, q, dk, input_precision=PRECISION)
-    if not DETERMINISTIC:
+    if ATOMIC_DQ:
         dq = tl.dot(tl.trans(low), k, input_precision=PRECISION) * (alpha * scale)
         column = tl.arange(0, BLOCK_DQK)[None, :]
         inside = (rows[:, None] < length) & (column < DQK)
@@ -198,7 +199,8 @@ def attention_backward_columns(
     num_buckets,
     NEED_POSITION: tl.constexpr,
     NEED_TIME: tl.constexpr,
-    DETERMINISTIC: tl.constexpr,
+    ATOMIC_DQ: tl.constexpr,
+    FIXED: tl.constexpr,
     FLAGS: tl.constexpr,
     DQK: tl.constexpr,
     DV: tl.constexpr,
@@ -209,7 +211,7 @@ def attention_backward_columns(
     FAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Write DK and DV, add to the tables and, unless DETERMINISTIC, to the float32 DQ."""
+    """Write DK and DV, add to the tables and, where ATOMIC_DQ, to the float32 DQ."""
     block = tl.program_id(0) % blocks
     head = tl.program_id(0) // blocks % heads
     sample = tl.load(ORDER + tl.program_id(0) // blocks // heads)
@@ -224,7 +226,7 @@ def attention_backward_columns(
         READERS += start
         KEYS += start
         unit = 1.0
-        if DETERMINISTIC:
+        if FIXED:
             unit = tl.load(UNIT)
         columns = n0 + tl.arange(0, BLOCK_N)
         k = load_rows(K + start * k_token + head * k_head, columns, length, k_token, DQK, BLOCK_DQK)
@@ -241,14 +243,14 @@ def attention_backward_columns(
                 dk, dv, k, v, Q, DO, DQ, m0, n0, length, context, history, q_token, do_token, dq_token, alpha,
                 scale, window, group_size, SEGMENT, IS_MEMORY, POSITION_TABLE, TIME_TABLE, READERS, KEYS,
                 THRESHOLDS, centre, num_buckets, D_POSITION, D_TIME, unit, True, NEED_POSITION, NEED_TIME,
-                DETERMINISTIC, FLAGS, DQK, DV, BLOCK_DQK, BLOCK_DV, BLOCK_M, BLOCK_N, FAST, PRECISION,
+                ATOMIC_DQ, FIXED, FLAGS, DQK, DV, BLOCK_DQK, BLOCK_DV, BLOCK_M, BLOCK_N, FAST, PRECISION,
             )  # fmt: skip
         for m0 in range(plain, stop, BLOCK_M):
             dk, dv = _column_tile(
                 dk, dv, k, v, Q, DO, DQ, m0, n0, length, context, history, q_token, do_token, dq_token, alpha,
                 scale, window, group_size, SEGMENT, IS_MEMORY, POSITION_TABLE, TIME_TABLE, READERS, KEYS,
                 THRESHOLDS, centre, num_buckets, D_POSITION, D_TIME, unit, False, NEED_POSITION, NEED_TIME,
-                DETERMINISTIC, FLAGS, DQK, DV, BLOCK_DQK, BLOCK_DV, BLOCK_M, BLOCK_N, FAST, PRECISION,
+                ATOMIC_DQ, FIXED, FLAGS, DQK, DV, BLOCK_DQK, BLOCK_DV, BLOCK_M, BLOCK_N, FAST, PRECISION,
             )  # fmt: skip
         DK += start * dk_token + head * dk_head
         DV_OUT += start * dv_token + head * dv_head
@@ -356,7 +358,7 @@ def attention_backward_rows(
     FAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Write DQ without atomic additions: the deterministic way, for two products more."""
+    """Write DQ without atomic additions, for two products more: the deterministic way, and that of wide heads."""
     block = tl.program_id(0) % blocks
     head = tl.program_id(0) // blocks % heads
     sample = tl.load(ORDER + tl.program_id(0) // blocks // heads)

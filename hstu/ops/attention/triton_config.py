@@ -5,17 +5,28 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from hstu.ops.attention import triton_tiles as tiles
+
 Kernel = Literal["forward", "backward_columns", "backward_rows"]
 
 
 @dataclass(frozen=True)
 class TileConfig:
-    """Rows and columns of a tile of scores, and how many warps and pipeline stages work on it."""
+    """How a kernel cuts the scores.
+
+    Attributes:
+        rows: rows of a tile.
+        columns: columns of a tile.
+        warps: that work on it.
+        stages: of the pipeline of loads.
+        atomic_dq: whether the backward by columns also adds to dq; if not, the backward by rows does that.
+    """
 
     rows: int
     columns: int
     warps: int
     stages: int
+    atomic_dq: bool = True
 
 
 def padded_width(width: int) -> int:
@@ -23,16 +34,21 @@ def padded_width(width: int) -> int:
     return max(16, 1 << (width - 1).bit_length())
 
 
-def tile_config(kernel: Kernel, width: int, element_size: int) -> TileConfig:
+def is_rich(flags: int) -> bool:
+    """Whether the options need many registers: the bias, segments, windows."""
+    plain = tiles.CAUSAL.value | tiles.CONTEXT.value | tiles.CONTEXT_FULL.value | tiles.CANDIDATES.value
+    return bool(flags & ~plain)
+
+
+def tile_config(kernel: Kernel, width: int, element_size: int, rich: bool) -> TileConfig:
     """Default tiles of a kernel.
 
     Args:
-        kernel: its name without the prefix.
+        kernel: its name.
         width: the larger padded head width.
         element_size: bytes of an element of q.
+        rich: see :func:`is_rich`.
     """
     if element_size == 4:
         return TileConfig(32, 32, 4, 1)
-    if kernel == "forward":
-        return TileConfig(64, 64, 4, 2)
     return TileConfig(64, 64, 8, 1)
