@@ -222,16 +222,17 @@ def _check_nulls(file: Path, name: str, column: pa.ChunkedArray) -> None:
 
 def _check_range(file: Path, feature: Feature, values: np.ndarray, lengths: np.ndarray | None) -> None:
     """Ids must lie in [0, vocab_size), times must not fall within a user."""
-    if feature.vocab_size is not None:
+    if feature.vocab_size is None:
+        falls = np.zeros(len(values), bool)
+        np.less(values[1:], values[:-1], out=falls[1:])
+        if lengths is not None:
+            falls[(np.cumsum(lengths) - lengths)[lengths > 0]] = False
+        wrong, reason = np.flatnonzero(falls), "is before the event in front of it"
+    elif len(values) == 0 or (values.min() >= 0 and values.max() < feature.vocab_size):
+        return
+    else:
         wrong = np.flatnonzero((values < 0) | (values >= feature.vocab_size))
         reason = f"is outside [0, {feature.vocab_size})"
-    else:
-        falls = np.diff(values, prepend=values[:1]) < 0
-        if lengths is not None:
-            starts = np.cumsum(lengths) - lengths
-            falls[starts[lengths > 0]] = False
-        wrong = np.flatnonzero(falls)
-        reason = "is before the event in front of it"
     if len(wrong):
         position = wrong[0]
         row = position if lengths is None else np.searchsorted(np.cumsum(lengths), position, side="right")

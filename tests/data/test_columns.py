@@ -23,7 +23,7 @@ def column(values: list, dtype: pl.DataType | None = None) -> pl.Series:
         (["7", "a"], ["7", "a"]),
         ([str(2**62), "-1"], [2**62, -1]),
         ([2**62], [2**62]),
-        ([1.0, 2.0**53], [1, 2**53]),
+        ([1.0, 2.0**24 + 1, 2.0**53], [1, 2**24 + 1, 2**53]),
     ],
 )
 def test_ids_are_integers_where_nothing_is_lost(values: list, expected: list) -> None:

@@ -9,7 +9,7 @@ import pytest
 from hstu.cli.flags import underscore_flags
 from hstu.data import SequenceDataset
 
-from .conftest import Command, assert_refused, ratings, write_ml_100k
+from .conftest import Command, assert_refused, ratings, write_ml_1m, write_ml_20m, write_ml_100k
 
 TINY = ("--num_users=50", "--num_items=60", "--num_clusters=8", "--max_seqlen=30")
 
@@ -32,6 +32,16 @@ def test_movielens_beside_its_raw_files(command: Command, tmp_path: Path) -> Non
     assert result.returncode == 0, result.stderr
     assert SequenceDataset.open(tmp_path / "data" / "ml-100k").num_users == 12
     assert (tmp_path / "data" / "ml-100k" / "u.data").is_file()
+
+
+def test_all_named_data_sets(command: Command, tmp_path: Path) -> None:
+    write_ml_100k(tmp_path / "raw", ratings())
+    write_ml_1m(tmp_path / "raw" / "ml-1m", ratings())
+    write_ml_20m(tmp_path / "raw" / "ml-20m", ratings())
+    result = command("--dataset_name=all", "--raw_dir=raw", "--check_counts=false", *TINY)
+    assert result.returncode == 0, result.stderr
+    names = sorted(path.name for path in (tmp_path / "tmp_data").iterdir())
+    assert names == ["ml-100k", "ml-1m", "ml-20m", "synthetic"]
 
 
 def test_custom_and_a_failed_run_after_it(command: Command, tmp_path: Path) -> None:
