@@ -36,11 +36,12 @@ def test_the_pool_stands_beside_the_features_and_changes_none(batch: Batch, pool
     assert joined.features.keys() == [*batch.features.keys(), POOL]
     assert joined.ids(POOL).tolist() == pool and joined.ids(POOL).dtype == torch.int64
     assert joined.features.length_per_key() == [3, 5, 4, len(pool)]
-    for name in batch.features.keys():
+    names = batch.features.keys()
+    for name in names:
         assert torch.equal(joined.ids(name), batch.ids(name))
         assert torch.equal(joined.lengths(name), batch.lengths(name))
     assert torch.equal(joined.label_mask, batch.label_mask) and joined.step == 9
-    assert POOL not in batch.features.keys()
+    assert POOL not in names
 
 
 def test_sizes_are_known_without_reading_the_lengths(batch: Batch) -> None:

@@ -44,7 +44,8 @@ def check(batch: Batch, dataset: SequenceDataset, collator: Collator, split: str
     training, ranking = split == "train", collator.task == "ranking"
     item_parts = parts(batch.ids("item"), batch.lengths("item"))
     mask_parts, time_parts = (parts(x, batch.lengths("item")) for x in (batch.label_mask, batch.timestamps))
-    action_parts = parts(batch.ids("action"), batch.lengths("action")) if "action" in batch.features.keys() else None
+    names = batch.features.keys()
+    action_parts = parts(batch.ids("action"), batch.lengths("action")) if "action" in names else None
     labels = batch.labels.tolist()
     for b, user in enumerate(batch.users.tolist()):
         events = user_events(dataset, user, LENGTHS[user] + stops[split])

@@ -25,7 +25,9 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> SequenceDataset:
     return make_dataset(tmp_path_factory.mktemp("data") / "small", [3 + i % 5 for i in range(USERS)])
 
 
-def loaders(dataset: SequenceDataset, world: int, batch_size: int, kind: type[BatchLoader] = BatchLoader, **options: object) -> list[BatchLoader]:  # fmt: skip
+def loaders(
+    dataset: SequenceDataset, world: int, batch_size: int, kind: type[BatchLoader] = BatchLoader, **options: object
+) -> list[BatchLoader]:
     options = {"seed": 1, "shuffle": True, **options}
     return [
         kind(
