@@ -10,6 +10,7 @@ from hstu.ops.jagged import (
     sequence_ids,
     split_jagged,
 )
+from hstu.ops.softmax import pool_cross_entropy
 
 __all__ = [
     "RelativeBias",
@@ -18,6 +19,7 @@ __all__ = [
     "hstu_attention",
     "interleave_jagged",
     "lengths_to_offsets",
+    "pool_cross_entropy",
     "positions_in_sequence",
     "sequence_ids",
     "split_jagged",

@@ -1,0 +1,99 @@
+"""Cross-entropy against a pool of items, sampled or whole, one matrix product at a time."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from hstu.ops.checks import values_readable
+from hstu.ops.softmax.chunked import pool_cross_entropy_chunked
+from hstu.ops.softmax.reference import pool_cross_entropy_reference
+
+__all__ = ["pool_cross_entropy"]
+
+BACKENDS = ("auto", "reference", "chunked", "triton")
+
+
+def pool_cross_entropy(
+    query: Tensor,
+    positive: Tensor,
+    positive_ids: Tensor,
+    pool: Tensor,
+    pool_ids: Tensor,
+    *,
+    temperature: float = 1.0,
+    columns: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of each query's positive against negatives from a pool shared by all queries.
+
+    ``loss_t = log(exp(s_t+) + sum_k exp(s_tk)) - s_t+`` with ``s = <query, item> / temperature``. A negative
+    whose id is the positive's takes no part, so that the whole catalogue as pool gives the full softmax.
+    Neither ``[L, K, D]`` nor, but for the reference, ``[L, P]`` is kept for the backward.
+
+    Args:
+        query: ``[L, D]``.
+        positive: ``[L, D]``.
+        positive_ids: ``[L]`` int64.
+        pool: ``[P, D]``.
+        pool_ids: ``[P]`` int64.
+        temperature: divides the scores; positive.
+        columns: ``[L, K]`` int64, places in the pool of each query's negatives; None takes all of it.
+        backend: ``"auto"``, ``"reference"``, ``"chunked"`` (matrix products of bounded size, any device) or
+            ``"triton"`` (for ``columns``: each sampled row is read where it lies).
+
+    Returns:
+        ``(loss [L] float32 or wider, live [L] int64)``: the number of negatives that took part. Differentiable
+        in query, positive and pool.
+
+    Raises:
+        ValueError: shapes, dtypes or an unknown backend.
+    """
+    _check(query, positive, positive_ids, pool, pool_ids, temperature, columns)
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}: choose one of {', '.join(BACKENDS)}")
+    if backend == "auto":
+        # Sampled columns are few: their kernel reads just those rows of the pool, but sums by atomic additions.
+        fits = (
+            not torch.are_deterministic_algorithms_enabled()
+            and query.is_cuda
+            and query.dtype != torch.float64
+            and find_spec("triton") is not None
+        )
+        backend = "triton" if fits and columns is not None else "chunked"
+    if backend == "triton":
+        from hstu.ops.softmax.triton import pool_cross_entropy_triton
+
+        return pool_cross_entropy_triton(query, positive, positive_ids, pool, pool_ids, temperature, columns)
+    run = pool_cross_entropy_reference if backend == "reference" else pool_cross_entropy_chunked
+    return run(query, positive, positive_ids, pool, pool_ids, temperature, columns)
+
+
+def _check(
+    query: Tensor,
+    positive: Tensor,
+    positive_ids: Tensor,
+    pool: Tensor,
+    pool_ids: Tensor,
+    temperature: float,
+    columns: Tensor | None,
+) -> None:
+    if query.dim() != 2 or positive.shape != query.shape:
+        raise ValueError(
+            f"query and positive must share one shape [L, D], got {list(query.shape)} and {list(positive.shape)}"
+        )
+    if pool.dim() != 2 or pool.shape[1] != query.shape[1]:
+        raise ValueError(f"pool must be [P, {query.shape[1]}], got {list(pool.shape)}")
+    for name, ids, rows in (("positive_ids", positive_ids, query.shape[0]), ("pool_ids", pool_ids, pool.shape[0])):
+        if ids.shape != (rows,) or ids.dtype != torch.int64:
+            raise ValueError(f"{name} must be [{rows}] int64, got {list(ids.shape)} {ids.dtype}")
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}: it divides the scores and must be positive")
+    if columns is None:
+        return
+    if columns.dim() != 2 or columns.shape[0] != query.shape[0] or columns.dtype != torch.int64:
+        raise ValueError(f"columns must be [{query.shape[0]}, K] int64, got {list(columns.shape)} {columns.dtype}")
+    if values_readable(columns) and columns.numel() and not 0 <= int(columns.min()) <= int(columns.max()) < len(pool):
+        raise ValueError(f"columns must be places in the pool, 0 to {len(pool) - 1}")

@@ -1,0 +1,50 @@
+"""Random cross-entropy problems for the tests of every backend."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from hstu.ops.softmax import pool_cross_entropy
+
+# tokens, pool, width, sampled columns (None: all of the pool), temperature
+CASES: dict[str, tuple[int, int, int, int | None, float]] = {
+    "all": (7, 19, 5, None, 1.0),
+    "sampled": (7, 19, 5, 4, 0.2),
+    "wide": (33, 70, 50, 20, 1.0),
+    "all_wide": (18, 130, 64, None, 0.5),
+    "one": (1, 1, 1, 1, 1.0),
+    "no_tokens": (0, 5, 3, 2, 1.0),
+    "no_negatives": (5, 6, 3, 0, 1.0),
+}
+
+
+def build(case: tuple[int, int, int, int | None, float], dtype: torch.dtype) -> dict[str, Any]:
+    """Arguments of ``pool_cross_entropy``."""
+    tokens, pool, width, sampled, temperature = case
+    rng = torch.Generator().manual_seed(0)
+
+    def normal(rows: int) -> torch.Tensor:
+        return torch.randn(rows, width, generator=rng, dtype=torch.float64).to(dtype)
+
+    columns = None if sampled is None else torch.randint(0, pool, (tokens, sampled), generator=rng)
+    return dict(
+        query=normal(tokens),
+        positive=normal(tokens),
+        positive_ids=torch.randint(0, pool + 3, (tokens,), generator=rng),
+        pool=normal(pool),
+        pool_ids=torch.randperm(pool, generator=rng),
+        temperature=temperature,
+        columns=columns,
+    )
+
+
+def results(problem: dict[str, Any], backend: str) -> dict[str, torch.Tensor]:
+    """Loss, number of live negatives and every gradient."""
+    names = ("query", "positive", "pool")
+    inputs = {name: problem[name].detach().clone().requires_grad_() for name in names}
+    loss, live = pool_cross_entropy(**(problem | inputs), backend=backend)
+    weights = torch.randn(loss.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    (loss * weights.to(loss.dtype)).sum().backward()
+    return {"loss": loss.detach(), "live": live} | {f"d_{name}": inputs[name].grad for name in names}
