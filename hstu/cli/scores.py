@@ -34,10 +34,10 @@ def table(runs: dict[str, dict[str, Any]]) -> str:
         best = record.get("best_possible") or {}
         # Where the best score is known for some metrics, the others would only distract.
         for metric, value in record["metrics"].items():
-            if best and metric not in best:
+            if value is None or (best and not best.get(metric)):
                 continue
             line = f"{name:28} {metric:12} {value:8.4f}"
-            if metric in best:
+            if best.get(metric):
                 line += f" {best[metric]:14.4f} {value / best[metric]:7.1%}"
             lines.append(line)
     return "\n".join(lines)

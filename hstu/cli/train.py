@@ -43,8 +43,8 @@ def main(task: Literal["ranking", "retrieval"]) -> None:
 
 def _guarded(task: Literal["ranking", "retrieval"]) -> int:
     from hstu.parallel import Mesh
+    from hstu.training.meter import TrainingError
     from hstu.training.run_directory import configure_logging
-    from hstu.training.trainer import TrainingError
 
     with Mesh.create() as mesh:
         configure_logging(None, is_main=mesh.is_main)

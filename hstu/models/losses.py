@@ -100,8 +100,9 @@ def _softmax_rows(
     temperature: float,
     columns: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    right = (query * positive).sum(-1, keepdim=True) / temperature
-    scores = query @ pool.T / temperature
+    query = query / temperature
+    right = (query * positive).sum(-1, keepdim=True)
+    scores = query @ pool.T
     same = pool_ids[None, :] == positive_ids[:, None]
     if columns is not None:
         scores, same = scores.gather(1, columns), pool_ids[columns] == positive_ids[:, None]

@@ -38,6 +38,7 @@ class Progress:
         best_step: Its step.
         evaluations_since_best: For early stopping.
         stopped_early: Whether early stopping has ended the run.
+        since_last_line: Sums that the next log line goes on from, see ``Meter.state``.
     """
 
     step: int = 0
@@ -45,6 +46,7 @@ class Progress:
     best_step: int | None = None
     evaluations_since_best: int = 0
     stopped_early: bool = False
+    since_last_line: list[float] = dataclasses.field(default_factory=list)
 
 
 def model_identity(config: Config, schema: Schema) -> dict[str, Any]:
@@ -123,8 +125,8 @@ class Checkpointer:
                     f"{value!r} here; use the config of its run, or another --run-dir"
                 )
         tensors = self._tensors(optimizer=optimizer)
-        if marker["world_size"] != self.mesh.world_size:
-            # Each rank has a random state of its own; another number of ranks starts new ones.
+        same_ranks = marker["world_size"] == self.mesh.world_size
+        if not same_ranks:
             tensors = {name: value for name, value in tensors.items() if not name.startswith("rng/")}
         try:
             dcp.load(tensors, storage_reader=FileSystemReader(path), process_group=self.mesh.host_group)
@@ -132,8 +134,10 @@ class Checkpointer:
             raise CheckpointError(f"checkpoint {path} cannot be read: {_first_line(error)}") from error
         progress = Progress(**marker["progress"])
         self.parallel.tables.set_step(progress.step)
-        if f"rng/{self.mesh.rank}" in tensors:
-            torch.set_rng_state(tensors[f"rng/{self.mesh.rank}"].cpu())
+        if same_ranks:
+            _set_random_state({name: value for name, value in tensors.items() if name.startswith("rng/")})
+        else:  # each rank had a random state of its own; another number of ranks starts new ones
+            torch.manual_seed((progress.step << 16) + self.mesh.rank)
         return progress
 
     def _tensors(self, *, optimizer: bool = True) -> dict[str, Any]:
@@ -150,8 +154,7 @@ class Checkpointer:
         for width, collection in tables.collections.items():
             for weight, moments in collection.fused_optimizer.state_dict()["state"].items():
                 state |= {f"tables_optimizer/{width}/{weight}/{name}": value for name, value in moments.items()}
-        state[f"rng/{self.mesh.rank}"] = torch.get_rng_state()
-        return state
+        return state | _random_state(self.mesh.rank)
 
     def _complete(self, partial: Path, final: Path, progress: Progress) -> None:
         marker = {
@@ -179,6 +182,18 @@ class Checkpointer:
                 shutil.rmtree(path, ignore_errors=True)
         for path in self.directory.glob(".*.partial"):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _random_state(rank: int) -> dict[str, torch.Tensor]:
+    state = {f"rng/{rank}/cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state[f"rng/{rank}/cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _set_random_state(state: dict[str, torch.Tensor]) -> None:
+    for name, value in state.items():
+        (torch.cuda if name.endswith("cuda") else torch).set_rng_state(value.cpu())
 
 
 def step_name(step: int) -> str:

@@ -22,9 +22,9 @@ _LOOKUP_ROWS = 1 << 16  # items looked up at once
 _SCORE_ELEMENTS = 1 << 25  # scores held at once
 
 
-def improves(name: str, value: float, best: float | None) -> bool:
+def improves(name: str, value: float | None, best: float | None) -> bool:
     """Return whether ``value`` of metric ``name`` is better than ``best`` (None: anything finite is)."""
-    if math.isnan(value):
+    if value is None:
         return False
     if best is None:
         return True
@@ -43,6 +43,8 @@ def evaluate(
     score = _ranking if isinstance(model, RankingModel) else _retrieval
     result = score(model, loader, mesh, config)  # type: ignore[arg-type]
     model.train()
+    # JSON has no nan: a metric that is not defined on these events is null.
+    result["metrics"] = {k: None if math.isnan(v) else v for k, v in result["metrics"].items()}
     record = {"kind": "eval", "split": loader.split.name, "step": step, "protocol": config.dataset.protocol}
     return record | {"tie_rule": "average"} | result
 

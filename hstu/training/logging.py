@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import sys
 import time
 from types import TracebackType
@@ -80,8 +79,8 @@ class RunLogger:
         self._curves(record["split"], record["step"], record["metrics"])
         logger.info("step %d  %s  %s%s", record["step"], record["split"], format_metrics(record["metrics"]), note)
 
-    def _curves(self, group: str, step: int, values: dict[str, float]) -> None:
-        finite = {f"{group}/{name}": value for name, value in values.items() if math.isfinite(value)}
+    def _curves(self, group: str, step: int, values: dict[str, float | None]) -> None:
+        finite = {f"{group}/{name}": value for name, value in values.items() if value is not None}
         if self.tensorboard is not None:
             for name, value in finite.items():
                 self.tensorboard.add_scalar(name, value, step)
@@ -94,9 +93,9 @@ class RunLogger:
         return tqdm.format_interval(seconds)
 
 
-def format_metrics(metrics: dict[str, float]) -> str:
+def format_metrics(metrics: dict[str, float | None]) -> str:
     """Return ``HR@10 0.1234  NDCG@10 0.0567``."""
-    return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+    return "  ".join(f"{name} " + ("undefined" if value is None else f"{value:.4f}") for name, value in metrics.items())
 
 
 def _start_wandb(run: RunDirectory) -> Any:

@@ -49,6 +49,8 @@ class Optimizer:
     def prepare(self, step: int) -> float:
         """Clear gradients and set the learning rates of ``step`` (from 0); return the dense one."""
         self.parallel.dense.zero_grad()
+        # Megatron leaves .grad at the reduced gradient, on which the next backward pass would add.
+        self.megatron.zero_grad()
         factor = schedule_factor(self.args, step, self.total_steps)
         for group in self.dense.param_groups:
             group["lr"] = group["max_lr"] * factor

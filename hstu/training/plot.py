@@ -39,7 +39,7 @@ def draw_curves(records: Records, metrics: tuple[str, ...], final: dict[str, Any
     axes[0].set(title="training loss", xlabel="step")
     for axis, name in zip(axes[1:], metrics, strict=True):
         axis.plot(*_series(records, name), color="#2ca02c", marker="o", markersize=3, label="validation")
-        if final is not None:
+        if final is not None and final["metrics"][name] is not None:
             axis.plot(final["step"], final["metrics"][name], "*", color="#d62728", markersize=10, label="test")
             best = (final.get("best_possible") or {}).get(name)
             if best is not None:

@@ -63,9 +63,10 @@ class RunDirectory:
         return found
 
     def rewind(self, step: int) -> None:
-        """Drop records after ``step``, which a resumed run will write again."""
+        """Drop the records that a run resumed at ``step`` will write again: later ones, and the test score."""
         if self.metrics.is_file():
-            kept = "".join(json.dumps(record) + "\n" for record in self.records(step))
+            records = [record for record in self.records(step) if record.get("split") != "test"]
+            kept = "".join(json.dumps(record) + "\n" for record in records)
             write_atomically(self.metrics, kept)
 
     def append(self, record: dict[str, Any]) -> None:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import logging
-import math
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from hstu.config import Config
 from hstu.data.batch import Batch
@@ -17,22 +14,18 @@ from hstu.data.loader import BatchLoader
 from hstu.data.reader import SequenceDataset
 from hstu.data.splits import leave_one_out
 from hstu.models import build_model, make_collator
-from hstu.models.losses import LossSum
 from hstu.parallel import Mesh, parallelize
 from hstu.training.checkpoint import Checkpointer, Progress, find_checkpoint, model_identity
 from hstu.training.evaluate import best_possible, evaluate, improves
 from hstu.training.interrupt import StopRequest
 from hstu.training.logging import RunLogger, format_metrics
+from hstu.training.meter import Meter
 from hstu.training.optimizer import Optimizer
 from hstu.training.plot import draw_curves, sketch_curves
 from hstu.training.profile import profiler
 from hstu.training.run_directory import RunDirectory
 
 logger = logging.getLogger(__name__)
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on: the loss is not finite, or there is nothing to learn from."""
 
 
 class Trainer:
@@ -84,6 +77,7 @@ class Trainer:
     def resume(self, checkpoint: Path) -> None:
         """Go on from ``checkpoint``, as if training had never stopped."""
         self.progress = self.checkpointer.load(checkpoint)
+        self.meter.restore(self.progress.since_last_line)
         self.mesh.on_main(lambda: self.run.rewind(self.progress.step))
         logger.info("resumed from %s at step %d", checkpoint, self.progress.step)
 
@@ -144,7 +138,7 @@ class Trainer:
         total = self.mesh.sum(count).clamp(min=1)
         (loss.total * (self.mesh.world_size / total)).backward()
         self.optimizer.step()
-        self.meter.add(loss, batch, self.model.num_tokens(batch))
+        self.meter.add(loss, batch.num_samples, self.model.num_tokens(batch))
         return rate
 
     def _after_step(self, log: RunLogger | _Silent, done: bool) -> None:
@@ -176,7 +170,7 @@ class Trainer:
         return False
 
     def _save(self, *, best: bool = False) -> None:
-        self.meter.check(self.progress.step)
+        self.progress.since_last_line = self.meter.state(self.progress.step)
         self.checkpointer.save(self.progress, best=best)
 
     def _test(self, log: RunLogger | _Silent) -> dict[str, Any]:
@@ -238,80 +232,6 @@ class Trainer:
             f"{self.total_steps:,} steps of {self.loaders['train'].global_batch_size} sequences, "
             f"{self.loaders['train'].steps_per_epoch} an epoch; run directory {self.run.path}"
         )
-
-
-class Meter:
-    """Loss and throughput between two log lines, over all ranks; time spent elsewhere does not count."""
-
-    def __init__(self, mesh: Mesh) -> None:
-        self.mesh = mesh
-        self._reset()
-
-    def _reset(self) -> None:
-        self.loss = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
-        self.negatives: Tensor | None = None
-        self.labels = self.sequences = self.tokens = 0
-        self.away, self.since = 0.0, time.perf_counter()
-
-    def add(self, loss: LossSum, batch: Batch, tokens: int) -> None:
-        """Count one step; nothing is read back from the device."""
-        self.loss += loss.total.detach()
-        if loss.live_negatives is not None:
-            live = loss.live_negatives.detach().double()
-            self.negatives = live if self.negatives is None else self.negatives + live
-        self.labels += loss.count
-        self.sequences += int(batch.users.numel())
-        self.tokens += tokens
-
-    def paused(self) -> _Pause:
-        """Leave out the time spent inside."""
-        return _Pause(self)
-
-    def check(self, step: int) -> None:
-        """Raise unless the loss since the last line is finite on every rank."""
-        if not math.isfinite(float(self.mesh.sum(self.loss.clone()))):
-            raise TrainingError(
-                f"loss is not finite at step {step}: lower OptimizerArgs.learning_rate or set clip_grad"
-            )
-
-    def read(self, step: int) -> dict[str, float]:
-        """Return means since the last call, and start again.
-
-        Raises:
-            TrainingError: if the loss is not finite, or a label token has less than one negative on average.
-        """
-        self.check(step)
-        negatives = torch.zeros_like(self.loss) if self.negatives is None else self.negatives
-        host = torch.tensor([self.labels, self.sequences, self.tokens], dtype=torch.float64, device=self.loss.device)
-        loss, live, labels, sequences, tokens = self.mesh.sum(
-            torch.cat([torch.stack([self.loss, negatives]), host])
-        ).tolist()
-        seconds = max(1e-9, time.perf_counter() - self.since - self.away)
-        record = {
-            "loss": loss / max(1.0, labels),
-            "sequences_per_second": sequences / seconds,
-            "tokens_per_second": tokens / seconds,
-        }
-        if self.negatives is not None:
-            record["live_negatives"] = live / max(1.0, labels)
-            if labels and record["live_negatives"] < 1:
-                raise TrainingError(
-                    f"{record['live_negatives']:.2f} negatives per label at step {step}: raise "
-                    "TrainerArgs.train_batch_size or set RetrievalArgs.num_negatives"
-                )
-        self._reset()
-        return record
-
-
-class _Pause:
-    def __init__(self, meter: Meter) -> None:
-        self.meter = meter
-
-    def __enter__(self) -> None:
-        self.start = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self.meter.away += time.perf_counter() - self.start
 
 
 class _Silent:
