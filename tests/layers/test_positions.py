@@ -1,0 +1,62 @@
+"""Positions and times before the request."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from hstu.layers.positions import PositionEncoder, token_positions
+from hstu.layers.tokens import Tokens
+from tests.layers.streams import make_tokens
+
+LENGTHS, CANDIDATES = (6, 0, 1, 5, 3), (3, 0, 1, 0, 3)
+
+
+def test_history_counts_up_and_all_candidates_share_the_place_after_it() -> None:
+    tokens = make_tokens(LENGTHS, None, CANDIDATES)
+    assert token_positions(tokens).tolist() == [0, 1, 2, 3, 3, 3, 0, 0, 1, 2, 3, 4, 0, 0, 0]
+
+
+def test_scaled_values_plus_the_row_of_the_position() -> None:
+    tokens = make_tokens(LENGTHS, None, CANDIDATES)
+    encoder = PositionEncoder(10, 6)
+    out = encoder(tokens)
+    for t, p in enumerate(token_positions(tokens).tolist()):
+        expected = math.sqrt(10) * tokens.values[t] + encoder.position[p]
+        torch.testing.assert_close(out.values[t], expected, rtol=0, atol=1e-6)
+    assert out.offsets is tokens.offsets and encoder.time is None
+
+
+def bounded(kind: str, seconds: int, largest: int) -> int:
+    return min(int(math.sqrt(seconds) if kind == "sqrt" else math.log1p(seconds)), largest)
+
+
+@pytest.mark.parametrize("kind", ["sqrt", "log"])
+def test_time_rows_count_back_from_the_last_event(kind: str) -> None:
+    ages = [10**10, 3 * 86400, 3600, 99, 1, 0]
+    tokens = make_tokens((6, 0, 2))
+    tokens = Tokens(**{**vars(tokens), "timestamps": 10**11 - torch.tensor([*ages, 16, 0])})
+    encoder = PositionEncoder(10, 6, num_time_buckets=12, time_bucket_fn=kind)  # type: ignore[arg-type]
+    torch.nn.init.normal_(encoder.time)
+    buckets = encoder.time_buckets(tokens).tolist()
+    assert buckets == [bounded(kind, age, 12) for age in [*ages, 16, 0]]
+    assert max(buckets) == 12 and encoder.time is not None and encoder.time.shape == (13, 10)
+    plain = tokens.values * encoder.scale + encoder.position[token_positions(tokens)]
+    torch.testing.assert_close(encoder(tokens).values, plain + encoder.time[buckets])
+
+
+def test_seconds_are_not_rounded_to_float32() -> None:
+    tokens = make_tokens((2,))
+    age = 4097**2  # above 2**24: in float32 its square root is that of a neighbour
+    tokens = Tokens(**{**vars(tokens), "timestamps": torch.tensor([0, age - 1])})
+    encoder = PositionEncoder(10, 2, num_time_buckets=5000)
+    assert encoder.time_buckets(tokens).tolist() == [4096, 0]
+
+
+def test_dropout_only_while_training() -> None:
+    encoder, tokens = PositionEncoder(10, 8, dropout=0.5), make_tokens((8,))
+    assert bool((encoder(tokens).values == 0).any())
+    encoder.eval()
+    assert not bool((encoder(tokens).values == 0).any())
