@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from hstu.config import Config
 from hstu.data.batch import Batch
@@ -18,8 +22,11 @@ from hstu.metrics.retrieval import per_user_metric, target_ranks
 from hstu.models import RankingModel, RetrievalModel
 from hstu.parallel import Mesh
 
+logger = logging.getLogger(__name__)
+
 _LOOKUP_ROWS = 1 << 16  # items looked up at once
 _SCORE_ELEMENTS = 1 << 25  # scores held at once
+_LONG = 100  # batches of an evaluation that is worth announcing
 
 
 def improves(name: str, value: float | None, best: float | None) -> bool:
@@ -49,8 +56,13 @@ def evaluate(
     return record | {"tie_rule": "average"} | result
 
 
-def _batches(loader: BatchLoader, config: Config, device: torch.device) -> Any:
-    for batch in itertools.islice(loader.epoch(0), config.trainer.max_eval_iters):
+def _batches(loader: BatchLoader, config: Config, device: torch.device) -> Iterator[Batch]:
+    total = min(loader.steps_per_epoch, config.trainer.max_eval_iters or loader.steps_per_epoch)
+    shown = loader.rank == 0 and sys.stdout.isatty()
+    if loader.rank == 0 and not shown and total > _LONG:
+        logger.info("scoring %d batches of %s; TrainerArgs.max_eval_iters shortens this", total, loader.split.name)
+    batches = itertools.islice(loader.epoch(0), total)
+    for batch in tqdm(batches, loader.split.name, total, leave=False, unit="batch", disable=not shown):
         yield batch.to(device)
 
 
