@@ -9,7 +9,8 @@ from torch import Tensor
 def target_ranks(scores: Tensor, targets: Tensor, excluded: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """Return 1 + (candidates that score strictly higher) + half of the ties, [Q] float64.
 
-    The average rank among ties: a model that scores everything alike gets chance, not rank 1.
+    The average rank among ties: a model that scores everything alike gets chance, not rank 1. A score that is
+    not a number counts as above the target's, and a target's that is none as below all others.
 
     Args:
         scores: [Q, n].
@@ -20,9 +21,9 @@ def target_ranks(scores: Tensor, targets: Tensor, excluded: tuple[Tensor, Tensor
     if excluded is not None:
         scores[excluded] = float("-inf")
         scores.scatter_(1, targets[:, None], target_scores)
-    higher = (scores > target_scores).sum(1)
-    ties = (scores == target_scores).sum(1) - 1
-    return 1 + higher.double() + ties.double() / 2
+    not_higher, ties = (scores <= target_scores).sum(1), (scores == target_scores).sum(1)
+    higher = scores.shape[1] - not_higher.clamp(min=1)  # the target itself is not above itself
+    return 1 + higher.double() + (ties - 1).clamp(min=0).double() / 2
 
 
 def per_user_metric(name: str, ranks: Tensor) -> Tensor:

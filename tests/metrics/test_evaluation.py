@@ -1,0 +1,121 @@
+"""Evaluation of a whole split against a loop over users: means over users, training's own similarity."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from hstu.config import Config
+from hstu.data import SequenceDataset, leave_one_out
+from hstu.data.loader import BatchLoader
+from hstu.models import RankingModel, RetrievalModel, build_model, make_collator
+from hstu.training.evaluate import evaluate
+from tests.samples import make_config, make_dataset
+
+LENGTHS = [3, 9, 4, 12, 5, 3, 7, 20, 6, 4, 8]
+MESH: Any = SimpleNamespace(device=torch.device("cpu"), sum=lambda x: x, gather=lambda x: x)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> SequenceDataset:
+    return make_dataset(tmp_path_factory.mktemp("data") / "small", LENGTHS, num_items=30)
+
+
+def prepare(dataset: SequenceDataset, config: Config, split: str, batch_size: int) -> tuple[Any, BatchLoader]:
+    model = build_model(config, dataset.schema)
+    for parameter in model.parameters():  # far from the small initial weights, so that scores differ
+        torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(parameter.numel()))
+    loader = BatchLoader(
+        dataset=dataset,
+        split=leave_one_out(dataset.lengths)[split],  # type: ignore[arg-type]
+        collate=make_collator(config, dataset.schema),
+        batch_size=batch_size,
+    )
+    return model, loader
+
+
+@torch.no_grad()
+def naive_retrieval(model: RetrievalModel, loader: BatchLoader, filter_seen: bool) -> dict[str, float]:
+    """One user at a time; similarity from the raw table, in float64."""
+    model.eval()
+    table = model.embeddings.weights["item"].double()  # type: ignore[index, union-attr]
+    table = table / table.norm(dim=1, keepdim=True)
+    ranks = []
+    for row in range(len(loader.split)):
+        batch = loader.collate(loader.dataset, loader.split, np.array([row]), np.array([row]), 0)
+        scores = (model.queries(batch).double() @ table.T)[0]
+        stop = int(loader.split.stop[row])
+        events = loader.dataset.gather(np.array([row]), np.array([0]), np.array([stop])).items.tolist()
+        target = events[-1]
+        others = set(range(30)) - {target} - (set(events[:-1]) if filter_seen else set())
+        ranks.append(1 + sum(float(scores[j]) > float(scores[target]) for j in others))
+    return {
+        "HR@3": sum(r <= 3 for r in ranks) / len(ranks),
+        "NDCG@5": sum(1 / math.log2(r + 1) for r in ranks if r <= 5) / len(ranks),
+        "MRR": sum(1 / r for r in ranks) / len(ranks),
+    }
+
+
+RETRIEVAL = ("RetrievalArgs.eval_metrics=('HR@3', 'NDCG@5', 'MRR')", "NetworkArgs.preset='research'")
+
+
+@pytest.mark.parametrize("filter_seen", [True, False])
+@pytest.mark.parametrize("split", ["valid", "test"])
+@pytest.mark.parametrize("batch_size", [1, 4, 11])
+def test_retrieval_scores_are_means_over_users(
+    dataset: SequenceDataset, split: str, batch_size: int, filter_seen: bool
+) -> None:
+    config = make_config("retrieval", *RETRIEVAL, f"RetrievalArgs.filter_seen={filter_seen}")
+    model, loader = prepare(dataset, config, split, batch_size)
+    expected = naive_retrieval(model, loader, filter_seen)
+    record = evaluate(model, loader, MESH, config, 7)
+    assert record["metrics"] == pytest.approx(expected, rel=1e-12)
+    assert (record["num_users"], record["num_candidates"], record["filter_seen"]) == (11, 30, filter_seen)
+    assert (record["split"], record["step"], record["tie_rule"]) == (split, 7, "average")
+    assert record["protocol"] == "leave_one_out" and model.training
+
+
+def test_evaluating_on_raw_items_is_caught(dataset: SequenceDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config("retrieval", *RETRIEVAL)
+    model, loader = prepare(dataset, config, "test", 4)
+    expected = naive_retrieval(model, loader, True)
+
+    def raw(batch: Any, ids: Tensor) -> Tensor:
+        return model.embeddings.weights["item"][ids]
+
+    monkeypatch.setattr(model, "catalogue_vectors", raw)
+    assert evaluate(model, loader, MESH, config, 0)["metrics"] != pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("candidates", [0, 3])
+@pytest.mark.parametrize("batch_size", [1, 4, 11])
+def test_ranking_scores_do_not_depend_on_batches(
+    dataset: SequenceDataset, batch_size: int, candidates: int, tmp_path: Path
+) -> None:
+    config = make_config(
+        "ranking",
+        f"DatasetArgs.max_num_candidates={candidates}",
+        "RankingArgs.eval_metrics=('AUC', 'LOGLOSS', 'ACCURACY')",
+    )
+    model, loader = prepare(dataset, config, "test", batch_size)
+    assert isinstance(model, RankingModel)
+    record = evaluate(model, loader, MESH, config, 0)
+    model.eval()
+    with torch.no_grad():
+        rows = np.arange(11)
+        whole = loader.collate(dataset, loader.split, rows, rows, 0)
+        p = model.logits(whole).double().softmax(1)
+    truth = [int(dataset.gather(rows[i : i + 1], np.array([0]), dataset.lengths[i : i + 1]).actions[-1]) for i in rows]  # type: ignore[index]
+    loss = -sum(math.log(float(p[i, y])) for i, y in enumerate(truth)) / 11
+    assert record["metrics"]["LOGLOSS"] == pytest.approx(loss, rel=1e-5)
+    assert record["metrics"]["ACCURACY"] == pytest.approx(
+        sum(int(p[i].argmax()) == y for i, y in enumerate(truth)) / 11
+    )
+    assert record["num_users"] == 11 and record["left_out"]["AUC"] == 4 - len(set(truth))

@@ -1,0 +1,92 @@
+"""Ranks among ties, HR, NDCG, MRR, and what is left out of the ranking."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from hstu.metrics.retrieval import per_user_metric, target_ranks
+
+
+def naive_rank(scores: list[float], target: int, excluded: set[int]) -> float:
+    others = [s for j, s in enumerate(scores) if j != target and j not in excluded]
+    return 1 + sum(s > scores[target] for s in others) + sum(s == scores[target] for s in others) / 2
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_ranks_with_ties_and_exclusions_are_those_of_a_loop(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randint(-3, 4, (12, 9), generator=generator).float()
+    targets = torch.randint(9, (12,), generator=generator)
+    out = torch.rand(12, 9, generator=generator) < 0.4
+    rows, columns = out.nonzero(as_tuple=True)
+    expected = [
+        naive_rank(scores[b].tolist(), int(targets[b]), set(out[b].nonzero().flatten().tolist())) for b in range(12)
+    ]
+    assert target_ranks(scores.clone(), targets, (rows, columns)).tolist() == expected
+    plain = [naive_rank(scores[b].tolist(), int(targets[b]), set()) for b in range(12)]
+    assert target_ranks(scores.clone(), targets).tolist() == plain
+
+
+def test_a_constant_model_gets_chance() -> None:
+    targets = torch.arange(100)
+    ranks = target_ranks(torch.zeros(100, 100), targets)
+    assert ranks.tolist() == [50.5] * 100
+    assert float(per_user_metric("HR@10", ranks).mean()) == 0.0
+    assert float(per_user_metric("HR@51", ranks).mean()) == 1.0
+
+
+def test_the_target_is_never_left_out() -> None:
+    scores = torch.tensor([[5.0, 1.0, 3.0]])
+    everything = (torch.tensor([0, 0, 0]), torch.tensor([0, 1, 2]))
+    assert target_ranks(scores.clone(), torch.tensor([1]), everything).tolist() == [1.0]
+    seen = (torch.tensor([0, 0, 0]), torch.tensor([0, 0, 1]))  # an item may have been seen twice
+    assert target_ranks(scores.clone(), torch.tensor([1]), seen).tolist() == [2.0]
+
+
+def test_seen_items_are_left_out_of_their_own_row_only() -> None:
+    scores = torch.tensor([[5.0, 1.0, 3.0], [5.0, 1.0, 3.0]])
+    ranks = target_ranks(scores, torch.tensor([1, 1]), (torch.tensor([0]), torch.tensor([0])))
+    assert ranks.tolist() == [2.0, 3.0]
+
+
+def test_ranks_are_float64_whatever_the_scores() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        assert target_ranks(torch.tensor([[0.0, 0.0]], dtype=dtype), torch.tensor([0])).dtype == torch.float64
+
+
+@pytest.mark.parametrize("target", [0, 1])
+def test_a_model_that_is_not_a_number_is_last_and_not_first(target: int) -> None:
+    broken = torch.full((1, 50), math.nan)
+    assert target_ranks(broken.clone(), torch.tensor([target])).tolist() == [50.0]
+    broken[0, 1] = 0.5
+    assert target_ranks(broken, torch.tensor([target])).tolist() == [50.0]
+
+
+def assert_hits_include_rank_k(hit: object) -> None:
+    ranks = torch.tensor([1.0, 9.5, 10.0, 10.5, 11.0], dtype=torch.float64)
+    assert hit(ranks).tolist() == [1, 1, 1, 0, 0]  # type: ignore[operator]
+
+
+def test_hit_rate_includes_rank_k() -> None:
+    assert_hits_include_rank_k(lambda ranks: per_user_metric("HR@10", ranks))
+    assert per_user_metric("HR@1", torch.tensor([1.0, 2.0])).tolist() == [1, 0]
+
+
+def test_a_strict_comparison_is_caught() -> None:
+    def strict(ranks: Tensor) -> Tensor:
+        return (ranks < 10).double()
+
+    with pytest.raises(AssertionError):
+        assert_hits_include_rank_k(strict)
+
+
+def test_ndcg_and_mrr_of_known_ranks() -> None:
+    ranks = torch.tensor([1.0, 2.0, 3.0, 10.0, 11.0, 2.5], dtype=torch.float64)
+    expected = [1 / math.log2(r + 1) if r <= 10 else 0.0 for r in ranks.tolist()]
+    torch.testing.assert_close(per_user_metric("NDCG@10", ranks), torch.tensor(expected, dtype=torch.float64))
+    assert per_user_metric("NDCG@10", ranks)[0] == 1.0
+    torch.testing.assert_close(per_user_metric("MRR", ranks), 1 / ranks)
