@@ -74,8 +74,9 @@ def softmax_loss(
         temperature: Divides scores.
         columns: [L, K] int64, the places in the pool of each token's negatives; None takes all of it.
     """
-    if query.shape[0] == 0:  # keeps the graph, so that every rank runs the same backward
-        return LossSum(total=(query.sum() + positive.sum() + pool.sum()), count=0, live_negatives=query.new_zeros(()))
+    if query.shape[0] == 0:  # keeps the graph, so that every rank runs the same backward, but moves nothing
+        nothing = 0.0 * (query.sum() + positive.sum() + pool.sum())
+        return LossSum(total=nothing, count=0, live_negatives=query.new_zeros(()))
     step = max(1, _CHUNK_ELEMENTS // max(1, pool.shape[0]))
     totals, lives = [], []
     for start in range(0, query.shape[0], step):

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from hstu.config import Config
 from hstu.data.schema import Schema
@@ -73,8 +73,9 @@ def model_identity(config: Config, schema: Schema) -> dict[str, Any]:
 class Checkpointer:
     """Writes and reads ``step_000000500`` directories below ``directory``.
 
-    A checkpoint is written beside its place, completed by a marker and renamed: one without the marker
-    does not exist. ``latest`` and ``best`` are links.
+    Tensors are safetensors files, one a rank: loading executes no pickle, and any number of ranks may load.
+    A checkpoint is written beside its place, completed by a marker that lists the files, and renamed: one
+    without the marker does not exist. ``latest`` and ``best`` are links.
 
     Args:
         directory: Where checkpoints are.
@@ -102,7 +103,8 @@ class Checkpointer:
         partial = self.directory / f".{final.name}.partial"
         if self._saved_step != progress.step:
             self.mesh.on_main(lambda: shutil.rmtree(partial, ignore_errors=True))
-            dcp.save(self._tensors(), storage_writer=FileSystemWriter(partial), process_group=self.mesh.host_group)
+            writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
+            dcp.save(self._tensors(), storage_writer=writer, process_group=self.mesh.host_group)
             self.mesh.on_main(lambda: self._complete(partial, final, progress))
             self._saved_step = progress.step
         self.mesh.on_main(lambda: self._publish(final, best))
@@ -129,11 +131,13 @@ class Checkpointer:
         if not same_ranks:
             tensors = {name: value for name, value in tensors.items() if not name.startswith("rng/")}
         try:
-            dcp.load(tensors, storage_reader=FileSystemReader(path), process_group=self.mesh.host_group)
+            reader = HuggingFaceStorageReader(str(path))
+            dcp.load(tensors, storage_reader=reader, process_group=self.mesh.host_group)
         except Exception as error:
             raise CheckpointError(f"checkpoint {path} cannot be read: {_first_line(error)}") from error
         progress = Progress(**marker["progress"])
         self.parallel.tables.set_step(progress.step)
+        self.optimizer.set_step(progress.step)
         if same_ranks:
             _set_random_state({name: value for name, value in tensors.items() if name.startswith("rng/")})
         else:  # each rank had a random state of its own; another number of ranks starts new ones
@@ -161,6 +165,7 @@ class Checkpointer:
             "progress": dataclasses.asdict(progress),
             "world_size": self.mesh.world_size,
             "model": self.identity,
+            "files": {path.name: path.stat().st_size for path in sorted(partial.glob("*.safetensors"))},
         }
         write_atomically(partial / _MARKER, json.dumps(marker, indent=1))
         shutil.rmtree(final, ignore_errors=True)
@@ -214,15 +219,15 @@ def complete_checkpoints(directory: Path) -> list[Path]:
 def find_checkpoint(directory: Path, choice: str) -> Path | None:
     """Return the checkpoint that ``choice`` names: latest, best, a step, or a path; None if there is none.
 
+    When the latest is damaged, the one before it is taken, and the log says so.
+
     Raises:
-        CheckpointError: for a step or path that is not there.
+        CheckpointError: for a step or path that is not there, or if all that there is is damaged.
     """
-    if choice in ("latest", "best"):
-        link = directory / choice
-        if is_complete(link):
-            return link.resolve()
-        complete = complete_checkpoints(directory)
-        return complete[-1] if complete and choice == "latest" else None
+    if choice == "best":
+        return (directory / choice).resolve() if is_complete(directory / choice) else None
+    if choice == "latest":
+        return _newest_sound(directory)
     path = directory / step_name(int(choice)) if choice.isdigit() else Path(choice)
     if not is_complete(path):
         have = ", ".join(p.name for p in complete_checkpoints(directory)) or "none"
@@ -234,15 +239,40 @@ def read_marker(path: Path) -> dict[str, Any]:
     """Return what a checkpoint says of itself.
 
     Raises:
-        CheckpointError: if it is not a finished checkpoint.
+        CheckpointError: if it is not a finished checkpoint, or one of its files is missing or cut short.
     """
     try:
         marker: dict[str, Any] = json.loads((path / _MARKER).read_text())
         Progress(**marker["progress"])
         marker["model"], marker["world_size"]
+        sizes = dict(marker["files"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"checkpoint {path} has no readable {_MARKER}: {_first_line(error)}") from error
+    for name, size in sizes.items():
+        found = (path / name).stat().st_size if (path / name).is_file() else None
+        if found != size:
+            state = "is missing" if found is None else f"has {found} bytes instead of {size}"
+            raise CheckpointError(f"checkpoint {path} is damaged: {name} {state}; choose another with --checkpoint")
     return marker
+
+
+def _newest_sound(directory: Path) -> Path | None:
+    """Return the checkpoint that ``latest`` points to or, when it is damaged, the newest that is not."""
+    candidates = complete_checkpoints(directory)[::-1]
+    if is_complete(directory / "latest"):
+        candidates.insert(0, (directory / "latest").resolve())
+    damage: CheckpointError | None = None
+    for path in dict.fromkeys(candidates):
+        try:
+            read_marker(path)
+        except CheckpointError as error:
+            logger.warning("%s; an older one is used if there is any", error)
+            damage = error
+        else:
+            return path
+    if damage is not None:
+        raise damage
+    return None
 
 
 def point(link: Path, target: str) -> None:

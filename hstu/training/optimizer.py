@@ -71,8 +71,15 @@ class Optimizer:
             f"{names[parameter]}.{key}": value
             for parameter, state in self.dense.state.items()
             for key, value in state.items()
-            if isinstance(value, Tensor)
+            if key != "step"
         }
+
+    def set_step(self, step: int) -> None:
+        """Set the steps taken, which Adam's bias correction needs; they are the run's."""
+        self._allocate()
+        for state in self.dense.state.values():
+            if "step" in state:
+                state["step"].fill_(step)
 
     def _allocate(self) -> None:
         """Create the state that torch makes on the first step, so that a checkpoint can be loaded into it."""
