@@ -10,13 +10,17 @@ from hstu.ops.jagged import (
     sequence_ids,
     split_jagged,
 )
+from hstu.ops.layer import LayerOptions, LayerWeights, hstu_layer
 from hstu.ops.softmax import pool_cross_entropy
 
 __all__ = [
+    "LayerOptions",
+    "LayerWeights",
     "RelativeBias",
     "concat_jagged",
     "debug_checks",
     "hstu_attention",
+    "hstu_layer",
     "interleave_jagged",
     "lengths_to_offsets",
     "pool_cross_entropy",

@@ -34,9 +34,69 @@ def hstu_attention_cpu(
     bias: RelativeBias | None,
 ) -> Tensor:
     """Same as :func:`hstu.ops.attention.reference.hstu_attention_reference`."""
-    call = _Call(offsets, Layout(offsets, mask, q.shape[1]), scaling_seqlen, alpha, mask, bias)
+    attention = CpuAttention(offsets, q.shape[1], scaling_seqlen, alpha, mask, bias)
     position, time = (None, None) if bias is None else (bias.position, bias.time)
-    return _CpuAttention.apply(q, k, v, position, time, call)
+    return _CpuAttention.apply(q, k, v, position, time, attention)
+
+
+class CpuAttention:
+    """Forward and backward for one batch: how it is cut into tiles is worked out once for both."""
+
+    def __init__(
+        self,
+        offsets: Tensor,
+        heads: int,
+        scaling_seqlen: float,
+        alpha: float,
+        mask: Mask,
+        bias: RelativeBias | None,
+    ) -> None:
+        self._call = _Call(offsets, Layout(offsets, mask, heads), scaling_seqlen, alpha, mask, bias)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, position: Tensor | None, time: Tensor | None) -> Tensor:
+        """Return the output ``[T, H, d_v]``."""
+        return self._pass((q, k, v), position, time).forward()
+
+    def gradients(
+        self,
+        grad: Tensor,
+        inputs: tuple[Tensor, Tensor, Tensor],
+        position: Tensor | None,
+        time: Tensor | None,
+        needs: tuple[bool, bool, bool, bool],
+    ) -> list[Tensor | None]:
+        """Gradients of q, k, v and both tables; ``needs``: of q and k, of v, of each table."""
+        need_qk, need_v, need_position, need_time = needs
+        run = self._pass(inputs, position, time)
+        if run.bias is not None:
+            run.bias.want_gradients(need_position, need_time)
+        grads = run.backward(grad, need_qk, need_v, need_position or need_time)
+        d_position = d_time = None
+        if need_position and position is not None:
+            assert run.bias is not None and run.bias.position_grad is not None
+            d_position = run.bias.position_grad.to(position.dtype)
+        if need_time and time is not None:
+            assert run.bias is not None
+            d_time = run.bias.time_table_gradient(time.numel() - 1).to(time.dtype)
+        return [*grads, d_position, d_time]
+
+    def backward(
+        self,
+        grad: Tensor,
+        inputs: tuple[Tensor, Tensor, Tensor],
+        tables: tuple[Tensor | None, Tensor | None],
+        into: tuple[Tensor, Tensor, Tensor],
+        needs: tuple[bool, bool],
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Write the gradients of q, k and v to ``into``; return those of the tables."""
+        *grads, d_position, d_time = self.gradients(grad, inputs, *tables, (True, True, *needs))
+        for target, own in zip(into, grads, strict=True):
+            assert own is not None
+            target.copy_(own)
+        return d_position, d_time
+
+    def _pass(self, inputs: tuple[Tensor, Tensor, Tensor], position: Tensor | None, time: Tensor | None) -> _Pass:
+        return _Pass(*inputs, self._call, [table for table in (position, time) if table is not None])
 
 
 @dataclass(frozen=True)
@@ -169,26 +229,22 @@ class _Pass:
 class _CpuAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, position: Tensor | None, time: Tensor | None, call: _Call
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        position: Tensor | None,
+        time: Tensor | None,
+        attention: CpuAttention,
     ) -> Tensor:
         ctx.save_for_backward(q, k, v, position, time)
-        ctx.call = call
-        return _Pass(q, k, v, call, [t for t in (position, time) if t is not None]).forward()
+        ctx.attention = attention
+        return attention.forward(q, k, v, position, time)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, position, time = ctx.saved_tensors
         need_q, need_k, need_v, need_position, need_time, _ = ctx.needs_input_grad
-        run = _Pass(q, k, v, ctx.call, [t for t in (position, time) if t is not None])
-        d_position = d_time = None
-        if run.bias is not None:
-            run.bias.want_gradients(need_position, need_time)
-        dq, dk, dv = run.backward(grad, need_q or need_k, need_v, need_position or need_time)
-        if need_position:
-            assert run.bias is not None and run.bias.position_grad is not None
-            d_position = run.bias.position_grad.to(position.dtype)
-        if need_time:
-            assert run.bias is not None
-            d_time = run.bias.time_table_gradient(time.numel() - 1).to(time.dtype)
-        return dq, dk, dv, d_position, d_time, None
+        needs = (need_q or need_k, need_v, need_position, need_time)
+        return (*ctx.attention.gradients(grad, (q, k, v), position, time, needs), None)

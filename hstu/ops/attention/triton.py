@@ -228,6 +228,31 @@ def backward(
     return dq, dk, dv, d_position, d_time
 
 
+class TritonAttention:
+    """Forward and backward for one batch, for an operation that holds the attention."""
+
+    def __init__(self, call: AttentionCall) -> None:
+        self._call = call
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, position: Tensor | None, time: Tensor | None) -> Tensor:
+        """Return the output ``[T, H, d_v]``."""
+        return forward(q, k, v, position, time, self._call)
+
+    def backward(
+        self,
+        grad: Tensor,
+        inputs: tuple[Tensor, Tensor, Tensor],
+        tables: tuple[Tensor | None, Tensor | None],
+        into: tuple[Tensor, Tensor, Tensor],
+        needs: tuple[bool, bool],
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Write the gradients of q, k and v to ``into``; return those of the tables."""
+        need_position, need_time = needs
+        return backward(
+            grad, *inputs, *tables, self._call, into=into, need_position=need_position, need_time=need_time
+        )[3:]
+
+
 class _TritonAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, position: Any, time: Any, call: AttentionCall) -> Tensor:

@@ -29,6 +29,45 @@ class TileConfig:
     atomic_dq: bool = True
 
 
+# Tiles by kernel and by padded head width, 64 standing for all below.
+PLAIN: dict[Kernel, dict[int, TileConfig]] = {
+    "forward": {
+        64: TileConfig(128, 64, 8, 2),
+        128: TileConfig(128, 64, 8, 2),
+        256: TileConfig(128, 32, 8, 2),
+    },
+    "backward_columns": {
+        64: TileConfig(64, 128, 8, 2),
+        128: TileConfig(32, 128, 8, 1),
+        256: TileConfig(32, 32, 8, 1, atomic_dq=False),
+    },
+    "backward_rows": {
+        64: TileConfig(128, 64, 8, 2),
+        128: TileConfig(128, 64, 8, 1),
+        256: TileConfig(32, 32, 8, 1),
+    },
+}
+RICH: dict[Kernel, dict[int, TileConfig]] = {
+    "forward": {
+        64: TileConfig(128, 64, 8, 2),
+        128: TileConfig(128, 32, 8, 2),
+        256: TileConfig(64, 16, 8, 2),
+    },
+    "backward_columns": {
+        64: TileConfig(32, 64, 8, 1),
+        128: TileConfig(32, 32, 8, 1),
+        256: TileConfig(32, 16, 8, 1, atomic_dq=False),
+    },
+    "backward_rows": {
+        64: TileConfig(64, 64, 8, 2),
+        128: TileConfig(64, 32, 8, 1),
+        256: TileConfig(32, 32, 8, 1),
+    },
+}
+_SMALL = {64: TileConfig(32, 32, 4, 1), 128: TileConfig(32, 32, 4, 1), 256: TileConfig(16, 16, 4, 1)}
+FLOAT32: dict[Kernel, dict[int, TileConfig]] = dict.fromkeys(("forward", "backward_columns", "backward_rows"), _SMALL)
+
+
 def padded_width(width: int) -> int:
     """The power of two, at least 16, that a head of this width takes in a kernel."""
     return max(16, 1 << (width - 1).bit_length())
@@ -49,6 +88,5 @@ def tile_config(kernel: Kernel, width: int, element_size: int, rich: bool) -> Ti
         element_size: bytes of an element of q.
         rich: see :func:`is_rich`.
     """
-    if element_size == 4:
-        return TileConfig(32, 32, 4, 1)
-    return TileConfig(64, 64, 8, 1)
+    table = FLOAT32 if element_size == 4 else RICH if rich else PLAIN
+    return table[kernel][max(width, 64)]
