@@ -1,0 +1,128 @@
+"""Losses against loops in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from hstu.models import losses
+from hstu.models.losses import action_bits, ranking_loss, softmax_loss
+
+L, P, D = 7, 9, 4
+
+
+def inputs(seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    pool_ids = torch.randperm(20, generator=generator)[:P]
+    return {
+        "query": torch.randn(L, D, generator=generator, dtype=torch.float64, requires_grad=True),
+        "positive": torch.randn(L, D, generator=generator, dtype=torch.float64, requires_grad=True),
+        # Some positives are in the pool, some are not.
+        "positive_ids": torch.cat([pool_ids[:4], torch.tensor([100, 101, int(pool_ids[2])])]),
+        "pool": torch.randn(P, D, generator=generator, dtype=torch.float64, requires_grad=True),
+        "pool_ids": pool_ids,
+    }
+
+
+def naive(x: dict[str, Tensor], temperature: float, columns: Tensor | None = None) -> tuple[Tensor, int]:
+    """The sum of -log softmax of the positive, and the number of negatives that took part."""
+    total, live = torch.zeros((), dtype=torch.float64), 0
+    for t in range(x["query"].shape[0]):
+        right = (x["query"][t] * x["positive"][t]).sum() / temperature
+        terms = [right.exp()]
+        for p in range(x["pool"].shape[0]) if columns is None else columns[t].tolist():
+            if int(x["pool_ids"][p]) != int(x["positive_ids"][t]):
+                terms.append(((x["query"][t] * x["pool"][p]).sum() / temperature).exp())
+                live += 1
+        total = total - (right.exp() / torch.stack(terms).sum()).log()
+    return total, live
+
+
+def assert_is_the_definition(x: dict[str, Tensor], temperature: float, columns: Tensor | None) -> None:
+    loss = softmax_loss(**x, temperature=temperature, columns=columns)
+    total, live = naive(x, temperature, columns)
+    torch.testing.assert_close(loss.total, total)
+    assert loss.count == x["query"].shape[0] and loss.live_negatives is not None and float(loss.live_negatives) == live
+    leaves = [x["query"], x["positive"], x["pool"]]
+    found = torch.autograd.grad(loss.total, leaves)
+    for a, b in zip(found, torch.autograd.grad(total, leaves), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+COLUMNS = torch.randint(P, (L, 5), generator=torch.Generator().manual_seed(1))  # with repeats, as drawn
+COLUMNS[0] = 0  # every negative of the first token is its positive: none is live
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.3])
+@pytest.mark.parametrize("columns", [None, COLUMNS], ids=["whole_pool", "columns"])
+@pytest.mark.parametrize("chunk", [1 << 24, 3 * P, 1])
+def test_softmax_loss_and_gradients(
+    temperature: float, columns: Tensor | None, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(losses, "_CHUNK_ELEMENTS", chunk)
+    assert_is_the_definition(inputs(), temperature, columns)
+
+
+def test_negatives_with_the_positives_id_left_in_are_caught() -> None:
+    x = inputs()
+    unmasked = {**x, "positive_ids": torch.full((L,), 999)}
+    total, _ = naive(x, 0.3)
+    assert not torch.isclose(softmax_loss(**unmasked, temperature=0.3).total, total)
+
+
+def test_a_token_without_live_negatives_costs_nothing() -> None:
+    x = {name: value[:1] if name != "pool_ids" else value for name, value in inputs().items()}
+    x["pool"], x["pool_ids"] = x["pool"][:1], x["pool_ids"][:1]
+    loss = softmax_loss(**x, temperature=0.3)
+    assert float(loss.total.detach()) == 0.0 and float(loss.live_negatives) == 0  # type: ignore[arg-type]
+    gradients = torch.autograd.grad(loss.total, [x["query"], x["pool"]])
+    assert all(bool(torch.isfinite(g).all()) for g in gradients)
+
+
+def test_large_scores_do_not_overflow() -> None:
+    x = {k: v.detach().float() * (1 if k.endswith("ids") else 30) for k, v in inputs().items()}
+    x["positive_ids"], x["pool_ids"] = x["positive_ids"].long(), x["pool_ids"].long()
+    assert math.isfinite(float(softmax_loss(**x, temperature=0.05).total))
+
+
+def test_a_rank_without_labels_adds_nothing_and_moves_nothing() -> None:
+    x = {name: value if name.startswith("pool") else value[:0] for name, value in inputs().items()}
+    loss = softmax_loss(**x, temperature=0.05)
+    assert float(loss.total.detach()) == 0.0 and loss.count == 0
+    gradients = torch.autograd.grad(loss.total, [x["pool"]])  # the graph is there, for every rank runs the same
+    assert not gradients[0].any()
+
+
+def test_binary_tasks_read_one_bit_each() -> None:
+    actions = torch.tensor([0, 1, 2, 5, 7, 6])
+    assert action_bits(actions, 3).tolist() == [[0, 0, 0], [1, 0, 0], [0, 1, 0], [1, 0, 1], [1, 1, 1], [0, 1, 1]]
+    logits = torch.randn(6, 3, dtype=torch.float64)
+    total = 0.0
+    for i, action in enumerate(actions.tolist()):
+        for k in range(3):
+            p = 1 / (1 + math.exp(-float(logits[i, k])))
+            total -= math.log(p if action >> k & 1 else 1 - p)
+    loss = ranking_loss(logits, actions, multiclass=False)
+    assert float(loss.total) == pytest.approx(total, rel=1e-6) and loss.count == 6
+
+
+def test_multiclass_is_one_softmax() -> None:
+    logits, actions = torch.randn(6, 4, dtype=torch.float64), torch.tensor([0, 3, 1, 1, 2, 0])
+    total = sum(
+        math.log(sum(math.exp(float(s)) for s in row)) - float(row[a])
+        for row, a in zip(logits, actions.tolist(), strict=True)
+    )
+    loss = ranking_loss(logits, actions, multiclass=True)
+    assert float(loss.total) == pytest.approx(total, rel=1e-6)
+    assert (loss.count, loss.live_negatives) == (6, None)
+
+
+@pytest.mark.parametrize("multiclass", [True, False])
+def test_ranking_loss_of_nothing_is_zero(multiclass: bool) -> None:
+    logits = torch.randn(0, 4, requires_grad=True)
+    loss = ranking_loss(logits, torch.zeros(0, dtype=torch.int64), multiclass=multiclass)
+    loss.total.backward()
+    assert float(loss.total.detach()) == 0.0 and loss.count == 0
