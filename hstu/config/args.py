@@ -178,6 +178,10 @@ class OptimizerArgs(Args):
     warmup_steps: int = 0
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     min_learning_rate: float = 0.0
+    #: Split the state of the dense optimizer over ranks (adam and adamw).
+    use_distributed_optimizer: bool = False
+    #: Average dense gradients while the backward pass still runs.
+    overlap_grad_reduce: bool = False
     sparse_optimizer_str: Literal["adam", "sgd", "adagrad", "rowwise_adagrad"] | None = None
     sparse_learning_rate: float | None = None
 
@@ -187,6 +191,8 @@ class OptimizerArgs(Args):
             self.require_range(name, 0, 1)
         for name in ("weight_decay", "clip_grad", "warmup_steps", "min_learning_rate"):
             self.require_range(name, 0, float("inf"))
+        if self.use_distributed_optimizer and self.optimizer_str == "sgd":
+            raise self.error("use_distributed_optimizer", "works with adam and adamw")
         if self.min_learning_rate > self.learning_rate:
             raise self.error("min_learning_rate", "must not be above OptimizerArgs.learning_rate")
 

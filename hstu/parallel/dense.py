@@ -10,6 +10,7 @@ from megatron.core.distributed import (
 from megatron.core.transformer import TransformerConfig
 from torch import nn
 
+from hstu.config import OptimizerArgs
 from hstu.parallel.cpu import cuda_means_cpu
 
 
@@ -21,13 +22,17 @@ class DenseParallel:
     Args:
         module: Every dense weight of the model, and none of the sharded tables: their slices would be
             flattened into Megatron's buffers too.
+        args: Whether optimizer state is split over ranks, and gradients are reduced during the backward pass.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, args: OptimizerArgs) -> None:
         # Megatron's config describes a transformer; its wrapper reads only the parallel degrees.
         described = TransformerConfig(num_layers=1, hidden_size=1, num_attention_heads=1)
         with cuda_means_cpu():
-            self.ddp = DistributedDataParallel(described, DistributedDataParallelConfig(), module)
+            config = DistributedDataParallelConfig(
+                use_distributed_optimizer=args.use_distributed_optimizer, overlap_grad_reduce=args.overlap_grad_reduce
+            )
+            self.ddp = DistributedDataParallel(described, config, module)
             self.ddp.broadcast_params()
 
     def zero_grad(self) -> None:

@@ -35,8 +35,8 @@ def sparse_optimizer_name(args: OptimizerArgs) -> str:
 class ShardedTables(Embeddings):
     """Looks up what ``EmbeddingTables`` looks up, over tables spread across all ranks.
 
-    Tables of one width (rounded up to 4) form one TorchRec collection. Sharded tables step inside the backward pass, once
-    for each lookup; replicated ones are dense weights.
+    Tables of one width (rounded up to 4) form one TorchRec collection. Sharded tables step inside the backward
+    pass, once for each lookup; replicated ones are dense weights.
 
     Args:
         tables: What to build. Weights are drawn shard by shard and are those of ``EmbeddingTables``.

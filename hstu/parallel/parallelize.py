@@ -47,5 +47,5 @@ def parallelize(model: RankingModel | RetrievalModel, mesh: Mesh, config: Config
     if isinstance(model, RetrievalModel):
         model.sampler.gather = mesh.gather
     parts = {name: part for name, part in model.named_children() if part is not tables}
-    dense = DenseParallel(nn.ModuleDict({**parts, "replicated": tables.replicated}))
+    dense = DenseParallel(nn.ModuleDict({**parts, "replicated": tables.replicated}), config.optimizer)
     return Parallelized(model=model, tables=tables, dense=dense, mesh=mesh)

@@ -22,6 +22,7 @@ from hstu.training.optimizer import Optimizer
 logger = logging.getLogger(__name__)
 
 _MARKER = "complete.json"
+_DENSE_OPTIMIZER = "optimizer/"
 
 
 class CheckpointError(ValueError):
@@ -137,7 +138,9 @@ class Checkpointer:
             raise CheckpointError(f"checkpoint {path} cannot be read: {_first_line(error)}") from error
         progress = Progress(**marker["progress"])
         self.parallel.tables.set_step(progress.step)
-        self.optimizer.set_step(progress.step)
+        if optimizer:
+            moments = {name: value for name, value in tensors.items() if name.startswith(_DENSE_OPTIMIZER)}
+            self.optimizer.load({name.removeprefix(_DENSE_OPTIMIZER): v for name, v in moments.items()}, progress.step)
         if same_ranks:
             _set_random_state({name: value for name, value in tensors.items() if name.startswith("rng/")})
         else:  # each rank had a random state of its own; another number of ranks starts new ones
@@ -154,7 +157,7 @@ class Checkpointer:
             state |= {f"tables/{width}/{name}": value for name, value in collection.state_dict().items()}
         if not optimizer:
             return state
-        state |= {f"optimizer/{name}": value for name, value in self.optimizer.state().items()}
+        state |= {_DENSE_OPTIMIZER + name: value for name, value in self.optimizer.state().items()}
         for width, collection in tables.collections.items():
             for weight, moments in collection.fused_optimizer.state_dict()["state"].items():
                 state |= {f"tables_optimizer/{width}/{weight}/{name}": value for name, value in moments.items()}

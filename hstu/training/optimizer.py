@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +14,19 @@ from hstu.config import OptimizerArgs
 from hstu.parallel import Parallelized
 from hstu.parallel.cpu import cuda_means_cpu
 from hstu.training.schedule import schedule_factor
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What this rank steps of a parameter: ``stepped`` is the ``range`` of it when flat, or all of it (None)."""
+
+    name: str
+    shape: torch.Size
+    stepped: Tensor
+    range: slice | None
+
+    def of(self, whole: Tensor) -> Tensor:
+        return whole if self.range is None else whole.flatten()[self.range]
 
 
 class Optimizer:
@@ -39,12 +54,15 @@ class Optimizer:
             sgd_momentum=args.sgd_momentum,
             weight_decay=args.weight_decay,
             clip_grad=args.clip_grad,
+            use_distributed_optimizer=args.use_distributed_optimizer,
         )
         # An explicit dict also turns off Megatron's own rule for weight decay, which no config shows.
         overrides: dict[ParamKey, Any] = {ParamKey(name="*replicated.*"): {"max_lr": self.sparse_rate}}
         with cuda_means_cpu():
             self.megatron = get_megatron_optimizer(config, [parallel.dense.ddp], config_overrides=overrides)
-        self.dense = self.megatron.chained_optimizers[0].optimizer
+        self.engine = self.megatron.chained_optimizers[0]
+        self.dense = self.engine.optimizer
+        self.parts = self._find_parts()
 
     def prepare(self, step: int) -> float:
         """Clear gradients and set the learning rates of ``step`` (from 0); return the dense one."""
@@ -64,35 +82,58 @@ class Optimizer:
             self.megatron.step()
 
     def state(self) -> dict[str, Tensor]:
-        """Return the dense optimizer's tensors as ``<parameter>.<name>``, whatever the number of ranks."""
-        names = {parameter: name for name, parameter in self.parallel.dense.ddp.module.named_parameters()}
-        self._allocate()
-        return {
-            f"{names[parameter]}.{key}": value
-            for parameter, state in self.dense.state.items()
-            for key, value in state.items()
-            if key != "step"
-        }
+        """Return the dense optimizer's tensors as ``<parameter>.<name>``, whole, whatever the number of ranks.
 
-    def set_step(self, step: int) -> None:
-        """Set the steps taken, which Adam's bias correction needs; they are the run's."""
+        With the distributed optimizer each rank holds a part of them, and they are gathered.
+        """
+        return {f"{part.name}.{key}": self._whole(part, value) for part, key, value in self._moments()}
+
+    def load(self, state: dict[str, Tensor], step: int) -> None:
+        """Take ``state`` as ``state()`` returned it, after ``step`` steps."""
+        for part, key, value in self._moments():
+            value.copy_(part.of(state[f"{part.name}.{key}"]))
+        for moments in self.dense.state.values():
+            if "step" in moments:  # which Adam's bias correction needs; every parameter's is the run's
+                moments["step"].fill_(step)
+
+    def _moments(self) -> Iterator[tuple[_Part, str, Tensor]]:
         self._allocate()
-        for state in self.dense.state.values():
-            if "step" in state:
-                state["step"].fill_(step)
+        for part in self.parts:
+            for key, value in self.dense.state[part.stepped].items():
+                if key != "step":
+                    yield part, key, value
+
+    def _whole(self, part: _Part, value: Tensor) -> Tensor:
+        if part.range is None:
+            return value
+        whole = value.new_zeros(part.shape.numel())
+        whole[part.range] = value
+        return self.parallel.mesh.sum(whole).view(part.shape)
+
+    def _find_parts(self) -> list[_Part]:
+        names = list(self.parallel.dense.ddp.module.named_parameters())
+        if not self.args.use_distributed_optimizer:
+            return [_Part(name, p.shape, p, None) for name, p in names]
+        found = []
+        for name, parameter in names:
+            place = self.engine.model_param_group_index_map.get(parameter)
+            if place is None:  # owned by other ranks altogether
+                empty = parameter.detach().flatten()[:0]
+                found.append(_Part(name, parameter.shape, empty, slice(0, 0)))
+                continue
+            owned = self.engine._get_model_param_range_map(parameter)["param"]
+            stepped = self.dense.param_groups[place[0]]["params"][place[1]]
+            found.append(_Part(name, parameter.shape, stepped, slice(owned.start, owned.end)))
+        return found
 
     def _allocate(self) -> None:
         """Create the state that torch makes on the first step, so that a checkpoint can be loaded into it."""
-        for group in self.dense.param_groups:
-            for parameter in group["params"]:
-                if self.dense.state[parameter]:
-                    continue
-                if isinstance(self.dense, torch.optim.SGD):
-                    if group["momentum"]:
-                        self.dense.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-                else:
-                    self.dense.state[parameter].update(
-                        step=torch.tensor(0.0),
-                        exp_avg=torch.zeros_like(parameter),
-                        exp_avg_sq=torch.zeros_like(parameter),
-                    )
+        for part in self.parts:
+            moments = self.dense.state[part.stepped]
+            if moments:
+                continue
+            if not isinstance(self.dense, torch.optim.SGD):
+                zeros = {name: torch.zeros_like(part.stepped) for name in ("exp_avg", "exp_avg_sq")}
+                moments.update(step=torch.tensor(0.0), **zeros)
+            elif self.args.sgd_momentum:
+                moments["momentum_buffer"] = torch.zeros_like(part.stepped)
