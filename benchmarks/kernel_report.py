@@ -26,7 +26,7 @@ from triton.compiler import ASTSource
 
 from hstu.ops.attention import triton_tiles as tiles
 from hstu.ops.attention.triton_backward import attention_backward_columns, attention_backward_rows
-from hstu.ops.attention.triton_config import Kernel, TileConfig, padded_width, tile_config
+from hstu.ops.attention.triton_config import Kernel, TileConfig, is_rich, padded_width, tile_config
 from hstu.ops.attention.triton_forward import attention_forward
 
 KERNELS: dict[Kernel, Any] = {
@@ -60,13 +60,13 @@ class Report:
     hmma: int
 
 
-def signature(kernel: Any, dtype: str, deterministic: bool) -> dict[str, str]:
+def signature(kernel: Any, dtype: str) -> dict[str, str]:
     """Types of a kernel's arguments, as a call with tensors of ``dtype`` has them."""
     types = {"alpha": "fp32", "scale": "fp32"}
     types |= dict.fromkeys(("Q", "K", "V", "OUT", "DO", "DK", "DV_OUT"), f"*{dtype}")
     types |= dict.fromkeys(("POSITION_TABLE", "TIME_TABLE"), "*fp32")
-    table = "*i64" if deterministic else "*fp32"
-    types |= {"D_POSITION": table, "D_TIME": table, "DQ": f"*{dtype}" if deterministic else "*fp32"}
+    types |= dict.fromkeys(("D_POSITION", "D_TIME"), "*fp32")
+    types["DQ"] = "*fp32" if kernel is attention_backward_columns else f"*{dtype}"
     types |= {"UNIT": "*fp64", "SEGMENT": "*i32", "IS_MEMORY": "*u8", "THRESHOLDS": "*i32"}
     types |= dict.fromkeys(("OFFSETS", "ORDER", "NUM_CONTEXT", "NUM_CANDIDATES", "READERS", "KEYS"), "*i64")
     result = {}
@@ -88,8 +88,10 @@ def compile_kernel(
     kernel = KERNELS[name]
     padded = padded_width(width)
     flags = OPTIONS[options]
-    deterministic = name == "backward_rows"
-    config = config or tile_config(name, padded, {"fp32": 4}.get(dtype, 2))
+    element_size = 4 if dtype == "fp32" else 2
+    config = config or tile_config(
+        name, padded, element_size, uneven=width != padded, rich=is_rich(flags), hopper=arch >= 90
+    )
     constants: dict[str, Any] = {
         "FLAGS": flags,
         "DQK": width,
@@ -102,9 +104,10 @@ def compile_kernel(
         "PRECISION": "ieee",
         "NEED_POSITION": bool(flags & tiles.POSITION.value),
         "NEED_TIME": bool(flags & tiles.TIME.value),
-        "DETERMINISTIC": deterministic,
+        "ATOMIC_DQ": config.atomic_dq,
+        "FIXED": False,
     }
-    types = signature(kernel, dtype, deterministic)
+    types = signature(kernel, dtype)
     # Rows of 16-byte multiples: what the allocator and widths that are multiples of 8 give.
     aligned = [
         place

@@ -113,8 +113,15 @@ class AttentionCall:
 
     def config(self, name: Kernel, q: Tensor, v: Tensor) -> TileConfig:
         """Tiles of a kernel for these head widths."""
-        width = padded_width(max(q.shape[2], v.shape[2]))
-        return tile_config(name, width, q.element_size(), is_rich(self.flags))
+        widths = q.shape[2], v.shape[2]
+        return tile_config(
+            name,
+            padded_width(max(widths)),
+            q.element_size(),
+            uneven=any(width != padded_width(width) for width in widths),
+            rich=is_rich(self.flags),
+            hopper=_is_hopper(q.device),
+        )
 
     def launch(self, kernel: Any, name: Kernel, q: Tensor, v: Tensor, **tensors: Any) -> None:
         """Run a kernel over all blocks of all samples and heads."""
@@ -268,6 +275,11 @@ class _TritonAttention(torch.autograd.Function):
         needs = dict(zip(("need_position", "need_time"), ctx.needs_input_grad[3:5], strict=True))
         grads = backward(grad, q, k, v, position, time, ctx.call, **needs)
         return (*grads, None)
+
+
+@cache
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Tile sizes of the attention kernels, by head width; none spills registers on sm_80 or sm_90."""
+"""Tile sizes of the attention kernels, by head width and device."""
 
 from __future__ import annotations
 
@@ -29,43 +29,34 @@ class TileConfig:
     atomic_dq: bool = True
 
 
-# Tiles by kernel and by padded head width, 64 standing for all below.
-PLAIN: dict[Kernel, dict[int, TileConfig]] = {
-    "forward": {
-        64: TileConfig(128, 64, 8, 2),
-        128: TileConfig(128, 64, 8, 2),
-        256: TileConfig(128, 32, 8, 2),
-    },
-    "backward_columns": {
-        64: TileConfig(64, 128, 8, 2),
-        128: TileConfig(32, 128, 8, 1),
-        256: TileConfig(32, 32, 8, 1, atomic_dq=False),
-    },
-    "backward_rows": {
-        64: TileConfig(128, 64, 8, 2),
-        128: TileConfig(128, 64, 8, 1),
-        256: TileConfig(32, 32, 8, 1),
-    },
+# (rows, columns, warps, stages) by kernel and padded head width, the least width standing for all below. Found by
+# compiling: the largest tiles without a spilled register.
+Table = dict[Kernel, dict[int, tuple[int, int, int, int]]]
+HOPPER_PLAIN: Table = {
+    "forward": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (128, 32, 8, 2)},
+    "backward_columns": {64: (64, 128, 8, 2), 128: (32, 128, 8, 1), 256: (32, 32, 8, 1)},
+    "backward_rows": {64: (128, 64, 8, 2), 128: (128, 64, 8, 1), 256: (32, 32, 8, 1)},
 }
-RICH: dict[Kernel, dict[int, TileConfig]] = {
-    "forward": {
-        64: TileConfig(128, 64, 8, 2),
-        128: TileConfig(128, 32, 8, 2),
-        256: TileConfig(64, 16, 8, 2),
-    },
-    "backward_columns": {
-        64: TileConfig(32, 64, 8, 1),
-        128: TileConfig(32, 32, 8, 1),
-        256: TileConfig(32, 16, 8, 1, atomic_dq=False),
-    },
-    "backward_rows": {
-        64: TileConfig(64, 64, 8, 2),
-        128: TileConfig(64, 32, 8, 1),
-        256: TileConfig(32, 32, 8, 1),
-    },
+HOPPER_RICH: Table = {
+    "forward": {32: (128, 32, 8, 2), 64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (64, 16, 8, 2)},
+    "backward_columns": {64: (32, 64, 8, 1), 128: (16, 32, 8, 1), 256: (32, 16, 8, 1)},
+    "backward_rows": {32: (64, 32, 8, 2), 64: (64, 64, 8, 2), 128: (64, 32, 8, 1), 256: (16, 32, 8, 1)},
 }
-_SMALL = {64: TileConfig(32, 32, 4, 1), 128: TileConfig(32, 32, 4, 1), 256: TileConfig(16, 16, 4, 1)}
-FLOAT32: dict[Kernel, dict[int, TileConfig]] = dict.fromkeys(("forward", "backward_columns", "backward_rows"), _SMALL)
+AMPERE_PLAIN: Table = {
+    "forward": {64: (128, 64, 8, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 2)},
+    "backward_columns": {32: (64, 128, 8, 2), 64: (32, 128, 8, 2), 128: (32, 64, 8, 1), 256: (32, 32, 8, 1)},
+    "backward_rows": {64: (128, 64, 8, 2), 128: (64, 64, 8, 2), 256: (32, 16, 8, 1)},
+}
+AMPERE_RICH: Table = {
+    "forward": {32: (128, 32, 8, 2), 64: (64, 64, 8, 2), 128: (64, 32, 8, 2), 256: (64, 16, 8, 2)},
+    "backward_columns": {32: (32, 64, 8, 1), 64: (32, 32, 8, 1), 128: (32, 32, 8, 1), 256: (32, 16, 8, 1)},
+    "backward_rows": {64: (64, 32, 8, 2), 128: (64, 32, 8, 1), 256: (32, 32, 8, 1)},
+}
+FLOAT32: Table = {
+    "forward": {64: (32, 32, 4, 1), 128: (16, 16, 4, 1), 256: (16, 16, 4, 1)},
+    "backward_columns": {64: (16, 16, 4, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
+    "backward_rows": {64: (32, 32, 4, 1), 128: (16, 16, 4, 1), 256: (16, 16, 4, 1)},
+}
 
 
 def padded_width(width: int) -> int:
@@ -79,14 +70,21 @@ def is_rich(flags: int) -> bool:
     return bool(flags & ~plain)
 
 
-def tile_config(kernel: Kernel, width: int, element_size: int, rich: bool) -> TileConfig:
+def tile_config(kernel: Kernel, width: int, element_size: int, *, uneven: bool, rich: bool, hopper: bool) -> TileConfig:
     """Default tiles of a kernel.
 
     Args:
         kernel: its name.
         width: the larger padded head width.
         element_size: bytes of an element of q.
+        uneven: whether a head is narrower than its padding: masked loads need registers.
         rich: see :func:`is_rich`.
+        hopper: compute capability 9.0 or later.
     """
-    table = FLOAT32 if element_size == 4 else RICH if rich else PLAIN
-    return table[kernel][max(width, 64)]
+    plain, full = (HOPPER_PLAIN, HOPPER_RICH) if hopper else (AMPERE_PLAIN, AMPERE_RICH)
+    sizes = (FLOAT32 if element_size == 4 else full if rich or uneven else plain)[kernel]
+    # Three accumulators of 256 columns do not fit the registers: wide heads get dq from the kernel by rows.
+    atomic_dq = width < 256
+    if rich and uneven:
+        width = min(2 * max(width, 32), 256)
+    return TileConfig(*sizes[max(width, min(sizes))], atomic_dq=atomic_dq)

@@ -1,0 +1,129 @@
+"""Launches of the fused layer's kernels; matrix products without an epilogue are left to the library's."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from hstu.ops.layer.kernels import TorchKernels
+from hstu.ops.layer.options import LayerOptions
+from hstu.ops.layer.triton_kernels import gate_backward, gate_forward, linear_silu, norm_backward, norm_forward
+
+PROGRAMS = 264  # of a backward over rows: two for each multiprocessor of an H100
+PRODUCT = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 8, "num_warps": 8, "num_stages": 3}
+PRODUCT_FLOAT32 = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 16, "GROUP": 8, "num_warps": 4, "num_stages": 2}
+
+
+class TritonKernels(TorchKernels):
+    """Norms, gate and the first product of a layer on a GPU."""
+
+    def norm(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        """As the parent's."""
+        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        mean, deviation = (torch.empty(len(x), dtype=torch.float32, device=x.device) for _ in range(2))
+        if y.numel():
+            norm_forward[(len(x),)](
+                x, y, mean, deviation, _or(weight, x), _or(bias, x), x.stride(0), x.shape[1], eps,
+                HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, **_row_block(x.shape[1]),
+            )  # fmt: skip
+        return y, mean, deviation
+
+    def norm_backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        mean: Tensor,
+        deviation: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """As the parent's."""
+        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        programs, rows_each, dw, db = _sums(x)
+        if dx.numel():
+            norm_backward[(programs,)](
+                grad, x, mean, deviation, _or(weight, x), residual, dx, dw, db, grad.stride(0), x.stride(0),
+                residual.stride(0), len(x), rows_each, x.shape[1], HAS_WEIGHT=weight is not None,
+                **_row_block(x.shape[1]),
+            )  # fmt: skip
+        return dx, _total(dw, weight), _total(db, bias)
+
+    def project(self, n: Tensor, weight: Tensor, bias: Tensor | None, silu_columns: int) -> tuple[Tensor, Tensor]:
+        """As the parent's, in one kernel."""
+        rows, columns = len(n), len(weight)
+        z, active = (torch.empty(rows, columns, dtype=n.dtype, device=n.device) for _ in range(2))
+        product = PRODUCT_FLOAT32 if n.dtype == torch.float32 else PRODUCT
+        if z.numel():
+            blocks = triton.cdiv(rows, product["BLOCK_M"]) * triton.cdiv(columns, product["BLOCK_N"])
+            precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+            linear_silu[(blocks,)](
+                n.contiguous(), weight.contiguous(), _or(bias, n), z, active, rows, columns, n.shape[1],
+                silu_columns, HAS_BIAS=bias is not None, PRECISION=precision, **product,
+            )  # fmt: skip
+        return z, active
+
+    def gate(
+        self, u: Tensor, o: Tensor, weight: Tensor | None, bias: Tensor | None, options: LayerOptions, seed: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As the parent's."""
+        width = o.shape[1]
+        gated = torch.empty(len(o), options.gated_width, dtype=o.dtype, device=o.device)
+        mean, deviation = (torch.empty(len(o), dtype=torch.float32, device=o.device) for _ in range(2))
+        if gated.numel():
+            gate_forward[(len(o),)](
+                u, o, gated, mean, deviation, _or(weight, o), _or(bias, o), u.stride(0), o.stride(0), width,
+                options.eps, seed, options.dropout, CONCAT=options.gate == "concat",
+                DROPOUT=options.dropout > 0, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
+                **_row_block(width),
+            )  # fmt: skip
+        return gated, mean, deviation
+
+    def gate_backward(
+        self,
+        grad: Tensor,
+        u: Tensor,
+        o: Tensor,
+        mean: Tensor,
+        deviation: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        options: LayerOptions,
+        seed: int,
+        du: Tensor,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """As the parent's."""
+        width = o.shape[1]
+        do = torch.empty(o.shape, dtype=o.dtype, device=o.device)
+        programs, rows_each, dw, db = _sums(o)
+        if do.numel():
+            gate_backward[(programs,)](
+                grad.contiguous(), u, o, mean, deviation, _or(weight, o), _or(bias, o), du, do, dw, db,
+                u.stride(0), o.stride(0), du.stride(0), len(o), rows_each, width, seed, options.dropout,
+                CONCAT=options.gate == "concat", DROPOUT=options.dropout > 0, HAS_WEIGHT=weight is not None,
+                HAS_BIAS=bias is not None, **_row_block(width),
+            )  # fmt: skip
+        return do, _total(dw, weight), _total(db, bias)
+
+
+def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
+    """A pointer for an argument that the compiled kernel never reads."""
+    return other if tensor is None else tensor
+
+
+def _row_block(width: int) -> dict[str, int]:
+    block = triton.next_power_of_2(width)
+    return {"BLOCK": block, "num_warps": max(1, min(8, block // 256))}
+
+
+def _sums(x: Tensor) -> tuple[int, int, Tensor, Tensor]:
+    """Programs, rows of each, and zeroed sums of weight and bias gradients for each program."""
+    rows_each = max(1, triton.cdiv(len(x), PROGRAMS))
+    programs = triton.cdiv(len(x), rows_each)
+    dw, db = (torch.zeros(programs, x.shape[1], dtype=torch.float32, device=x.device) for _ in range(2))
+    return programs, rows_each, dw, db
+
+
+def _total(sums: Tensor, parameter: Tensor | None) -> Tensor | None:
+    return None if parameter is None else sums.sum(0).to(parameter.dtype)

@@ -1,0 +1,83 @@
+"""The fused layer's kernels against the plain layer in float64: output and every gradient."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+import hstu.ops.attention.triton as attention
+import hstu.ops.layer.triton as layer
+from hstu.ops.attention.triton_config import TileConfig
+from tests.ops.layer_cases import KEEP, LAYERS, LayerCase, build, results
+
+SMALL = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16, "GROUP": 2}
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "tile_config", lambda *_, **__: TileConfig(16, 16, 4, 1))
+    monkeypatch.setattr(layer, "PRODUCT", SMALL)
+    monkeypatch.setattr(layer, "PRODUCT_FLOAT32", SMALL)
+    monkeypatch.setattr(layer, "PROGRAMS", 7)
+
+
+def short(case: LayerCase, longest: int) -> LayerCase:
+    return replace(case, lengths=tuple(min(n, longest) for n in case.lengths))
+
+
+def check(case: LayerCase, dtype: torch.dtype) -> None:
+    tensors, options, arguments = build(case, dtype)
+    expected = results(tensors, options, arguments, "reference", torch.float64)
+    plain = results(tensors, options, arguments, "reference", dtype)
+    ours = results(tensors, options, arguments, "triton", dtype)
+    for key, truth in expected.items():
+        assert ours[key].shape == truth.shape
+        if truth.numel():
+            allowed = 3 * (plain[key].double() - truth).abs().max() + 3e-6 * truth.abs().max()
+            assert (ours[key].double() - truth).abs().max() <= allowed, key
+
+
+@pytest.mark.parametrize("name", ["production", "kept_concat_u", "empty"])
+def test_output_and_gradients(name: str) -> None:
+    check(short(LAYERS[name], 9), torch.float32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("name", LAYERS)
+def test_all_layers(name: str, dtype: torch.dtype) -> None:
+    check(short(LAYERS[name], 18), dtype)
+
+
+@pytest.mark.parametrize("name", [pytest.param("production", marks=pytest.mark.slow), "concat"])
+def test_dropout_is_drawn_again_in_the_backward(name: str) -> None:
+    """Keeping or computing again gives one result; the gradient is that of the output."""
+    tensors, options, arguments = build(short(replace(LAYERS[name], relative_bias=False), 5), torch.float32)
+    options = replace(options, dropout=0.4)
+
+    def run(changes: dict[str, Any], step: float = 0.0) -> dict[str, torch.Tensor]:
+        torch.manual_seed(7)
+        moved = tensors | {"output": tensors["output"] * (1.0 + step)}
+        return results(moved, replace(options, **changes), arguments, "triton", torch.float32)
+
+    again, kept = run({}), run(KEEP)
+    for key in again:
+        torch.testing.assert_close(again[key], kept[key], rtol=1e-5, atol=1e-5)
+    # The output is linear in W_o, so that its directional derivative along W_o is the product with d_output.
+    weights = torch.randn(again["out"].shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    change = ((run({}, 1.0)["out"] - again["out"]).double() * weights).sum()
+    torch.testing.assert_close((again["d_output"] * tensors["output"]).sum().double(), change, rtol=1e-3, atol=1e-3)
+
+
+def test_gate_drops_the_share_asked_for() -> None:
+    options = replace(build(LAYERS["concat"], torch.float32)[1], dropout=0.25)
+    rows = torch.ones(60, 14)
+    spread = torch.arange(14.0).repeat(60, 1)
+    gated, _, _ = layer.TritonKernels().gate(rows, spread + 1, None, None, options, seed=3)
+    dropped = gated == 0
+    assert abs(dropped.float().mean().item() - 0.25) < 0.04
+    assert torch.allclose(gated[:, :14][~dropped[:, :14]], torch.tensor(4 / 3))
+    assert not torch.equal(dropped[:, :14], dropped[:, 14:28]) and not torch.equal(dropped[0], dropped[1])
