@@ -1,0 +1,111 @@
+"""What is trained on several numbers of ranks and compared."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hstu.config import Config, load_config
+from tests.tiny import BINDINGS
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training run.
+
+    Attributes:
+        name: Of the test.
+        task: ``"ranking"`` or ``"retrieval"``.
+        bindings: On top of ``BINDINGS``.
+        data: Data set: ``"even"``, or ``"short"`` whose last global batch is one sample.
+        global_batch: Samples of a step over all ranks.
+        plain_steps: Steps over which plain PyTorch gives the same losses; 0: it lacks the tables' optimizer.
+        steps: Steps.
+    """
+
+    name: str
+    task: str
+    bindings: tuple[str, ...] = ()
+    data: str = "even"
+    global_batch: int = 32
+    plain_steps: int = 10
+    steps: int = 30
+
+
+SGD = ("OptimizerArgs.optimizer_str='sgd'", "OptimizerArgs.learning_rate=0.02")
+FAST_TABLES = ("OptimizerArgs.sparse_learning_rate=0.02",)
+IN_BATCH = ("RetrievalArgs.num_negatives=-1", "RetrievalArgs.sampling_strategy='in_batch'")
+FULL = ("RetrievalArgs.loss='full_softmax'",)
+WIDTHS = ("NetworkArgs.item_embedding_dim=22", "NetworkArgs.action_embedding_dim=6")
+
+
+def sharding(kind: str, **by_table: str) -> tuple[str, str]:
+    """Return the bindings of a sharding type for all tables, and for some another one."""
+    return f"EmbeddingArgs.sharding_type='{kind}'", f"EmbeddingArgs.table_sharding_types={by_table!r}"
+
+
+CASES = {
+    case.name: case
+    for case in (
+        Case("ranking-adam-row", "ranking", FAST_TABLES),
+        Case("ranking-sgd-row", "ranking", SGD),
+        Case("ranking-sgd-table", "ranking", (*SGD, *sharding("table_wise"), "OptimizerArgs.sgd_momentum=0.5")),
+        # Column-wise shards are 128 wide.
+        Case("ranking-adam-column", "ranking", (*sharding("column_wise"), "NetworkArgs.item_embedding_dim=256")),
+        Case("ranking-sgd-column", "ranking", (*SGD, *sharding("column_wise"), "NetworkArgs.item_embedding_dim=256")),
+        Case("ranking-adam-replicated", "ranking", (*FAST_TABLES, *sharding("data_parallel"))),
+        Case(
+            "ranking-adamw-widths",
+            "ranking",
+            (
+                *WIDTHS,
+                *FAST_TABLES,
+                *sharding("row_wise", segment="table_wise", action="data_parallel"),
+                "OptimizerArgs.optimizer_str='adamw'",
+                "OptimizerArgs.weight_decay=0.3",
+                "OptimizerArgs.clip_grad=0.05",
+                "OptimizerArgs.warmup_steps=4",
+                "OptimizerArgs.lr_schedule='cosine'",
+            ),
+        ),
+        Case(
+            "ranking-adam-l2-short",
+            "ranking",
+            ("OptimizerArgs.weight_decay=0.3", "DatasetArgs.max_num_candidates=4", *sharding("table_wise")),
+            data="short",
+        ),
+        Case("ranking-adagrad", "ranking", ("OptimizerArgs.sparse_optimizer_str='adagrad'",), plain_steps=0),
+        Case("retrieval-adam-uniform", "retrieval", ("NetworkArgs.preset='research'",)),
+        Case("retrieval-sgd-uniform", "retrieval", (*SGD, *sharding("table_wise"))),
+        Case("retrieval-adam-in-batch", "retrieval", (*IN_BATCH, *sharding("table_wise"))),
+        Case("retrieval-sgd-in-batch-short", "retrieval", (*SGD, *IN_BATCH), data="short"),
+        Case("retrieval-adam-full", "retrieval", FULL),
+        Case(
+            "retrieval-sgd-full-short",
+            "retrieval",
+            (*SGD, *FULL, *sharding("row_wise", segment="data_parallel")),
+            data="short",
+        ),
+        Case(
+            "retrieval-rowwise-adagrad",
+            "retrieval",
+            ("OptimizerArgs.sparse_optimizer_str='rowwise_adagrad'",),
+            plain_steps=0,
+        ),
+    )
+}
+
+# For three ranks, of which one has no row of the smallest tables; compared with one rank.
+THREES = {
+    case.name: case
+    for case in (
+        Case("ranking-adam-three", "ranking", WIDTHS, global_batch=30),
+        Case("retrieval-sgd-three", "retrieval", (*SGD, *IN_BATCH), data="short", global_batch=30),
+    )
+}
+
+
+def config_of(case: Case, world_size: int) -> Config:
+    """Return the config of ``case`` on ``world_size`` ranks."""
+    batch = f"TrainerArgs.train_batch_size={case.global_batch // world_size}"
+    limit = f"TrainerArgs.max_train_iters={case.steps}"
+    return load_config(case.task, [], [*BINDINGS[case.task], batch, limit, *case.bindings]).config  # type: ignore[arg-type]

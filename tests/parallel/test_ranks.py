@@ -1,0 +1,118 @@
+"""One rank, two and three give the same losses, and so does plain PyTorch in one process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.launch import run, torchrun_command
+from tests.parallel.cases import CASES, THREES
+from tests.tiny import write_tiny
+
+WORKER = Path(__file__).with_name("worker.py")
+FAULTS = {
+    "divide by the local count": "ranking-sgd-row",
+    "divide by the world size once more": "ranking-sgd-row",
+    "do not divide the tables' gradients": "retrieval-sgd-uniform",
+    "do not average the dense gradients": "ranking-sgd-row",
+    "leave .grad from the last step": "ranking-sgd-row",
+    "own negatives only": "retrieval-sgd-in-batch-short",
+}
+PLAIN = [name for name, case in CASES.items() if case.plain_steps]
+
+Results = dict[int, dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """What the worker found, by number of ranks."""
+    root = tmp_path_factory.mktemp("ranks")
+    write_tiny(root / "even" / "synthetic", num_users=200)
+    write_tiny(root / "short" / "synthetic", num_users=65)
+    requests: dict[int, dict[str, Any]] = {
+        1: {"cases": [*map(_pair, CASES), *map(_pair, THREES)], "plain": PLAIN, "mesh": True},
+        2: {"cases": [*map(_pair, CASES), *((name, fault) for fault, name in FAULTS.items())], "mesh": True},
+        3: {"cases": [*map(_pair, THREES)], "mesh": True},
+    }
+    return {ranks: _work(root, ranks, request) for ranks, request in requests.items()}
+
+
+def _pair(name: str) -> tuple[str, None]:
+    return name, None
+
+
+def _work(root: Path, ranks: int, request: dict[str, Any]) -> dict[str, Any]:
+    paths = root / f"request{ranks}.json", root / f"result{ranks}.json"
+    paths[0].write_text(json.dumps(request | {"data": str(root)}))
+    done = run(torchrun_command(ranks, WORKER, *map(str, paths)), timeout=150, cwd=root)
+    assert done.code == 0, done.err[-4000:]
+    found: dict[str, Any] = json.loads(paths[1].read_text())
+    return found
+
+
+def worst(losses: list[float], wanted: list[float]) -> float:
+    """Return the largest relative difference."""
+    assert len(losses) == len(wanted) > 0
+    return max(abs(a - b) / abs(b) for a, b in zip(losses, wanted, strict=True))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_ranks_lose_what_one_loses(results: Results, name: str) -> None:
+    one, two = (results[ranks][name]["losses"] for ranks in (1, 2))
+    assert len(one) == 30
+    assert worst(two, one) < 1e-5
+
+
+@pytest.mark.parametrize("name", THREES)
+def test_three_ranks_lose_what_one_loses(results: Results, name: str) -> None:
+    assert worst(results[3][name]["losses"], results[1][name]["losses"]) < 1e-5
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_losses_move(results: Results, name: str) -> None:
+    """Otherwise a comparison of losses would say nothing about the steps."""
+    losses = results[1][name]["losses"]
+    assert max(losses) - min(losses) > 0.02 * losses[0]
+
+
+@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_plain_pytorch_loses_the_same(results: Results, name: str, ranks: int) -> None:
+    plain = results[1][f"{name} plain"]
+    assert worst(results[ranks][name]["losses"][: len(plain)], plain) < 1e-5
+
+
+@pytest.mark.parametrize("planted", FAULTS)
+def test_a_wrong_average_is_caught(results: Results, planted: str) -> None:
+    name = FAULTS[planted]
+    assert worst(results[2][f"{name} {planted}"]["losses"], results[1][name]["losses"]) > 1e-4
+
+
+def test_tables_are_really_sharded(results: Results) -> None:
+    two = {name: results[2][name]["shards"] for name in CASES}
+    assert two["ranking-adam-row"]["item_id"] == [[60, 16], [60, 16]]
+    assert two["ranking-sgd-table"]["item_id"] == [[120, 16]]
+    assert two["ranking-adam-column"]["item_id"] == [[120, 128], [120, 128]]
+    assert two["ranking-adam-replicated"] == {}
+    assert two["ranking-adamw-widths"] == {"item_id": [[60, 24], [60, 24]], "segment": [[6, 16]]}
+    assert [0, 8] in results[3]["ranking-adam-three"]["shards"]["action"], "a rank without a row of the table"
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_mesh(results: Results, ranks: int) -> None:
+    rows = [[10.0 * r + 2 * i, 10.0 * r + 2 * i + 1] for r in range(ranks) for i in range(r)]
+    for rank, facts in enumerate(results[ranks]["mesh"]):
+        assert facts == {
+            "gather": rows,
+            "gather nothing": [0, 3],
+            "gather flags": [True] + [False] * (ranks - 1),
+            "sum": [ranks, sum(range(ranks))],
+            "broadcast": {"from": 0},
+            "on main": "done by 0",
+            "raised": "said on rank 0",
+            "any": [ranks > 1, False],
+            "is main": rank == 0,
+        }

@@ -1,0 +1,203 @@
+"""Trains cases on the ranks of this job and writes their losses: ``worker.py REQUEST.json RESULT.json``.
+
+The request: {"data": directory, "cases": [[name, fault], ...], "plain": [name, ...], "mesh": bool}.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchrec.distributed import comm_ops
+
+from hstu.config import Config, OptimizerArgs
+from hstu.data.batch import Batch
+from hstu.data.loader import BatchLoader
+from hstu.data.reader import SequenceDataset
+from hstu.data.splits import leave_one_out
+from hstu.models import build_model, make_collator
+from hstu.models.losses import LossSum
+from hstu.parallel import Mesh
+from hstu.training.run_directory import RunDirectory
+from hstu.training.schedule import schedule_factor
+from hstu.training.trainer import Trainer
+from tests.parallel.cases import CASES, THREES, config_of
+
+
+class _LocalCounts(Mesh):
+    """Sums as if every rank had the labels of this one."""
+
+    def sum(self, values: Tensor) -> Tensor:
+        return values * self.world_size
+
+
+@contextmanager
+def fault(name: str | None, trainer: Trainer) -> Iterator[None]:
+    """Plant a mistake in how gradients are averaged."""
+    forward, mesh = trainer.model.forward, trainer.mesh
+    if name == "divide by the local count":
+        trainer.mesh = _LocalCounts(**vars(mesh))
+    elif name == "divide by the world size once more":
+        trainer.model.forward = lambda batch: _scaled(forward(batch), 1 / mesh.world_size)
+    elif name == "do not divide the tables' gradients":
+        comm_ops.set_gradient_division(False)
+    elif name == "do not average the dense gradients":
+        trainer.parallel.dense.reduce_gradients = lambda: None  # type: ignore[method-assign]
+    elif name == "leave .grad from the last step":
+        trainer.optimizer.megatron.zero_grad = lambda: None
+    elif name == "own negatives only":
+        trainer.model.sampler.gather = lambda ids: ids  # type: ignore[union-attr]
+    else:
+        assert name is None, name
+    yield
+    comm_ops.set_gradient_division(True)
+
+
+def _scaled(loss: LossSum, factor: float) -> LossSum:
+    # The value stays and the gradient is scaled, so that only a wrong step can change the losses.
+    total = loss.total.detach() + (loss.total - loss.total.detach()) * factor
+    return dataclasses.replace(loss, total=total)
+
+
+def train(config: Config, dataset: SequenceDataset, mesh: Mesh, planted: str | None) -> dict[str, Any]:
+    """Return the loss of each step, taken by the trainer itself, and how tables were laid out."""
+    trainer = Trainer(config, dataset, mesh, RunDirectory(Path("unused")))
+    losses = []
+    with fault(planted, trainer):
+        for batch in steps_of(trainer.loaders["train"], trainer.total_steps):
+            trainer._step(batch)
+            trainer.progress.step += 1
+            losses.append(trainer.meter.read(trainer.progress.step)["loss"])
+    shards = {
+        name.split(".")[-2]: [list(s.shard_sizes) for s in weight.metadata().shards_metadata]
+        for collection in trainer.parallel.tables.collections.values()
+        for name, weight in collection.state_dict().items()
+    }
+    return {"losses": losses, "shards": shards}
+
+
+def steps_of(loader: BatchLoader, count: int) -> Iterator[Batch]:
+    """Yield the first ``count`` batches, epoch after epoch."""
+    for step in range(count):
+        epoch, first = divmod(step, loader.steps_per_epoch)
+        yield next(loader.epoch(epoch, first))
+
+
+def train_plain(config: Config, dataset: SequenceDataset, steps: int) -> list[float]:
+    """Return the losses of the plain model under torch's own optimizers, in one process without any engine."""
+    model, args = build_model(config, dataset.schema, allocate_tables=True), config.optimizer
+    weights = model.embeddings.weights
+    sparse_rate = args.sparse_learning_rate or args.learning_rate
+    sharded = {name: weights[name] for name in weights if config.embedding.of(name) != "data_parallel"}
+    replicated = [weights[name] for name in weights if name not in sharded]
+    others = [p for name, p in model.named_parameters() if not name.startswith("embeddings.")]
+    groups = [{"params": others, "rate": args.learning_rate}, {"params": replicated, "rate": sparse_rate}]
+    betas = dict(betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_eps)
+    if args.optimizer_str == "sgd":
+        dense = torch.optim.SGD(groups, momentum=args.sgd_momentum, weight_decay=args.weight_decay)
+    else:
+        kind = torch.optim.AdamW if args.optimizer_str == "adamw" else torch.optim.Adam
+        dense = kind(groups, weight_decay=args.weight_decay, **betas)
+    loader = BatchLoader(
+        dataset=dataset,
+        split=leave_one_out(dataset.lengths)["train"],
+        collate=make_collator(config, dataset.schema),
+        batch_size=config.trainer.train_batch_size,
+        seed=config.trainer.seed,
+        shuffle=True,
+    )
+    losses, moments = [], {name: torch.zeros(2, *weight.shape) for name, weight in sharded.items()}
+    for step, batch in enumerate(steps_of(loader, steps)):
+        model.zero_grad()
+        loss = model(batch)
+        (loss.total / loss.count).backward()
+        losses.append(float(loss.total) / loss.count)
+        if args.clip_grad:
+            torch.nn.utils.clip_grad_norm_([*others, *replicated], args.clip_grad)
+        factor = schedule_factor(args, step, config.trainer.max_train_iters or 0)
+        for group in dense.param_groups:
+            group["lr"] = group["rate"] * factor
+        dense.step()
+        for name, weight in sharded.items():
+            _step_table(weight, _looked_up(name, model, batch), moments[name], step, sparse_rate * factor, args)
+    return losses
+
+
+def _looked_up(name: str, model: Any, batch: Batch) -> Tensor:
+    """Return the rows of a table that this batch reads, which are the ones that a fused optimizer moves."""
+    rows = batch.ids(name)
+    if hasattr(model, "sampler") and name == batch.item:
+        rows = torch.cat([rows, model.sampler.pool(batch.labels, batch.step)])
+    return rows.unique()
+
+
+@torch.no_grad()
+def _step_table(weight: Tensor, rows: Tensor, moments: Tensor, step: int, rate: float, args: OptimizerArgs) -> None:
+    assert weight.grad is not None
+    gradient = weight.grad[rows]
+    if args.optimizer_str == "sgd":
+        weight[rows] -= rate * gradient
+        return
+    mean = args.adam_beta1 * moments[0, rows] + (1 - args.adam_beta1) * gradient
+    square = args.adam_beta2 * moments[1, rows] + (1 - args.adam_beta2) * gradient**2
+    moments[0, rows], moments[1, rows] = mean, square
+    mean, square = mean / (1 - args.adam_beta1 ** (step + 1)), square / (1 - args.adam_beta2 ** (step + 1))
+    weight[rows] -= rate * mean / (square.sqrt() + args.adam_eps)
+
+
+def mesh_facts(mesh: Mesh) -> dict[str, Any]:
+    """Return what this rank got from each operation of the mesh."""
+    own = torch.arange(mesh.rank * 2, dtype=torch.float64).view(-1, 2) + 10 * mesh.rank
+
+    def fails() -> None:
+        raise ValueError(f"said on rank {mesh.rank}")
+
+    try:
+        mesh.on_main(fails)
+        raised = None
+    except ValueError as error:
+        raised = str(error)
+    return {
+        "gather": mesh.gather(own).tolist(),
+        "gather nothing": list(mesh.gather(torch.zeros(0, 3)).shape),
+        "gather flags": mesh.gather(torch.tensor([mesh.rank == 0])).tolist(),
+        "sum": mesh.sum(torch.tensor([1.0, mesh.rank])).tolist(),
+        "broadcast": mesh.broadcast({"from": mesh.rank}),
+        "on main": mesh.on_main(lambda: f"done by {mesh.rank}"),
+        "raised": raised,
+        "any": [mesh.any(mesh.rank == 1), mesh.any(False)],
+        "is main": mesh.is_main,
+    }
+
+
+def main() -> None:
+    """Do what the request says."""
+    request, result = json.loads(Path(sys.argv[1]).read_text()), {}
+    torch.set_num_threads(1)
+    data = {name: SequenceDataset.open(Path(request["data"], name, "synthetic")) for name in ("even", "short")}
+    cases = CASES | THREES
+    with Mesh.create() as mesh:
+        for name, planted in request["cases"]:
+            case = cases[name]
+            config = config_of(case, mesh.world_size)
+            result[f"{name} {planted}" if planted else name] = train(config, data[case.data], mesh, planted)
+        for name in request.get("plain", ()):
+            case = cases[name]
+            result[f"{name} plain"] = train_plain(config_of(case, 1), data[case.data], case.plain_steps)
+        if request.get("mesh"):
+            facts: list[Any] = [None] * mesh.world_size
+            torch.distributed.all_gather_object(facts, mesh_facts(mesh))
+            result["mesh"] = facts
+        if mesh.is_main:
+            Path(sys.argv[2]).write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
