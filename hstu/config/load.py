@@ -128,8 +128,7 @@ def _apply_reference_names(bound: dict[str, Binding], notes: list[str]) -> dict[
         elif isinstance(value, str) and (key, value) in _REPLACED_VALUES:
             binding = Binding(_REPLACED_VALUES[key, value], binding.where)
             notes.append(f"{key} = {value!r} is not available; {binding.value!r} is used")
-        result.pop(key, None)  # of an old and a new name, the one that was set last wins
-        result[key] = binding
+        result[key] = binding  # of an old and a new name, the one that was set last wins
     return result
 
 

@@ -96,7 +96,7 @@ def naive_retrieval(model: RetrievalModel, batch: Batch, config: Config) -> tupl
     assert config.retrieval is not None
     queries = model.queries(batch).double()
     table = model.embeddings.weights["item"].double()  # type: ignore[index, union-attr]
-    if model.normalize_items:
+    if config.network.output_norm == "l2":
         table = table / table.norm(dim=-1, keepdim=True)
     pool = {
         "all": list(range(30)),
@@ -128,7 +128,7 @@ STRATEGIES = {
 }
 
 
-@pytest.mark.parametrize("norm", ["l2", "none"])
+@pytest.mark.parametrize("norm", ["l2", "layer_norm", "none"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("name", RETRIEVAL)
 @torch.no_grad()
@@ -435,6 +435,39 @@ def test_other_misfits_of_config_and_data(dataset: SequenceDataset, tmp_path: Pa
     message = refused(dataset, "ranking", "NetworkArgs.num_position_buckets=15")
     assert "can have 16 tokens" in message and "num_position_buckets = 15" in message
     build_model(make_config("ranking", "NetworkArgs.num_position_buckets=16"), dataset.schema)
+
+
+@pytest.mark.parametrize(
+    ("line", "field", "value"),
+    [
+        ("context_attention='full'", "context_attention", "full"),
+        ("max_attn_len=5", "max_attn_len", 5),
+        ("target_group_size=3", "candidate_group_size", 3),
+        ("scaling_seqlen=77", "scaling_seqlen", 77.0),
+        ("hidden_dropout=0.25", "dropout", 0.25),
+        ("norm_epsilon=1e-3", "norm_eps", 1e-3),
+        ("gate='concat'", "gate", "concat"),
+        ("relative_position_bias=True", "position_bias", True),
+        ("relative_time_bias=True", "time_bias_buckets", 128),
+        ("bias_query_time='next'", "bias_query_time", "next"),
+        ("value_channels=9", "value_channels", 9),
+        ("kernel_backend='pytorch'", "backend", "reference"),
+    ],
+)
+def test_the_networks_options_reach_the_layers(dataset: SequenceDataset, line: str, field: str, value: object) -> None:
+    candidates = "DatasetArgs.max_num_candidates=2"
+    plain = build_model(make_config("ranking", candidates), dataset.schema)
+    model = build_model(make_config("ranking", candidates, f"NetworkArgs.{line}"), dataset.schema)
+    assert len(model.backbone.layers) == 2
+    for before, after in zip(plain.backbone.layers, model.backbone.layers, strict=True):
+        assert after.config == dataclasses.replace(before.config, **{field: value}) != before.config  # type: ignore[arg-type]
+
+
+def test_presets_may_be_overridden(dataset: SequenceDataset) -> None:
+    lines = ("NetworkArgs.preset='research'", "NetworkArgs.relative_time_bias=False")
+    layer = build_model(make_config("ranking", *lines), dataset.schema).backbone.layers[0]
+    assert layer.config.alpha == 1.0 and not layer.config.affine_norm and layer.config.norm_eps == 1e-6
+    assert layer.position_table is not None and layer.time_table is None
 
 
 def test_only_the_features_asked_for_have_tables(dataset: SequenceDataset) -> None:
