@@ -3,6 +3,7 @@
 from hstu.ops.attention import RelativeBias, hstu_attention
 from hstu.ops.checks import debug_checks
 from hstu.ops.jagged import (
+    add_positions,
     concat_jagged,
     interleave_jagged,
     lengths_to_offsets,
@@ -17,6 +18,7 @@ __all__ = [
     "LayerOptions",
     "LayerWeights",
     "RelativeBias",
+    "add_positions",
     "concat_jagged",
     "debug_checks",
     "hstu_attention",

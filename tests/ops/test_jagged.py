@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hstu.ops import (
+    add_positions,
     concat_jagged,
     interleave_jagged,
     lengths_to_offsets,
@@ -74,6 +75,25 @@ def test_split_with_known_totals() -> None:
     values, offsets, _ = ragged([3, 2], 0)
     first, second = split_jagged(values, offsets, [torch.tensor([1, 2]), torch.tensor([2, 0])], totals=[3, 2])
     assert torch.equal(first, values[[0, 3, 4]]) and torch.equal(second, values[[1, 2]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_add_positions(dtype: torch.dtype) -> None:
+    rng = torch.Generator().manual_seed(0)
+    x, table = (torch.randn(n, 5, generator=rng, dtype=torch.float64).to(dtype) for n in (9, 4))
+    positions = torch.randint(0, 4, (9,), generator=rng)
+    grads = []
+    for run in (add_positions, lambda x, table, positions, scale: scale * x + table[positions]):
+        leaves = [x.clone().requires_grad_(), table.clone().requires_grad_()]
+        out = run(*leaves, positions, scale=3.0)
+        out.square().sum().backward()
+        grads.append([out.detach(), *(leaf.grad for leaf in leaves)])
+    for ours, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, expected)
+    with pytest.raises(ValueError, match="positions must be"):
+        add_positions(x, table, positions[:3])
+    with pytest.raises(ValueError, match="table must be"):
+        add_positions(x, table[:, :2], positions)
 
 
 def test_errors() -> None:

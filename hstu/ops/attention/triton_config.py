@@ -35,7 +35,7 @@ Table = dict[Kernel, dict[int, tuple[int, int, int, int]]]
 HOPPER_PLAIN: Table = {
     "forward": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (128, 32, 8, 2)},
     "backward_columns": {64: (64, 128, 8, 2), 128: (32, 128, 8, 1), 256: (32, 32, 8, 1)},
-    "backward_rows": {64: (128, 64, 8, 2), 128: (128, 64, 8, 1), 256: (32, 32, 8, 1)},
+    "backward_rows": {64: (128, 64, 8, 2), 128: (128, 64, 8, 1), 256: (32, 16, 8, 1)},
 }
 HOPPER_RICH: Table = {
     "forward": {32: (128, 32, 8, 2), 64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (64, 16, 8, 2)},
@@ -48,13 +48,13 @@ AMPERE_PLAIN: Table = {
     "backward_rows": {64: (128, 64, 8, 2), 128: (64, 64, 8, 2), 256: (32, 16, 8, 1)},
 }
 AMPERE_RICH: Table = {
-    "forward": {32: (128, 32, 8, 2), 64: (64, 64, 8, 2), 128: (64, 32, 8, 2), 256: (64, 16, 8, 2)},
+    "forward": {32: (128, 32, 8, 2), 64: (64, 64, 8, 2), 128: (32, 32, 8, 2), 256: (64, 16, 8, 2)},
     "backward_columns": {32: (32, 64, 8, 1), 64: (32, 32, 8, 1), 128: (32, 32, 8, 1), 256: (32, 16, 8, 1)},
-    "backward_rows": {64: (64, 32, 8, 2), 128: (64, 32, 8, 1), 256: (32, 32, 8, 1)},
+    "backward_rows": {64: (64, 32, 8, 2), 128: (32, 32, 8, 1), 256: (32, 32, 8, 1)},
 }
 FLOAT32: Table = {
-    "forward": {64: (32, 32, 4, 1), 128: (16, 16, 4, 1), 256: (16, 16, 4, 1)},
-    "backward_columns": {64: (16, 16, 4, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
+    "forward": {64: (16, 16, 4, 1), 128: (16, 16, 8, 1), 256: (16, 16, 4, 1)},
+    "backward_columns": {64: (16, 16, 4, 1), 128: (16, 16, 8, 1), 256: (16, 16, 4, 1)},
     "backward_rows": {64: (32, 32, 4, 1), 128: (16, 16, 4, 1), 256: (16, 16, 4, 1)},
 }
 
@@ -86,5 +86,5 @@ def tile_config(kernel: Kernel, width: int, element_size: int, *, uneven: bool, 
     # Three accumulators of 256 columns do not fit the registers: wide heads get dq from the kernel by rows.
     atomic_dq = width < 256
     if rich and uneven:
-        width = min(2 * max(width, 32), 256)
+        width = max(width, 128)
     return TileConfig(*sizes[max(width, min(sizes))], atomic_dq=atomic_dq)

@@ -12,8 +12,10 @@ from hstu.ops.jagged.reference import (
     sequence_ids,
     split_jagged,
 )
+from hstu.ops.jagged.rows import add_positions
 
 __all__ = [
+    "add_positions",
     "concat_jagged",
     "interleave_jagged",
     "lengths_to_offsets",

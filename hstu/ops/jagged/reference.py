@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hstu.ops.checks import check_offsets, values_readable
+from hstu.ops.jagged.rows import merge_rows, part_rows
 
 
 def lengths_to_offsets(lengths: Tensor) -> Tensor:
@@ -46,10 +47,9 @@ def concat_jagged(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tenso
         check_offsets(f"offsets of part {index}", offsets, values.shape[0])
         if offsets.numel() != parts[0][1].numel():
             raise ValueError(f"part {index} has {offsets.numel() - 1} samples, part 0 has {parts[0][1].numel() - 1}")
-    total = sum(values.shape[0] for values, _ in parts)
-    places, out_offsets = _places([offsets for _, offsets in parts], [v.shape[0] for v, _ in parts])
-    values = parts[0][0] if len(parts) == 1 else torch.cat([values for values, _ in parts])
-    return _scatter_rows(values, places, total), out_offsets
+    rows = [values for values, _ in parts]
+    places, out_offsets = _places([offsets for _, offsets in parts], [own.shape[0] for own in rows])
+    return merge_rows(rows, places), out_offsets
 
 
 def split_jagged(
@@ -85,7 +85,7 @@ def split_jagged(
     part_offsets = [lengths_to_offsets(lengths) for lengths in part_lengths]
     sizes = list(totals) if totals is not None else torch.stack([o[-1] for o in part_offsets]).tolist()
     places, _ = _places(part_offsets, sizes)
-    return list(torch.split(_gather_rows(values, places), sizes))
+    return part_rows(values, places)
 
 
 def interleave_jagged(
@@ -123,39 +123,15 @@ def interleave_jagged(
     item_places = offsets[of_item] + position + torch.minimum(position, num_actions[of_item])
     position = torch.arange(actions.shape[0], device=actions.device) - action_offsets[of_action]
     action_places = offsets[of_action] + 2 * position + 1
-    places = torch.cat([item_places, action_places])
-    return _scatter_rows(torch.cat([items, actions]), places, places.numel()), offsets
+    return merge_rows([items, actions], [item_places, action_places]), offsets
 
 
-def _places(offsets: Sequence[Tensor], sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Row of the concatenation for each row of the parts, and the concatenation's offsets."""
+def _places(offsets: Sequence[Tensor], sizes: Sequence[int]) -> tuple[list[Tensor], Tensor]:
+    """Row of the concatenation for each row of each part, and the concatenation's offsets."""
     start = out_offsets = torch.stack(tuple(offsets)).sum(0)
     places = []
     for part, size in zip(offsets, sizes, strict=True):
         sample = sequence_ids(part, size)
         places.append((start[:-1] - part[:-1])[sample] + torch.arange(size, device=part.device))
         start = start + torch.cat([part.diff(), part.new_zeros(1)])
-    return torch.cat(places), out_offsets
-
-
-def _scatter_rows(values: Tensor, places: Tensor, total: int) -> Tensor:
-    # Every row is written once: the empty tensor's content never shows.
-    return values.new_empty((total, *values.shape[1:])).index_copy(0, places, values)
-
-
-class _GatherRows(torch.autograd.Function):
-    """``values[places]`` for a permutation: its backward writes each row once instead of accumulating."""
-
-    @staticmethod
-    def forward(ctx, values: Tensor, places: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(places)
-        return values.index_select(0, places)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
-        (places,) = ctx.saved_tensors
-        return _scatter_rows(grad, places, places.numel()), None
-
-
-def _gather_rows(values: Tensor, places: Tensor) -> Tensor:
-    return _GatherRows.apply(values, places)
+    return places, out_offsets
