@@ -140,6 +140,10 @@ def _build(task: str, bound: dict[str, Binding], notes: list[str]) -> args.Confi
     other = "RetrievalArgs" if task == "ranking" else "RankingArgs"
     if values[other]:
         notes.append(f"{other} is not used by the {task} task")
+    if task == "retrieval" and "RetrievalArgs.loss" in bound and bound["RetrievalArgs.loss"].value == "full_softmax":
+        for key in ("RetrievalArgs.num_negatives", "RetrievalArgs.sampling_strategy"):
+            if key in bound:
+                notes.append(f"{key} has no effect: the full softmax takes every item")
     built = {_MEMBERS[name]: _construct(name, values[name]) for name in _CLASSES if name != other}
     return args.Config(**built)  # type: ignore[arg-type]
 

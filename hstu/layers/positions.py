@@ -23,7 +23,8 @@ def token_positions(tokens: Tokens) -> Tensor:
 class PositionEncoder(nn.Module):
     """x * sqrt(D) + P[p], and optionally + A[bucket(seconds before the request)], then dropout.
 
-    The request is the last event of the sample. With ``num_time_buckets`` = 0 there is no table of time.
+    The request is the latest event of the sample. With ``num_positions`` = 0 there is no P, for backbones that
+    know positions themselves; with ``num_time_buckets`` = 0 no A.
     Following "Actions Speak Louder than Words" (https://arxiv.org/abs/2402.17152) and its production form.
     """
 
@@ -38,8 +39,10 @@ class PositionEncoder(nn.Module):
     ) -> None:
         super().__init__()
         self.scale = math.sqrt(hidden_size)
-        self.position = nn.Parameter(torch.empty(num_positions, hidden_size))
-        nn.init.trunc_normal_(self.position, std=1 / self.scale, a=-2 / self.scale, b=2 / self.scale)
+        self.position: nn.Parameter | None = None
+        if num_positions:
+            self.position = nn.Parameter(torch.empty(num_positions, hidden_size))
+            nn.init.trunc_normal_(self.position, std=1 / self.scale, a=-2 / self.scale, b=2 / self.scale)
         self.time: nn.Parameter | None = None
         if num_time_buckets:
             self.time = nn.Parameter(torch.zeros(num_time_buckets + 1, hidden_size))
@@ -48,7 +51,9 @@ class PositionEncoder(nn.Module):
 
     def forward(self, tokens: Tokens) -> Tokens:
         """Return the stream with encoded values."""
-        values = tokens.values * self.scale + self.position[token_positions(tokens)]
+        values = tokens.values * self.scale
+        if self.position is not None:
+            values = values + self.position[token_positions(tokens)]
         if self.time is not None:
             values = values + self.time[self.time_buckets(tokens)]
         return tokens.with_values(self.dropout(values))
@@ -56,7 +61,10 @@ class PositionEncoder(nn.Module):
     def time_buckets(self, tokens: Tokens) -> Tensor:
         """Return [T] int64, the row of the time table of each token."""
         assert self.time is not None
-        last = (tokens.offsets[1:] - 1)[sequence_ids(tokens.offsets, tokens.values.shape[0])]
-        age = (tokens.timestamps[last] - tokens.timestamps).clamp(min=0).double()
+        sequence = sequence_ids(tokens.offsets, tokens.values.shape[0])
+        # The largest, not the last: candidates may stand in any order.
+        request = tokens.timestamps.new_zeros(tokens.offsets.numel() - 1)
+        request = request.scatter_reduce(0, sequence, tokens.timestamps, "amax", include_self=False)
+        age = (request[sequence] - tokens.timestamps).double()
         buckets = age.sqrt() if self.time_bucket_fn == "sqrt" else age.log1p()
         return buckets.long().clamp(max=self.time.shape[0] - 1)

@@ -71,7 +71,8 @@ class Preprocess(nn.Module):
         Returns:
             The tokens, positions encoded.
         """
-        values = {name: self.project[name](x) if name in self.project else x for name, x in embedded.items()}
+        # Under autocast a projection ends in bfloat16; the stream keeps the tables' precision.
+        values = {n: self.project[n](x).to(x.dtype) if n in self.project else x for n, x in embedded.items()}
         item_offsets = lengths_to_offsets(lengths[self.item])
         events, event_offsets = self._events(values, lengths, item_offsets)
         parts = [(values[name], lengths_to_offsets(lengths[name])) for name in self.contexts]

@@ -19,7 +19,7 @@ class RankingScores:
 
 
 def auc(scores: np.ndarray, labels: np.ndarray) -> float:
-    """Probability that a positive scores above a negative, ties counting half; nan with one label only.
+    """Probability that a positive scores above a negative, ties counting half; nan with one label or a nan score.
 
     Args:
         scores: [n].
@@ -27,7 +27,7 @@ def auc(scores: np.ndarray, labels: np.ndarray) -> float:
     """
     positives = float(labels.sum())
     negatives = labels.size - positives
-    if positives == 0 or negatives == 0:
+    if positives == 0 or negatives == 0 or np.isnan(scores).any():
         return float("nan")
     _, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
     ranks = (np.cumsum(counts) - (counts - 1) / 2)[inverse]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import cache
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,7 +21,7 @@ _LANES = 4  # neighbours count in different bins: adding to one bin over and ove
 @cache
 def _cell_tables(num_buckets: int) -> tuple[Tensor, Tensor]:
     """Threshold inside each cell, int64, and the bucket of each index ``(cell, lane, above threshold)``."""
-    starts = torch.from_numpy((np.arange(_CELLS, dtype=np.int32) << _CELL_SHIFT).view(np.float32))
+    starts = (torch.arange(_CELLS, dtype=torch.int32) << _CELL_SHIFT).view(torch.float32)
     starts = starts.double().nan_to_num(posinf=2.0**128)
     thresholds = bucket_thresholds(num_buckets)
     base = torch.bucketize(starts, thresholds.double(), right=True)
