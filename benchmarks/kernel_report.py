@@ -26,7 +26,7 @@ from triton.compiler import ASTSource
 
 from hstu.ops.attention import triton_tiles as tiles
 from hstu.ops.attention.triton_backward import attention_backward_columns, attention_backward_rows
-from hstu.ops.attention.triton_config import Kernel, TileConfig, is_rich, padded_width, tile_config
+from hstu.ops.attention.triton_config import MAX_REGISTERS, Kernel, TileConfig, is_rich, padded_width, tile_config
 from hstu.ops.attention.triton_forward import attention_forward
 
 KERNELS: dict[Kernel, Any] = {
@@ -123,7 +123,7 @@ def compile_kernel(
     compiled = triton.compile(
         source,
         target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": config.warps, "num_stages": config.stages},
+        options={"num_warps": config.warps, "num_stages": config.stages, "maxnreg": MAX_REGISTERS},
     )
     registers, spilled, sass = read_cubin(compiled.asm["cubin"])
     return Report(

@@ -1,4 +1,4 @@
-"""HSTU attention on jagged tensors: one function, every mask, the relative bias inside."""
+"""Attention on jagged tensors: HSTU's with every mask and the relative bias inside, and softmax attention."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from hstu.ops.attention.checks import check_arguments
 from hstu.ops.attention.cpu import hstu_attention_cpu
 from hstu.ops.attention.mask import Mask
 from hstu.ops.attention.reference import hstu_attention_reference
+from hstu.ops.attention.softmax import Bucket, attention_buckets, softmax_attention
 
-__all__ = ["RelativeBias", "hstu_attention"]
+__all__ = ["Bucket", "Mask", "RelativeBias", "attention_buckets", "hstu_attention", "softmax_attention"]
 
 BACKENDS = ("auto", "reference", "cpu", "triton")
 logger = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from hstu.ops.attention import triton_tiles as tiles
 from hstu.ops.attention.bias import RelativeBias, bucket_thresholds, query_times
 from hstu.ops.attention.mask import Mask
 from hstu.ops.attention.triton_backward import attention_backward_columns, attention_backward_rows
-from hstu.ops.attention.triton_config import Kernel, TileConfig, is_rich, padded_width, tile_config
+from hstu.ops.attention.triton_config import MAX_REGISTERS, Kernel, TileConfig, is_rich, padded_width, tile_config
 from hstu.ops.attention.triton_forward import attention_forward
 from hstu.ops.checks import values_readable
 
@@ -144,6 +144,7 @@ class AttentionCall:
             PRECISION=self.precision,
             num_warps=config.warps,
             num_stages=config.stages,
+            maxnreg=MAX_REGISTERS,
         )
 
 
