@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from hstu.config.backbones import check_backbone
 from hstu.config.base import Args, ConfigError
 
 RANKING_METRICS = ("AUC", "GAUC", "NE", "LOGLOSS", "ACCURACY")
@@ -90,10 +91,11 @@ class EmbeddingArgs(Args):
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkArgs(Args):
-    """The backbone. ``preset`` fixes the published parametrisation; a field that is not None overrides it.
+    """The backbone. Fields that another backbone has no use for are refused when set; see ``config/backbones.py``.
 
-    ``research`` is the one behind the paper's public tables (relative position and time bias, no affine
-    norm, alpha = 1); ``production`` is the one of the industrial systems (https://arxiv.org/abs/2402.17152).
+    ``preset`` fixes the published parametrisation of hstu; a field that is not None overrides it. ``research``
+    is the one behind the paper's public tables (relative position and time bias, no affine norm, alpha = 1);
+    ``production`` is the one of the industrial systems (https://arxiv.org/abs/2402.17152).
     """
 
     num_layers: int
@@ -102,7 +104,8 @@ class NetworkArgs(Args):
     kv_channels: int
     #: Width of the values of a head; None: kv_channels.
     value_channels: int | None = None
-    backbone: Literal["hstu"] = "hstu"
+    #: "hstu", "sasrec", "llama", "gru".
+    backbone: str = "hstu"
     preset: Literal["research", "production"] = "production"
     relative_position_bias: bool | None = None
     relative_time_bias: bool | None = None
@@ -110,6 +113,12 @@ class NetworkArgs(Args):
     #: Time of the row in the time bias: its own event's, or the next event's ("request-time aware").
     bias_query_time: Literal["own", "next"] = "own"
     gate: Literal["mul", "concat"] | None = None
+    #: Inner width of feed-forward layers; None: what the backbone's paper uses.
+    ffn_hidden_size: int | None = None
+    #: Heads of keys and values (llama); None: num_attention_heads.
+    num_query_groups: int | None = None
+    #: Norm before each sublayer or after it; None: "pre" for sasrec.
+    norm_placement: Literal["pre", "post"] | None = None
     hidden_dropout: float = 0.2
     #: Dropout of the embedded tokens; None: hidden_dropout.
     input_dropout: float | None = None
@@ -155,8 +164,8 @@ class NetworkArgs(Args):
         ):
             if getattr(self, name) != -1:
                 self.require_positive(name)
-        if not self.is_causal:
-            raise self.error("is_causal", "the hstu backbone is trained to predict what follows; use True")
+        self.require_positive("ffn_hidden_size", "num_query_groups")
+        check_backbone(self)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,12 +28,17 @@ class MLP(nn.Module):
 
 
 def initialize(module: nn.Module, kind: str, std: float) -> None:
-    """Set every linear weight below ``module``: ``"normal"`` with ``std``, or ``"xavier_uniform"``; biases to 0."""
+    """Set every linear weight below ``module``: ``"normal"`` with ``std``, or ``"xavier_uniform"``; biases to 0.
+
+    A layer with an ``init_scale`` starts that much smaller.
+    """
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
             if kind == "normal":
                 torch.nn.init.normal_(layer.weight, std=std)
             else:
                 torch.nn.init.xavier_uniform_(layer.weight)
+            with torch.no_grad():
+                layer.weight.mul_(getattr(layer, "init_scale", 1.0))
             if layer.bias is not None:
                 torch.nn.init.zeros_(layer.bias)

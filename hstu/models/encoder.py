@@ -7,15 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hstu.config import Config, ConfigError, NetworkArgs
+from hstu.config import Config, ConfigError
 from hstu.data.batch import POOL, Batch
 from hstu.data.collate import Collator
 from hstu.data.schema import Schema
-from hstu.layers.hstu import HSTUBlock, HSTUConfig, hstu_preset
 from hstu.layers.mlp import initialize
 from hstu.layers.positions import PositionEncoder
 from hstu.layers.postprocess import Postprocess
 from hstu.layers.preprocess import Preprocess
+from hstu.models.backbone import has_position_table, make_backbone, uses_time_bias
 from hstu.models.embedding import Embeddings, EmbeddingTables, Table
 
 
@@ -73,7 +73,7 @@ def model_inputs(config: Config, schema: Schema) -> Inputs:
             "NetworkArgs.token_layout",
             f"= {config.layout!r}: data set {schema.name!r} has no actions; use 'item'",
         )
-    if schema.time is None and (_uses_time_bias(network) or network.num_time_buckets):
+    if schema.time is None and (uses_time_bias(network) or network.num_time_buckets):
         raise ConfigError(
             "NetworkArgs.relative_time_bias",
             f": data set {schema.name!r} has no timestamps; set it to False and NetworkArgs.num_time_buckets to 0",
@@ -84,37 +84,6 @@ def model_inputs(config: Config, schema: Schema) -> Inputs:
         action=schema.action.name if schema.action is not None and collator.use_actions else None,
         contexts=collator.contexts,
         max_tokens=len(collator.contexts) + per_event * (collator.max_history + 1) + collator.max_candidates,
-    )
-
-
-def _uses_time_bias(network: NetworkArgs) -> bool:
-    chosen = network.relative_time_bias
-    return hstu_preset(network.preset)["time_bias_buckets"] if chosen is None else chosen
-
-
-def _hstu_config(network: NetworkArgs, max_tokens: int) -> HSTUConfig:
-    fields = hstu_preset(network.preset)
-    if network.relative_position_bias is not None:
-        fields["position_bias"] = network.relative_position_bias
-    if network.gate is not None:
-        fields["gate"] = network.gate
-    if network.norm_epsilon is not None:
-        fields["norm_eps"] = network.norm_epsilon
-    fields["time_bias_buckets"] = network.num_bias_time_buckets if _uses_time_bias(network) else 0
-    return HSTUConfig(
-        hidden_size=network.hidden_size,
-        num_heads=network.num_attention_heads,
-        qk_channels=network.kv_channels,
-        value_channels=network.value_channels or network.kv_channels,
-        max_tokens=max_tokens,
-        scaling_seqlen=float(max_tokens if network.scaling_seqlen == -1 else network.scaling_seqlen),
-        bias_query_time=network.bias_query_time,
-        context_attention=network.context_attention,
-        max_attn_len=network.max_attn_len,
-        candidate_group_size=network.target_group_size,
-        dropout=network.hidden_dropout,
-        backend={"auto": "auto", "pytorch": "reference", "triton": "triton"}[network.kernel_backend],  # type: ignore[arg-type]
-        **fields,
     )
 
 
@@ -176,13 +145,13 @@ class Encoder(nn.Module):
             layout=config.layout,  # type: ignore[arg-type]
             positions=PositionEncoder(
                 network.hidden_size,
-                num_positions,
+                num_positions if has_position_table(network) else 0,
                 num_time_buckets=network.num_time_buckets,
                 time_bucket_fn=network.time_bucket_fn,
                 dropout=dropout,
             ),
         )
-        self.backbone = HSTUBlock(_hstu_config(network, inputs.max_tokens), network.num_layers)
+        self.backbone = make_backbone(network, inputs.max_tokens)
         norm = network.output_norm or ("l2" if config.retrieval else "layer_norm")
         eps = config.retrieval.l2_norm_eps if config.retrieval and norm == "l2" else network.norm_epsilon or 1e-5
         self.postprocess = Postprocess(network.hidden_size, norm, eps, last_token=config.task == "retrieval")

@@ -1,0 +1,47 @@
+"""Which backbone has a use for which field of ``NetworkArgs``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hstu.config.args import NetworkArgs
+
+BACKBONES = ("hstu", "sasrec", "llama", "gru")
+
+# Field: value when unset, backbones with a use for it, what it belongs to.
+_USES: dict[str, tuple[object, tuple[str, ...], str]] = {
+    "relative_position_bias": (None, ("hstu",), "relative bias inside SiLU attention"),
+    "relative_time_bias": (None, ("hstu",), "relative bias inside SiLU attention"),
+    "gate": (None, ("hstu",), "gated attention output"),
+    "value_channels": (None, ("hstu",), "heads whose values have a width of their own"),
+    "scaling_seqlen": (-1, ("hstu",), "attention without softmax"),
+    "ffn_hidden_size": (None, ("sasrec", "llama"), "feed-forward layers"),
+    "num_query_groups": (None, ("llama",), "grouped-query attention"),
+    "norm_placement": (None, ("sasrec",), "a choice between pre- and post-norm"),
+    "num_position_buckets": (None, ("hstu", "sasrec"), "a position table"),
+    "max_attn_len": (None, ("hstu", "sasrec", "llama"), "causal attention"),
+    "target_group_size": (1, ("hstu", "sasrec", "llama"), "attention between candidates"),
+    "context_attention": ("causal", ("hstu", "sasrec", "llama"), "causal attention"),
+}
+
+
+def check_backbone(network: NetworkArgs) -> None:
+    """Raise ``ConfigError`` for an unknown backbone, or a field that it has no use for."""
+    name = network.backbone
+    if name not in BACKBONES:
+        raise network.error("backbone", f"must be one of {', '.join(map(repr, BACKBONES))}")
+    for field, (unset, users, what) in _USES.items():
+        value = getattr(network, field)
+        if name not in users and value != unset and value is not False:
+            raise network.error(field, f"belongs to {what} ({', '.join(users)}), which {name} does not have")
+    if name != "hstu" and network.kernel_backend == "triton":
+        raise network.error("kernel_backend", f"the Triton kernels are those of hstu; use 'auto' for {name}")
+    if not network.is_causal:
+        raise network.error("is_causal", f"{name} is trained to predict what follows; use True")
+    if name == "llama":
+        groups = network.num_query_groups or network.num_attention_heads
+        if network.num_attention_heads % groups:
+            raise network.error("num_query_groups", f"must divide num_attention_heads = {network.num_attention_heads}")
+        if network.kv_channels % 2:
+            raise network.error("kv_channels", "rotary positions turn pairs of channels; use an even number for llama")

@@ -1,0 +1,59 @@
+"""A recurrent user model: one state a sample, read by every candidate alike."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from hstu.layers.tokens import Tokens
+from hstu.ops import positions_in_sequence, sequence_ids
+
+
+class GRUBlock(nn.Module):
+    """Stacked gated recurrent units (https://arxiv.org/abs/1511.06939): the backbone.
+
+    Context and history are read in order; each candidate takes one step from the state after the history, so
+    that candidates do not see each other.
+
+    Args:
+        hidden_size: D, of inputs and states.
+        num_layers: Units on top of each other.
+        dropout: Between them.
+    """
+
+    def __init__(self, hidden_size: int, num_layers: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.gru = nn.GRU(hidden_size, hidden_size, num_layers, dropout=dropout if num_layers > 1 else 0.0)
+
+    def forward(self, tokens: Tokens) -> Tensor:
+        """Map the stream's values [T, D] to hidden states [T, D] float32."""
+        with torch.autocast(tokens.values.device.type, enabled=False):
+            wide = torch.promote_types(tokens.values.dtype, torch.float32)
+            return self._run(tokens.values.to(wide), tokens)
+
+    def _run(self, x: Tensor, tokens: Tokens) -> Tensor:
+        total, history = x.shape[0], tokens.offsets.diff() - tokens.num_candidates
+        sequence = sequence_ids(tokens.offsets, total)
+        place = positions_in_sequence(tokens.offsets, total)
+        is_history = place < history[sequence]
+        # Longest first, as packed sequences want: step after step, without padding.
+        rank = history.argsort(descending=True, stable=True).argsort()
+        key = (place * history.numel() + rank[sequence]).masked_fill(~is_history, torch.iinfo(torch.int64).max)
+        lengths = history.sort(descending=True).values.cpu()
+        steps = torch.arange(int(lengths[0]) if lengths.numel() else 0)
+        sizes = (lengths[:, None] > steps).sum(0)
+        order = key.argsort(stable=True)
+        past, candidates = order.split([int(sizes.sum()), total - int(sizes.sum())])
+        state = x.new_zeros(self.gru.num_layers, history.numel(), x.shape[1])
+        # Also where there is nothing, so that the graph always reaches every weight.
+        out = x + 0.0 * sum(p.sum() for p in self.gru.parameters())
+        if past.numel():
+            packed, last = self.gru(PackedSequence(x[past], sizes))
+            out = out.index_copy(0, past, packed.data)
+            state = torch.cat([last, state[:, last.shape[1] :]], 1)
+        if candidates.numel():
+            of_candidate = state[:, rank[sequence[candidates]]]
+            stepped, _ = self.gru(x[candidates][None], of_candidate.contiguous())
+            out = out.index_copy(0, candidates, stepped[0])
+        return out

@@ -1,0 +1,111 @@
+"""LLaMA as a user model: RMSNorm, rotary positions, SwiGLU, grouped queries."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hstu.layers.positions import token_positions
+from hstu.layers.tokens import Tokens
+from hstu.layers.visibility import Visibility
+from hstu.ops import Bucket, softmax_attention
+
+ROPE_THETA = 1e4
+
+
+@dataclass(frozen=True, kw_only=True)
+class LLaMAConfig:
+    """Shape of a LLaMA.
+
+    Attributes:
+        hidden_size: D.
+        num_heads: H, of queries.
+        num_groups: Of keys and values; divides H.
+        head_channels: Width of a head, even.
+        ffn_size: Inner width of the feed-forward layers.
+        visibility: Who reads whom.
+        dropout: On what a sublayer adds.
+        norm_eps: Epsilon of the norms.
+    """
+
+    hidden_size: int
+    num_heads: int
+    num_groups: int
+    head_channels: int
+    ffn_size: int
+    visibility: Visibility = field(default_factory=Visibility)
+    dropout: float = 0.0
+    norm_eps: float = 1e-5
+
+
+def swiglu_size(hidden_size: int) -> int:
+    """Return the inner width of SwiGLU that costs what 4 D would without a gate: 8 D / 3, rounded up to 32."""
+    return -(-int(8 * hidden_size / 3) // 32) * 32
+
+
+def rotation(positions: Tensor, channels: int) -> tuple[Tensor, Tensor]:
+    """Return cosine and sine of ``p * theta^(-2i / d)``, each [T, 1, d / 2] float32 (https://arxiv.org/abs/2104.09864)."""
+    frequency = ROPE_THETA ** (-torch.arange(0, channels, 2, device=positions.device, dtype=torch.float64) / channels)
+    angle = positions[:, None, None].double() * frequency
+    return angle.cos().float(), angle.sin().float()
+
+
+def rotate(x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn each pair of neighbouring channels of ``x`` [T, H, d] by its angle."""
+    cosine, sine = (part.to(x.dtype) for part in turn)
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([even * cosine - odd * sine, even * sine + odd * cosine], dim=-1).flatten(-2)
+
+
+class LLaMALayer(nn.Module):
+    """One layer of LLaMA (https://arxiv.org/abs/2302.13971); ``wo`` and ``w3`` start 1 / sqrt(2 L) smaller."""
+
+    def __init__(self, config: LLaMAConfig, num_layers: int) -> None:
+        super().__init__()
+        self.config = config
+        hidden, channels = config.hidden_size, config.head_channels
+        self.splits = [config.num_heads * channels, config.num_groups * channels, config.num_groups * channels]
+        self.qkv = nn.Linear(hidden, sum(self.splits), bias=False)
+        self.wo = nn.Linear(self.splits[0], hidden, bias=False)
+        self.w1 = nn.Linear(hidden, config.ffn_size, bias=False)
+        self.w2 = nn.Linear(config.ffn_size, hidden, bias=False)
+        self.w3 = nn.Linear(hidden, config.ffn_size, bias=False)
+        self.wo.init_scale = self.w3.init_scale = 1 / math.sqrt(2 * num_layers)  # type: ignore[assignment]
+        self.attention_norm = nn.RMSNorm(hidden, config.norm_eps)
+        self.ffn_norm = nn.RMSNorm(hidden, config.norm_eps)
+
+    def forward(self, x: Tensor, buckets: list[Bucket], turn: tuple[Tensor, Tensor]) -> Tensor:
+        """Map [T, D] to [T, D]; ``turn`` is the rotation of each token's position."""
+        projected = self.qkv(self.attention_norm(x)).split(self.splits, dim=-1)
+        q, k, v = (part.unflatten(-1, (-1, self.config.head_channels)) for part in projected)
+        attended = softmax_attention(rotate(q, turn), rotate(k, turn), v, buckets)
+        x = x + self._dropout(self.wo(attended.flatten(-2)))
+        normed = self.ffn_norm(x)
+        return x + self._dropout(self.w2(F.silu(self.w1(normed)) * self.w3(normed)))
+
+    def _dropout(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.config.dropout, self.training)
+
+
+class LLaMABlock(nn.Module):
+    """A stack of LLaMA layers and a norm: the backbone. All candidates of a sample stand at one position."""
+
+    def __init__(self, config: LLaMAConfig, num_layers: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layers = nn.ModuleList([LLaMALayer(config, num_layers) for _ in range(num_layers)])
+        self.final_norm = nn.RMSNorm(config.hidden_size, config.norm_eps)
+
+    def forward(self, tokens: Tokens) -> Tensor:
+        """Map the stream's values [T, D] to hidden states [T, D]."""
+        buckets = self.config.visibility.buckets(tokens)
+        turn = rotation(token_positions(tokens), self.config.head_channels)
+        x = tokens.values
+        for layer in self.layers:
+            x = layer(x, buckets, turn)
+        out: Tensor = self.final_norm(x)
+        return out

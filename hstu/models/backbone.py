@@ -1,0 +1,103 @@
+"""Config to backbone: jagged in, jagged out, whatever its kind."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from hstu.config import NetworkArgs
+from hstu.layers.gru import GRUBlock
+from hstu.layers.hstu import HSTUBlock, HSTUConfig, hstu_preset
+from hstu.layers.llama import LLaMABlock, LLaMAConfig, swiglu_size
+from hstu.layers.transformer import TransformerBlock, TransformerConfig
+from hstu.layers.visibility import Visibility
+
+
+def make_backbone(network: NetworkArgs, max_tokens: int) -> nn.Module:
+    """Return the module from ``Tokens`` to hidden states [T, D] that ``network`` describes.
+
+    Args:
+        network: The knobs.
+        max_tokens: Tokens of the longest sample.
+    """
+    if network.backbone == "hstu":
+        return HSTUBlock(_hstu_config(network, max_tokens), network.num_layers)
+    if network.backbone == "llama":
+        return LLaMABlock(_llama_config(network), network.num_layers)
+    if network.backbone == "gru":
+        return GRUBlock(network.hidden_size, network.num_layers, network.hidden_dropout)
+    return TransformerBlock(_transformer_config(network), network.num_layers)
+
+
+def has_position_table(network: NetworkArgs) -> bool:
+    """Whether the backbone reads positions from a table rather than knowing them itself."""
+    return network.backbone not in ("llama", "gru")
+
+
+def uses_time_bias(network: NetworkArgs) -> bool:
+    """Whether attention has a bias by time difference."""
+    if network.backbone != "hstu":
+        return False
+    chosen = network.relative_time_bias
+    return hstu_preset(network.preset)["time_bias_buckets"] if chosen is None else chosen
+
+
+def _hstu_config(network: NetworkArgs, max_tokens: int) -> HSTUConfig:
+    fields = hstu_preset(network.preset)
+    if network.relative_position_bias is not None:
+        fields["position_bias"] = network.relative_position_bias
+    if network.gate is not None:
+        fields["gate"] = network.gate
+    if network.norm_epsilon is not None:
+        fields["norm_eps"] = network.norm_epsilon
+    fields["time_bias_buckets"] = network.num_bias_time_buckets if uses_time_bias(network) else 0
+    return HSTUConfig(
+        hidden_size=network.hidden_size,
+        num_heads=network.num_attention_heads,
+        qk_channels=network.kv_channels,
+        value_channels=network.value_channels or network.kv_channels,
+        max_tokens=max_tokens,
+        scaling_seqlen=float(max_tokens if network.scaling_seqlen == -1 else network.scaling_seqlen),
+        bias_query_time=network.bias_query_time,
+        context_attention=network.context_attention,
+        max_attn_len=network.max_attn_len,
+        candidate_group_size=network.target_group_size,
+        dropout=network.hidden_dropout,
+        backend={"auto": "auto", "pytorch": "reference", "triton": "triton"}[network.kernel_backend],  # type: ignore[arg-type]
+        **fields,
+    )
+
+
+def _visibility(network: NetworkArgs, *, causal: bool = True) -> Visibility:
+    return Visibility(
+        causal=causal,
+        context_attention=network.context_attention,
+        max_attn_len=network.max_attn_len,
+        candidate_group_size=network.target_group_size,
+    )
+
+
+def _transformer_config(network: NetworkArgs) -> TransformerConfig:
+    return TransformerConfig(
+        hidden_size=network.hidden_size,
+        num_heads=network.num_attention_heads,
+        head_channels=network.kv_channels,
+        ffn_size=network.ffn_hidden_size or network.hidden_size,
+        activation="relu",
+        norm=network.norm_placement or "pre",
+        visibility=_visibility(network),
+        dropout=network.hidden_dropout,
+        norm_eps=network.norm_epsilon or 1e-5,
+    )
+
+
+def _llama_config(network: NetworkArgs) -> LLaMAConfig:
+    return LLaMAConfig(
+        hidden_size=network.hidden_size,
+        num_heads=network.num_attention_heads,
+        num_groups=network.num_query_groups or network.num_attention_heads,
+        head_channels=network.kv_channels,
+        ffn_size=network.ffn_hidden_size or swiglu_size(network.hidden_size),
+        visibility=_visibility(network),
+        dropout=network.hidden_dropout,
+        norm_eps=network.norm_epsilon or 1e-5,
+    )
