@@ -66,7 +66,9 @@ def _run(task: Literal["ranking", "retrieval"], mesh: Any) -> None:
 
     run = RunDirectory(mesh.broadcast(_run_path()))
     loaded = _load(task, run)
-    dataset = SequenceDataset.open(find_dataset(loaded.config.dataset))
+    path = find_dataset(loaded.config.dataset)
+    mesh.on_main(lambda: SequenceDataset.open(path).num_users)  # which writes its columns once, for all ranks
+    dataset = SequenceDataset.open(path)
     training = FLAGS.mode == "train"
     started = mesh.broadcast(run.has_run())
     if training and started and FLAGS.resume == "never":

@@ -67,14 +67,49 @@ class DatasetArgs(Args):
     shuffle: bool = True
     #: Context features of the schema to use as tokens; None uses all of them.
     contextual_feature_names: tuple[str, ...] | None = None
-    #: Train on all but the last two events of a user, validate on the last but one, test on the last.
-    protocol: Literal["leave_one_out"] = "leave_one_out"
+    #: "leave_one_out": train on all but the last two events of a user, validate on the last but one, test on
+    #: the last. "temporal": train before a time, validate up to a later one, test on the rest. "by_user":
+    #: train on the first 70% of the users, validate and test on the last two events of the others.
+    protocol: Literal["leave_one_out", "temporal", "by_user"] = "leave_one_out"
+    #: "temporal": shares of all events that lie before the validation and before the test window.
+    temporal_quantiles: tuple[float, ...] = (0.8, 0.9)
+    #: "temporal": where the two windows begin, in seconds as in the data; wins over temporal_quantiles.
+    temporal_cuts: tuple[int, ...] | None = None
+    #: The part of its history that a sample sees, as a Python slice [start:end]: start = -k is the last k
+    #: events, end = -k hides the k newest (staleness). Of it the most recent max_history_seqlen are kept.
+    history_start: int | None = None
+    history_end: int | None = None
+    #: Share of those events that a training sample keeps, drawn for each sample and epoch.
+    history_sampling_ratio: float = 1.0
+    #: Actions, as in the original data, whose events are inputs but never targets of the training loss, such
+    #: as negative feedback; of bit masks, all that contain one of them.
+    actions_without_loss: tuple[int | float | str, ...] = ()
+    #: Threads that read and collate batches ahead of the step; 0: the training thread does.
+    num_workers: int = 1
 
     def validate(self) -> None:
         self.require_positive("max_history_seqlen")
+        self.require_range("num_workers", 0, 65)
+        if not 0 < self.history_sampling_ratio <= 1:
+            raise self.error("history_sampling_ratio", "must be above 0 and at most 1")
+        self._validate_cuts()
+        start, end = self.history_start, self.history_end
+        if start is not None and end is not None and (start < 0) == (end < 0) and start >= end:
+            raise self.error("history_end", "must be above DatasetArgs.history_start, or no event is left")
+        if end == 0:
+            raise self.error("history_end", "leaves no event; use None for the whole history")
         self.require_range("max_num_candidates", 0, 2**31)
         if not self.dataset_name:
             raise self.error("dataset_name", "must name a data set")
+
+    def _validate_cuts(self) -> None:
+        quantiles, cuts = self.temporal_quantiles, self.temporal_cuts
+        if len(quantiles) != 2 or not 0 < quantiles[0] < quantiles[1] < 1:
+            raise self.error("temporal_quantiles", "must be two ascending numbers between 0 and 1, such as (0.8, 0.9)")
+        if cuts is not None and (len(cuts) != 2 or cuts[0] >= cuts[1]):
+            raise self.error("temporal_cuts", "must be two ascending times in seconds")
+        if cuts is not None and self.protocol != "temporal":
+            raise self.error("temporal_cuts", "needs DatasetArgs.protocol = 'temporal'")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,7 +31,7 @@ def _coerce(annotation: Any, value: Any) -> Any:
                 return _coerce(option, value)
             except TypeError:
                 continue
-        raise TypeError(" or ".join(_describe(option) for option in arguments))
+        raise TypeError(_describe(annotation))
     if origin is typing.Literal:
         if value in arguments and isinstance(value, str):
             return value
@@ -57,6 +57,8 @@ def _describe(annotation: Any) -> str:
         return names[annotation]
     if typing.get_origin(annotation) is typing.Literal:
         return "one of " + ", ".join(repr(choice) for choice in typing.get_args(annotation))
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return " or ".join(_describe(option) for option in typing.get_args(annotation))
     if typing.get_origin(annotation) is tuple:
         return f"a list, each item {_describe(typing.get_args(annotation)[0])}"
     key, value = typing.get_args(annotation)

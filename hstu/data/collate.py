@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 import torch
 
-from hstu.data.batch import Batch, keyed_features
+from hstu.data.batch import Batch, KeyedJaggedTensor, keyed_features
 from hstu.data.reader import SequenceDataset, Sequences
 from hstu.data.splits import Split
 
@@ -24,6 +24,11 @@ class Collator:
             the history carries a label.
         contexts: Context features to carry.
         use_actions: Whether the history's actions are inputs.
+        history_start: First event of the history that a sample sees, as in a Python slice; None: the oldest.
+        history_end: Where what it sees ends, as in a Python slice; None: with the history.
+        sampling_ratio: Share of the history that a training sample keeps, drawn anew in each epoch.
+        seed: Of that draw.
+        actions_without_loss: Ids of actions whose events are never to be predicted in training.
     """
 
     task: Literal["ranking", "retrieval"]
@@ -31,6 +36,11 @@ class Collator:
     max_candidates: int = 0
     contexts: tuple[str, ...] = ()
     use_actions: bool = True
+    history_start: int | None = None
+    history_end: int | None = None
+    sampling_ratio: float = 1.0
+    seed: int = 0
+    actions_without_loss: tuple[int, ...] = ()
 
     @property
     def max_events(self) -> int:
@@ -42,13 +52,15 @@ class Collator:
     ) -> Batch:
         """Collate samples ``rows`` [B] of ``split``; none makes one sample without events, never a batch of none."""
         training = split.name == "train"
-        window = self.max_events if training else self.max_history + 1
         users, stop = split.users[rows], split.stop[rows]
-        events = dataset.gather(users, np.maximum(stop - window, 0), stop)
+        targets = self._num_targets(stop, training)
+        events = self._gather(dataset, users, stop, targets, training)
+        if training and self.sampling_ratio < 1:
+            events = self._thin(events, targets, sample_ids)
         if rows.size == 0:
-            users, sample_ids = np.full(1, -1), np.full(1, -1)
+            users, sample_ids, targets = np.full(1, -1), np.full(1, -1), np.zeros(1, np.int64)
             events = _one_empty_sample(events)
-        candidates = self._num_candidates(events.lengths, training)
+        candidates = targets if self.max_candidates else np.zeros_like(targets)
         mask, labels = self._labels(dataset, events, candidates, training)
         times = events.times if events.times is not None else np.zeros_like(events.items)
         return Batch(
@@ -63,38 +75,72 @@ class Collator:
             step=step,
         )
 
-    def _num_candidates(self, lengths: np.ndarray, training: bool) -> np.ndarray:
-        if self.max_candidates == 0:
-            return np.zeros_like(lengths)
+    def _num_targets(self, stop: np.ndarray, training: bool) -> np.ndarray:
+        """Return how many events at the end of each sample are not history, [B]."""
+        if not training:
+            return np.minimum(stop, 1)
         # At least one event stays history, unless there is only one.
-        wanted = self.max_candidates if training else 1
-        return np.minimum(wanted, np.where(lengths > 1, lengths - 1, lengths))
+        return np.minimum(self.max_candidates, np.where(stop > 1, stop - 1, stop))
+
+    def _gather(
+        self, dataset: SequenceDataset, users: np.ndarray, stop: np.ndarray, targets: np.ndarray, training: bool
+    ) -> Sequences:
+        """Read the visible part of each history, and the targets."""
+        history = stop - targets
+        start, end = _slice(self.history_start, 0, history), _slice(self.history_end, history, history)
+        # Where every event is trained on, the first has nothing to predict it from and comes on top.
+        longest = self.max_history + int(training and self.max_candidates == 0)
+        start = np.maximum(np.minimum(start, end), end - longest)
+        bounds = np.stack([start, end, history, stop], axis=1).reshape(-1, 2)
+        pieces = dataset.gather(np.repeat(users, 2), bounds[:, 0], bounds[:, 1])
+        return replace(
+            pieces,
+            users=users,
+            contexts={name: ids[::2] for name, ids in pieces.contexts.items()},
+            lengths=pieces.lengths.reshape(-1, 2).sum(axis=1),
+        )
+
+    def _thin(self, events: Sequences, targets: np.ndarray, sample_ids: np.ndarray) -> Sequences:
+        """Keep each event of the history with probability ``sampling_ratio``, whatever rank holds the sample."""
+        place, left = _places(events.lengths)
+        keys = _mix(sample_ids.astype(np.uint64) + _mix(np.array([self.seed], np.uint64)))
+        drawn = _mix(np.repeat(keys, events.lengths) + place.astype(np.uint64)) >> np.uint64(11)
+        keep = (drawn < self.sampling_ratio * 2**53) | (left < np.repeat(targets, events.lengths))
+        return replace(
+            events,
+            lengths=np.diff(np.concatenate([[0], np.cumsum(keep)])[_offsets(events.lengths)]),
+            items=events.items[keep],
+            actions=None if events.actions is None else events.actions[keep],
+            times=None if events.times is None else events.times[keep],
+        )
 
     def _labels(
         self, dataset: SequenceDataset, events: Sequences, candidates: np.ndarray, training: bool
     ) -> tuple[np.ndarray, np.ndarray]:
-        ends = np.cumsum(events.lengths)
-        mask = np.zeros(events.items.size, dtype=bool)
+        _, left = _places(events.lengths)
         if self.task == "retrieval":
             # The row of event j predicts event j + 1; the last event of a sample predicts nothing.
-            last, before = ends[events.lengths > 0] - 1, ends[events.lengths > 1] - 2
-            mask[before] = True
-            if training:
-                mask[:] = True
-                mask[last] = False
+            mask = left > 0 if training else left == 1
+            if training and self.actions_without_loss:
+                mask[:-1] &= ~self._left_out(dataset, events)[1:]
             return mask, events.items[np.flatnonzero(mask) + 1]
         if events.actions is None:
             raise ValueError(f"data set {dataset.schema.name!r} has no action feature: ranking needs one to predict")
         if self.max_candidates:
-            place = np.arange(events.items.size) - np.repeat(ends - events.lengths, events.lengths)
-            mask = place >= np.repeat(events.lengths - candidates, events.lengths)
-        elif training:
-            mask[:] = True
+            mask = left < np.repeat(candidates, events.lengths)
         else:
-            mask[ends[events.lengths > 0] - 1] = True
+            mask = np.ones_like(left, dtype=bool) if training else left == 0
+        if training and self.actions_without_loss:
+            mask &= ~self._left_out(dataset, events)
         return mask, events.actions[mask]
 
-    def _features(self, dataset: SequenceDataset, events: Sequences, candidates: np.ndarray):  # type: ignore[no-untyped-def]
+    def _left_out(self, dataset: SequenceDataset, events: Sequences) -> np.ndarray:
+        assert dataset.schema.action is not None and events.actions is not None, "ids of actions come from actions"
+        table = np.zeros(dataset.schema.action.vocab_size or 0, dtype=bool)
+        table[list(self.actions_without_loss)] = True
+        return table[events.actions]
+
+    def _features(self, dataset: SequenceDataset, events: Sequences, candidates: np.ndarray) -> KeyedJaggedTensor:
         names, values, lengths = [], [], []
         for name in self.contexts:
             names.append(name)
@@ -105,10 +151,12 @@ class Collator:
         values.append(events.items)
         lengths.append(events.lengths)
         if self.use_actions and dataset.schema.action is not None and events.actions is not None:
-            place = np.arange(events.items.size) - np.repeat(np.cumsum(events.lengths) - events.lengths, events.lengths)
-            history = place < np.repeat(events.lengths - candidates, events.lengths)
             names.append(dataset.schema.action.name)
-            values.append(events.actions[history])
+            if self.max_candidates:
+                _, left = _places(events.lengths)
+                values.append(events.actions[left >= np.repeat(candidates, events.lengths)])
+            else:
+                values.append(events.actions)
             lengths.append(events.lengths - candidates)
         return keyed_features(
             names,
@@ -116,6 +164,31 @@ class Collator:
             torch.from_numpy(np.concatenate(lengths)),
             [value.size for value in values],
         )
+
+
+def _slice(bound: int | None, default: int | np.ndarray, length: np.ndarray) -> np.ndarray:
+    """Resolve one bound of a Python slice for sequences of ``length`` [B]."""
+    if bound is None:
+        return np.broadcast_to(default, length.shape)
+    return np.clip(bound if bound >= 0 else length + bound, 0, length)
+
+
+def _offsets(lengths: np.ndarray) -> np.ndarray:
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+
+
+def _places(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return of each event how many of its sequence come before it, and how many after it, [T] each."""
+    offsets = _offsets(lengths)
+    index = np.arange(offsets[-1])
+    return index - np.repeat(offsets[:-1], lengths), np.repeat(offsets[1:] - 1, lengths) - index
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """Scramble uint64 (the finaliser of splitmix64, Steele et al. 2014; products wrap around)."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
 
 def _one_empty_sample(events: Sequences) -> Sequences:

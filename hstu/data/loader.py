@@ -1,8 +1,10 @@
-"""Which samples form the global batch of a step, and which of them a rank gets."""
+"""Which samples form the global batch of a step, which of them a rank gets, and who makes it ahead of time."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,10 +17,16 @@ from hstu.data.splits import Split
 
 @dataclass(frozen=True, kw_only=True)
 class BatchLoader:
-    """Batches as a function of (seed, epoch, step, global batch size) alone, dealt to ranks.
+    """Batches as a function of (seed, epoch, first sample, global batch size) alone, dealt to ranks.
 
-    Nothing has to be saved to resume but the number of the step; the last batch of an epoch may be
+    The order of an epoch depends on (seed, epoch) only. Nothing has to be saved to resume but the number of
+    samples taken; another number of ranks goes on at the same sample. The last batch of an epoch may be
     short, and a rank may get no sample of it.
+
+    Attributes:
+        num_workers: Threads that make batches ahead, in order; 0 makes each when it is asked for. Reading
+            and collating are numpy calls, most of which leave the interpreter to the training thread.
+        pin_memory: Put batches into page-locked memory, from which a GPU copies while it computes.
     """
 
     dataset: SequenceDataset
@@ -29,6 +37,8 @@ class BatchLoader:
     world_size: int = 1
     seed: int = 0
     shuffle: bool = False
+    num_workers: int = 0
+    pin_memory: bool = False
 
     @property
     def global_batch_size(self) -> int:
@@ -41,14 +51,36 @@ class BatchLoader:
         return -(-len(self.split) // self.global_batch_size)
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
-        """Yield this rank's share of the global batches ``first``, ``first + 1``, ... of ``epoch``."""
-        order = np.arange(len(self.split))
+        """Yield this rank's share of the global batches of ``epoch``, from its sample number ``first`` on."""
+        order = None
         if self.shuffle:
             order = np.random.default_rng((self.seed, epoch)).permutation(len(self.split))
-        for index in range(first, self.steps_per_epoch):
-            begin = index * self.global_batch_size
-            rows = order[begin : begin + self.global_batch_size]
+
+        def make(begin: int) -> Batch:
+            end = min(begin + self.global_batch_size, len(self.split))
             # Dealt one by one, so that ranks differ by at most one sample.
-            places = np.arange(rows.size)[self.rank :: self.world_size]
-            ids = epoch * len(self.split) + begin + places
-            yield self.collate(self.dataset, self.split, rows[places], ids, epoch * self.steps_per_epoch + index)
+            places = np.arange(begin + self.rank, end, self.world_size)
+            rows = places if order is None else order[places]
+            step = epoch * self.steps_per_epoch + begin // self.global_batch_size
+            batch = self.collate(self.dataset, self.split, rows, epoch * len(self.split) + places, step)
+            return batch.pin_memory() if self.pin_memory else batch
+
+        return _ahead(make, range(first, len(self.split), self.global_batch_size), self.num_workers)
+
+
+def _ahead(make: Callable[[int], Batch], places: Iterable[int], num_workers: int) -> Iterator[Batch]:
+    """Yield ``make`` of each place in order, up to ``2 * num_workers`` of them made ahead."""
+    if num_workers == 0:
+        yield from map(make, places)
+        return
+    executor = ThreadPoolExecutor(num_workers, thread_name_prefix="reader")
+    pending: deque[Future[Batch]] = deque()
+    try:
+        for place in places:
+            pending.append(executor.submit(make, place))
+            if len(pending) > 2 * num_workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:  # also when the consumer stops early: no thread is left behind
+        executor.shutdown(cancel_futures=True)

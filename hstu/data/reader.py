@@ -1,4 +1,4 @@
-"""Read a data set directory into flat columns and cut windows out of it."""
+"""Cut windows out of the columns of a data set."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hstu.data.schema import DATA_DIR, VOCABULARY_DIR, Feature, Schema
-
-_LENGTHS = ""  # key beside the features in a column dictionary: no feature can be called so
+from hstu.data.flat import OFFSETS, event_features, map_columns
+from hstu.data.schema import VOCABULARY_DIR, Schema
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,27 +34,20 @@ class Sequences:
 
 
 class SequenceDataset:
-    """All sequences of a data set, as one flat array per feature and the offsets of the users."""
+    """All sequences of a data set, as one flat array per feature on disk and the offsets of the users."""
 
-    def __init__(
-        self,
-        *,
-        path: Path,
-        schema: Schema,
-        lengths: np.ndarray,
-        contexts: dict[str, np.ndarray],
-        events: dict[str, np.ndarray],
-    ) -> None:
+    def __init__(self, path: Path, schema: Schema, columns: dict[str, np.ndarray]) -> None:
         self.path = path
         self.schema = schema
-        self.lengths = lengths
-        self._contexts = contexts
-        self._events = events
-        self._offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+        self._offsets = columns[OFFSETS]
+        self._contexts = {feature.name: columns[feature.name] for feature in schema.contexts}
+        self._events = {feature.name: columns[feature.name] for feature in event_features(schema)}
+        #: Number of events of each user, int64 [U].
+        self.lengths = np.diff(self._offsets)
 
     @classmethod
     def open(cls, path: str | Path) -> SequenceDataset:
-        """Read the data set in directory ``path`` and check it against its schema.
+        """Map the data set in directory ``path`` into memory; the first time, check it against its schema.
 
         Raises:
             ValueError: If the schema or the parquet files are missing, a column is missing or of another
@@ -65,29 +56,7 @@ class SequenceDataset:
         """
         path = Path(path)
         schema = Schema.load(path)
-        files = sorted((path / DATA_DIR).glob("*.parquet"))
-        if not files:
-            raise ValueError(f"{path / DATA_DIR}: no parquet files; run the preprocessor again")
-        parts: list[dict[str, np.ndarray]] = []
-        first_row = 0
-        for file in files:
-            parts.append(_read_part(file, schema, first_row))
-            first_row += len(parts[-1][schema.user.name])
-        columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        dataset = cls(
-            path=path,
-            schema=schema,
-            lengths=columns[_LENGTHS],
-            contexts={feature.name: columns[feature.name] for feature in schema.contexts},
-            events={feature.name: columns[feature.name] for feature in _event_features(schema)},
-        )
-        for key, found in (("users", dataset.num_users), ("events", dataset.num_events)):
-            if found != schema.counts[key]:
-                raise ValueError(
-                    f"{path / DATA_DIR}: {found} {key}, the schema counts {schema.counts[key]}; "
-                    "a file is missing or foreign, run the preprocessor again"
-                )
-        return dataset
+        return cls(path, schema, map_columns(path, schema))
 
     @property
     def num_users(self) -> int:
@@ -128,12 +97,71 @@ class SequenceDataset:
         schema = self.schema
         return Sequences(
             users=users,
-            contexts={name: column[users] for name, column in self._contexts.items()},
+            contexts={name: column[users].astype(np.int64) for name, column in self._contexts.items()},
             lengths=lengths,
-            items=self._events[schema.item.name][index],
-            actions=self._events[schema.action.name][index] if schema.action else None,
-            times=self._events[schema.time.name][index] if schema.time else None,
+            items=self._take(schema.item.name, index),
+            actions=self._take(schema.action.name, index) if schema.action else None,
+            times=self._take(schema.time.name, index) if schema.time else None,
         )
+
+    def _take(self, name: str, index: np.ndarray) -> np.ndarray:
+        return self._events[name][index].astype(np.int64, copy=False)
+
+    def count_before(self, time: int) -> np.ndarray:
+        """Return the number of events of each user before ``time``, int64 [U].
+
+        Raises:
+            ValueError: If the data set has no times.
+        """
+        times = self._events[self._time_name()]
+        low, high = self._offsets[:-1].copy(), self._offsets[1:].copy()
+        while len(open_rows := np.flatnonzero(low < high)):  # all users at once, each by bisection
+            middle = (low[open_rows] + high[open_rows]) // 2
+            before = times[middle] < time
+            low[open_rows[before]] = middle[before] + 1
+            high[open_rows[~before]] = middle[~before]
+        return low - self._offsets[:-1]
+
+    def time_range(self) -> tuple[int, int]:
+        """Return the times of the first and the last event of all.
+
+        Raises:
+            ValueError: If the data set has no times or no events.
+        """
+        times, some = self._events[self._time_name()], self.lengths > 0
+        if not some.any():
+            raise ValueError(f"{self.path}: data set {self.schema.name!r} has no events")
+        return int(times[self._offsets[:-1][some]].min()), int(times[self._offsets[1:][some] - 1].max())
+
+    def _time_name(self) -> str:
+        if self.schema.time is None:
+            raise ValueError(f"{self.path}: data set {self.schema.name!r} has no times; use DatasetArgs.protocol = "
+                             "'leave_one_out'")  # fmt: skip
+        return self.schema.time.name
+
+    def action_ids(self, originals: tuple[float | str, ...]) -> tuple[int, ...]:
+        """Return the ids of actions given by original values, ascending.
+
+        Of a bit mask, the ids of all masks that contain one of ``originals``.
+
+        Raises:
+            ValueError: If the data set has no such action, with those it has.
+        """
+        action = self.schema.action
+        if not originals:
+            return ()
+        if action is None:
+            raise ValueError(f"{self.path}: data set {self.schema.name!r} has no actions to leave out")
+        bitmask = action.action_type == "bitmask"
+        known = np.arange(action.vocab_size or 0) if bitmask else self.vocabulary(action.name)
+        found = np.zeros(known.size, bool)
+        for value in originals:
+            same = known == value
+            if not same.any():
+                some = ", ".join(repr(original) for original in known[:20].tolist())
+                raise ValueError(f"{self.path}: no action {value!r} in {self.schema.name!r}; there are: {some}")
+            found |= known & known[same] == value if bitmask else same
+        return tuple(np.flatnonzero(found).tolist())
 
     def vocabulary(self, feature: str) -> np.ndarray:
         """Original values of a feature in the order of its ids, [vocab_size] (int64, float64 or object).
@@ -150,90 +178,3 @@ class SequenceDataset:
         ordered = np.empty_like(originals)
         ordered[table.column("id").to_numpy()] = originals
         return ordered
-
-
-def _event_features(schema: Schema) -> list[Feature]:
-    return [feature for feature in (schema.item, schema.action, schema.time) if feature is not None]
-
-
-def _read_part(file: Path, schema: Schema, first_row: int) -> dict[str, np.ndarray]:
-    """Columns of one file: [users] for user, contexts and lengths, [events] for the rest."""
-    events = _event_features(schema)
-    names = [feature.name for feature in (schema.user, *schema.contexts, *events)]
-    try:
-        parquet = pq.ParquetFile(file, memory_map=True)
-        present = parquet.schema_arrow.names
-        if missing := [name for name in names if name not in present]:
-            raise ValueError(f"{file}: column {missing[0]!r} is missing; present: {', '.join(present)}")
-        table = parquet.read(columns=names)
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{file}: not readable as parquet ({error}); run the preprocessor again") from error
-    columns: dict[str, np.ndarray] = {}
-    for feature in (schema.user, *schema.contexts):
-        columns[feature.name] = _scalars(file, feature.name, table.column(feature.name))
-        _check_range(file, feature, columns[feature.name], None)
-    users = columns[schema.user.name]
-    strange = np.flatnonzero(users != np.arange(first_row, first_row + len(users)))
-    if len(strange):
-        row = strange[0]
-        raise ValueError(
-            f"{file}: column {schema.user.name!r}, row {row}: user {users[row]}, expected {first_row + row}; "
-            "users must stand in the order of their ids, each once"
-        )
-    for feature in events:
-        lengths, columns[feature.name] = _lists(file, feature.name, table.column(feature.name))
-        differing = np.flatnonzero(lengths != columns.setdefault(_LENGTHS, lengths))
-        if len(differing):
-            row = differing[0]
-            raise ValueError(
-                f"{file}: column {feature.name!r}, row {row}: {lengths[row]} values, "
-                f"but {columns[_LENGTHS][row]} in {schema.item.name!r}; they must be equal"
-            )
-        _check_range(file, feature, columns[feature.name], lengths)
-    return columns
-
-
-def _scalars(file: Path, name: str, column: pa.ChunkedArray) -> np.ndarray:
-    if column.type != pa.int64():
-        raise ValueError(f"{file}: column {name!r} is {column.type}, expected int64")
-    _check_nulls(file, name, column)
-    return column.to_numpy()
-
-
-def _lists(file: Path, name: str, column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
-    """Lengths [rows] and flat values [events] of a list column."""
-    kind = column.type
-    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or kind.value_type != pa.int64():
-        raise ValueError(f"{file}: column {name!r} is {kind}, expected list<int64>")
-    _check_nulls(file, name, column)
-    lengths = [chunk.value_lengths().to_numpy().astype(np.int64) for chunk in column.chunks]
-    flat = [chunk.flatten() for chunk in column.chunks]
-    if any(chunk.null_count for chunk in flat):
-        raise ValueError(f"{file}: column {name!r} has null values within its lists")
-    empty = [np.empty(0, np.int64)]
-    return np.concatenate(lengths or empty), np.concatenate([chunk.to_numpy() for chunk in flat] or empty)
-
-
-def _check_nulls(file: Path, name: str, column: pa.ChunkedArray) -> None:
-    if column.null_count:
-        row = np.flatnonzero(column.is_null().to_numpy())[0]
-        raise ValueError(f"{file}: column {name!r}, row {row}: null; every user needs a value")
-
-
-def _check_range(file: Path, feature: Feature, values: np.ndarray, lengths: np.ndarray | None) -> None:
-    """Ids must lie in [0, vocab_size), times must not fall within a user."""
-    if feature.vocab_size is None:
-        falls = np.zeros(len(values), bool)
-        np.less(values[1:], values[:-1], out=falls[1:])
-        if lengths is not None:
-            falls[(np.cumsum(lengths) - lengths)[lengths > 0]] = False
-        wrong, reason = np.flatnonzero(falls), "is before the event in front of it"
-    elif len(values) == 0 or (values.min() >= 0 and values.max() < feature.vocab_size):
-        return
-    else:
-        wrong = np.flatnonzero((values < 0) | (values >= feature.vocab_size))
-        reason = f"is outside [0, {feature.vocab_size})"
-    if len(wrong):
-        position = wrong[0]
-        row = position if lengths is None else np.searchsorted(np.cumsum(lengths), position, side="right")
-        raise ValueError(f"{file}: column {feature.name!r}, row {row}: value {values[position]} {reason}")

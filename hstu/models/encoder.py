@@ -57,6 +57,10 @@ def make_collator(config: Config, schema: Schema) -> Collator:
         max_candidates=config.dataset.max_num_candidates,
         contexts=known if chosen is None else chosen,
         use_actions=config.layout != "item" and schema.action is not None,
+        history_start=config.dataset.history_start,
+        history_end=config.dataset.history_end,
+        sampling_ratio=config.dataset.history_sampling_ratio,
+        seed=config.trainer.seed,
     )
 
 

@@ -34,7 +34,8 @@ class Progress:
     """Where a run stands: the step and what the choice of the best checkpoint needs.
 
     Attributes:
-        step: Steps taken; the data position follows from it.
+        step: Steps taken.
+        samples: Samples taken by all ranks; the data position follows from it, whatever their number.
         best_score: Best validation score so far.
         best_step: Its step.
         evaluations_since_best: For early stopping.
@@ -43,6 +44,7 @@ class Progress:
     """
 
     step: int = 0
+    samples: int = 0
     best_score: float | None = None
     best_step: int | None = None
     evaluations_since_best: int = 0

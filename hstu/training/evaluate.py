@@ -63,7 +63,7 @@ def _batches(loader: BatchLoader, config: Config, device: torch.device) -> Itera
         logger.info("scoring %d batches of %s; TrainerArgs.max_eval_iters shortens this", total, loader.split.name)
     batches = itertools.islice(loader.epoch(0), total)
     for batch in tqdm(batches, loader.split.name, total, leave=False, unit="batch", disable=not shown):
-        yield batch.to(device)
+        yield batch.to(device, non_blocking=True)
 
 
 def _ranking(model: RankingModel, loader: BatchLoader, mesh: Mesh, config: Config) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def _ranking(model: RankingModel, loader: BatchLoader, mesh: Mesh, config: Confi
         logits = model.logits(batch).double()
         outputs.append(logits.softmax(1) if model.multiclass else logits.sigmoid())
         labels.append(batch.labels)
-        users.append(_labelled_users(batch))
+        users.append(_of_labels(batch, batch.users))
     joined = [mesh.gather(torch.cat(parts)).cpu().numpy() for parts in (outputs, labels, users)]
     # One order whatever rank scored what, so that sums round alike.
     order = np.lexsort((joined[1], joined[2]))
@@ -83,6 +83,7 @@ def _ranking(model: RankingModel, loader: BatchLoader, mesh: Mesh, config: Confi
         "filter_seen": None,
         "num_candidates": 1,
         "num_users": int(np.unique(owners).size),
+        "num_targets": int(owners.size),
         "metrics": scores.metrics,
         "left_out": scores.left_out,
     }
@@ -94,19 +95,22 @@ def _retrieval(model: RetrievalModel, loader: BatchLoader, mesh: Mesh, config: C
     names, filter_seen = config.eval_metrics, config.retrieval.filter_seen
     sums = torch.zeros(len(names) + 1, dtype=torch.float64)
     block = max(1, _SCORE_ELEMENTS // catalogue.shape[0])
+    scored = []
     for batch in _batches(loader, config, mesh.device):
-        queries, users = model.queries(batch), _labelled_users(batch)
+        queries, samples = model.queries(batch), _of_labels(batch, batch.sample_ids)
+        scored.append(_of_labels(batch, batch.users))
         for start in range(0, queries.shape[0], block):
             rows = slice(start, start + block)
             targets = batch.labels[rows]
-            seen = _seen(loader, users[rows], targets) if filter_seen else None
+            seen = _seen(loader, samples[rows], targets) if filter_seen else None
             ranks = target_ranks(queries[rows] @ catalogue.T, targets, seen).cpu()
             sums += torch.stack([*(per_user_metric(name, ranks).sum() for name in names), ranks.new_tensor(len(ranks))])
     *totals, count = mesh.sum(sums).tolist()
     return {
         "filter_seen": filter_seen,
         "num_candidates": model.num_items,
-        "num_users": int(count),
+        "num_users": mesh.gather(torch.cat(scored)).unique().numel(),
+        "num_targets": int(count),
         "metrics": {name: total / count if count else float("nan") for name, total in zip(names, totals, strict=True)},
     }
 
@@ -119,17 +123,17 @@ def _catalogue(model: RetrievalModel, loader: BatchLoader, mesh: Mesh) -> Tensor
     return torch.cat([model.catalogue_vectors(empty, chunk) for chunk in ids.split(_LOOKUP_ROWS)])
 
 
-def _labelled_users(batch: Batch) -> Tensor:
-    """Return the user of each label, [L] int64."""
+def _of_labels(batch: Batch, values: Tensor) -> Tensor:
+    """Return the value [B] of the sample that each label belongs to, [L]."""
     sample = torch.repeat_interleave(batch.lengths(batch.item))
-    return batch.users[sample[batch.label_mask]]
+    return values[sample[batch.label_mask]]
 
 
-def _seen(loader: BatchLoader, users: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def _seen(loader: BatchLoader, samples: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Return the rows and items of everything each user had before the target, however long ago."""
-    split, rows = loader.split, users.cpu().numpy()
-    assert np.array_equal(split.users, np.arange(len(split))), "one sample per user, in order"
-    events = loader.dataset.gather(rows, np.zeros_like(rows), split.stop[rows] - 1)
+    assert not loader.shuffle, "the first epoch of an unshuffled split numbers samples by their rows"
+    split, rows = loader.split, samples.cpu().numpy()
+    events = loader.dataset.gather(split.users[rows], np.zeros_like(rows), split.stop[rows] - 1)
     owner = np.repeat(np.arange(rows.size), events.lengths)
     return torch.from_numpy(owner).to(targets.device), torch.from_numpy(events.items).to(targets.device)
 
@@ -137,8 +141,11 @@ def _seen(loader: BatchLoader, users: Tensor, targets: Tensor) -> tuple[Tensor, 
 def best_possible(
     record: dict[str, Any], planted: dict[str, dict[str, float]] | None
 ) -> dict[str, float | None] | None:
-    """Return the planted data's best scores under the keys of the record's metrics; None without planted data."""
-    if planted is None:
+    """Return the planted data's best scores under the keys of the record's metrics, if they are known.
+
+    They are those of the last events of each user, so that no other protocol compares with them.
+    """
+    if planted is None or record["protocol"] != "leave_one_out":
         return None
     known = planted.get(record["split"], {})
     return {name: known.get(name) for name in record["metrics"]}

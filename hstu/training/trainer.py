@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from hstu.config import Config
 from hstu.data.batch import Batch
 from hstu.data.loader import BatchLoader
 from hstu.data.reader import SequenceDataset
-from hstu.data.splits import leave_one_out
+from hstu.data.splits import make_splits
 from hstu.models import build_model, make_collator
 from hstu.parallel import Mesh, parallelize
 from hstu.training.checkpoint import Checkpointer, Progress, find_checkpoint, model_identity
@@ -44,19 +45,23 @@ class Trainer:
     def __init__(self, config: Config, dataset: SequenceDataset, mesh: Mesh, run: RunDirectory) -> None:
         self.config, self.dataset, self.mesh, self.run = config, dataset, mesh, run
         args = config.trainer
-        splits = leave_one_out(dataset.lengths)
+        self.progress = Progress()
+        without_loss = dataset.action_ids(config.dataset.actions_without_loss)
+        collate = replace(make_collator(config, dataset.schema), actions_without_loss=without_loss)
         self.loaders = {
             name: BatchLoader(
                 dataset=dataset,
                 split=split,
-                collate=make_collator(config, dataset.schema),
+                collate=collate,
                 batch_size=args.train_batch_size if name == "train" else args.eval_batch_size,
                 rank=mesh.rank,
                 world_size=mesh.world_size,
                 seed=args.seed,
                 shuffle=config.dataset.shuffle and name == "train",
+                num_workers=config.dataset.num_workers,
+                pin_memory=mesh.device.type == "cuda",
             )
-            for name, split in splits.items()
+            for name, split in make_splits(config.dataset, dataset).items()
         }
         self.total_steps = self._total_steps()
         model = build_model(config, dataset.schema, allocate_tables=False)
@@ -70,13 +75,13 @@ class Trainer:
             model_identity(config, dataset.schema),
             args.keep_last_checkpoints,
         )
-        self.progress = Progress()
         self.meter = Meter(mesh)
         torch.manual_seed(args.seed + mesh.rank)
 
     def resume(self, checkpoint: Path) -> None:
         """Go on from ``checkpoint``, as if training had never stopped."""
         self.progress = self.checkpointer.load(checkpoint)
+        self._keep_position()
         self.meter.restore(self.progress.since_last_line)
         self.mesh.on_main(lambda: self.run.rewind(self.progress.step))
         logger.info("resumed from %s at step %d", checkpoint, self.progress.step)
@@ -109,13 +114,14 @@ class Trainer:
 
     def _loop(self, stop: StopRequest, log: RunLogger | _Silent, profile: Any) -> bool:
         """Take steps until the end; return False if a signal came first."""
-        args, progress = self.config.trainer, self.progress
-        per_epoch = self.loaders["train"].steps_per_epoch
+        args, progress, loader = self.config.trainer, self.progress, self.loaders["train"]
+        size = len(loader.split)
         while progress.step < self.total_steps and not progress.stopped_early:
-            epoch, first = divmod(progress.step, per_epoch)
-            for batch in self.loaders["train"].epoch(epoch, first):
-                rate = self._step(batch.to(self.mesh.device))
+            epoch, first = divmod(progress.samples, size)
+            for batch in loader.epoch(epoch, first):
+                rate = self._step(batch.to(self.mesh.device, non_blocking=True))
                 progress.step += 1
+                progress.samples = min(progress.samples + loader.global_batch_size, (epoch + 1) * size)
                 profile.step()
                 log.tick()
                 done = progress.step == self.total_steps
@@ -214,12 +220,29 @@ class Trainer:
         return RunLogger(self.run, self.config.trainer.loggers, self.progress.step, self.total_steps)
 
     def _total_steps(self) -> int:
-        args, per_epoch = self.config.trainer, self.loaders["train"].steps_per_epoch
+        """Return the steps at the end: those taken, and those that the rest of the last epoch needs."""
+        args, loader, progress = self.config.trainer, self.loaders["train"], self.progress
         epochs = args.max_epochs
         if epochs is None and args.max_train_iters is None:
             epochs = 1
-        limits = [args.max_train_iters, None if epochs is None else epochs * per_epoch]
+        limits = [args.max_train_iters]
+        if epochs is not None:
+            epoch, first = divmod(progress.samples, len(loader.split))
+            unfinished = -(-(len(loader.split) - first) // loader.global_batch_size)
+            limits.append(progress.step + unfinished + (epochs - epoch - 1) * loader.steps_per_epoch)
         return min(limit for limit in limits if limit is not None)
+
+    def _keep_position(self) -> None:
+        """Go on at the sample where the checkpoint stopped, though batches may be of another size now."""
+        progress, loader = self.progress, self.loaders["train"]
+        self.total_steps = self.optimizer.total_steps = self._total_steps()
+        epoch, first = divmod(progress.samples, len(loader.split))
+        if progress.step != epoch * loader.steps_per_epoch + -(-first // loader.global_batch_size):
+            logger.info(
+                "the global batch was of another size: goes on at sample %d of epoch %d with %d samples a step, "
+                "%d steps in all",
+                first, epoch, loader.global_batch_size, self.total_steps,
+            )  # fmt: skip
 
     def _summary(self) -> str:
         counts, mesh = self.dataset.schema.counts, self.mesh

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -80,9 +81,8 @@ def test_a_rank_with_nothing_still_gets_a_batch(dataset: SequenceDataset) -> Non
 class Drops(BatchLoader):
     """A loader that leaves out the short last batch."""
 
-    @property
-    def steps_per_epoch(self) -> int:
-        return len(self.split) // self.global_batch_size
+    def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
+        return itertools.islice(super().epoch(epoch, first), len(self.split) // self.global_batch_size)
 
 
 class Pads(BatchLoader):
@@ -160,7 +160,8 @@ def test_identities_and_steps_are_never_used_twice(dataset: SequenceDataset) -> 
 def test_starting_late_equals_skipping(dataset: SequenceDataset, world: int) -> None:
     ranks = loaders(dataset, world, 4)
     for first in range(ranks[0].steps_per_epoch + 1):
-        late, skipped = global_batches(ranks, 2, first), global_batches(ranks, 2)[first:]
+        late = global_batches(ranks, 2, first * ranks[0].global_batch_size)
+        skipped = global_batches(ranks, 2)[first:]
         assert len(late) == len(skipped)
         for a, b in zip(late, skipped, strict=True):
             for x, y in zip(a, b, strict=True):
@@ -173,3 +174,88 @@ def test_evaluation_splits_keep_their_order(dataset: SequenceDataset, tmp_path: 
     (loader,) = loaders(dataset, 1, 8, shuffle=False)
     for name in ("valid", "test"):
         assert order_of(replace(loader, split=splits[name]), 0) == list(range(USERS))
+
+
+@pytest.mark.parametrize(("before", "after"), [((1, 4), (2, 4)), ((2, 4), (1, 5)), ((2, 3), (3, 1)), ((1, 50), (2, 3))])
+def test_another_number_of_ranks_and_batch_size_goes_on_at_the_same_sample(
+    dataset: SequenceDataset, before: tuple[int, int], after: tuple[int, int]
+) -> None:
+    whole = order_of(loaders(dataset, 1, USERS)[0], 3)
+    for steps in range(loaders(dataset, *before)[0].steps_per_epoch + 1):
+        started = global_batches(loaders(dataset, *before), 3)[:steps]
+        taken = min(USERS, steps * before[0] * before[1])
+        rest = global_batches(loaders(dataset, *after), 3, taken)
+        seen = [
+            (int(i), user)
+            for step in (*started, *rest)
+            for batch in step
+            for i, user in zip(batch.sample_ids.tolist(), batch.users.tolist(), strict=True)
+            if user >= 0
+        ]
+        assert [user for _, user in sorted(seen)] == whole  # none lost, none repeated
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_batches_made_ahead_are_the_same_in_the_same_order(dataset: SequenceDataset, num_workers: int) -> None:
+    for rank in range(2):
+        plain, ahead = (loaders(dataset, 2, 2, num_workers=n)[rank] for n in (0, num_workers))
+        for a, b in zip(plain.epoch(4, 4), ahead.epoch(4, 4), strict=True):
+            assert a.users.tolist() == b.users.tolist() and a.labels.tolist() == b.labels.tolist()
+            assert a.sample_ids.tolist() == b.sample_ids.tolist() and a.step == b.step
+            assert a.features.values().tolist() == b.features.values().tolist()
+
+
+def reader_threads() -> int:
+    return sum(thread.name.startswith("reader") for thread in threading.enumerate())
+
+
+def test_few_batches_are_made_ahead_and_no_thread_outlives_its_consumer(dataset: SequenceDataset) -> None:
+    made = []
+
+    class Counts(Collator):
+        def __call__(self, *args: object) -> Batch:
+            made.append(1)
+            return super().__call__(*args)  # type: ignore[arg-type]
+
+    (loader,) = loaders(dataset, 1, 1, num_workers=2)
+    batches = replace(loader, collate=Counts(task="retrieval", max_history=5)).epoch(0)
+    next(batches)
+    next(batches)
+    assert reader_threads() > 0 and 2 <= len(made) <= 2 + 2 * 2
+    batches.close()  # what a break, an exception or Ctrl-C in the training loop comes to
+    assert reader_threads() == 0 and len(made) <= 2 + 2 * 2
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_error_in_a_worker_reaches_the_training_loop(dataset: SequenceDataset, num_workers: int) -> None:
+    class Fails(Collator):
+        def __call__(self, dataset: SequenceDataset, split: object, rows: object, ids: np.ndarray, step: int) -> Batch:
+            if step == 2:
+                raise ValueError("bad batch")
+            return super().__call__(dataset, split, rows, ids, step)  # type: ignore[arg-type]
+
+    (loader,) = loaders(dataset, 1, 8, num_workers=num_workers)
+    seen = []
+    with pytest.raises(ValueError, match="bad batch"):
+        seen.extend(batch.step for batch in replace(loader, collate=Fails(task="retrieval", max_history=5)).epoch(0))
+    assert seen == [0, 1] and reader_threads() == 0
+
+
+def test_batches_are_pinned_when_asked_for(dataset: SequenceDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned = []
+    monkeypatch.setattr(Batch, "pin_memory", lambda batch: pinned.append(batch.step) or batch)
+    (loader,) = loaders(dataset, 1, 8, num_workers=1)
+    assert len(list(loader.epoch(0))) == 3 and pinned == []
+    assert len(list(replace(loader, pin_memory=True).epoch(0))) == 3 and pinned == [0, 1, 2]
+
+
+@pytest.mark.gpu
+def test_pinned_batches_reach_a_gpu_unchanged(dataset: SequenceDataset) -> None:
+    import torch
+
+    (loader,) = loaders(dataset, 1, 8, num_workers=2)
+    for a, b in zip(loader.epoch(0), replace(loader, pin_memory=True).epoch(0), strict=True):
+        assert b.labels.is_pinned() and b.features.values().is_pinned()
+        moved = b.to(torch.device("cuda"), non_blocking=True)
+        torch.cuda.synchronize()
+        assert moved.features.values().tolist() == a.features.values().tolist()

@@ -87,7 +87,7 @@ def steps_of(loader: BatchLoader, count: int) -> Iterator[Batch]:
     """Yield the first ``count`` batches, epoch after epoch."""
     for step in range(count):
         epoch, first = divmod(step, loader.steps_per_epoch)
-        yield next(loader.epoch(epoch, first))
+        yield next(loader.epoch(epoch, first * loader.global_batch_size))
 
 
 def train_plain(config: Config, dataset: SequenceDataset, steps: int) -> list[float]:
