@@ -33,6 +33,8 @@ class TrainerArgs(Args):
     #: Steps between checkpoints; -1 saves only the best and the last one.
     ckpt_save_interval: int = -1
     keep_last_checkpoints: int = 2
+    #: Deal the samples of a global batch to ranks by predicted work, not by count; losses stay the same.
+    enable_balanced_shuffler: bool = True
     #: Where curves go beside metrics.jsonl: "tensorboard", "wandb".
     loggers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
     profile: bool = False

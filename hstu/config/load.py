@@ -44,7 +44,6 @@ _IGNORED = {
     "TrainerArgs.pipeline_type": "batches are not pipelined; losses are the same",
     "TrainerArgs.ckpt_save_dir": "checkpoints go to <run-dir>/checkpoints; choose it with --run-dir",
     "TrainerArgs.ckpt_load_dir": "load with --checkpoint PATH",
-    "TrainerArgs.enable_balanced_shuffler": "batches are dealt to ranks by count",
     "NetworkArgs.recompute_input_layernorm": "nothing is recomputed; results are the same",
     "NetworkArgs.recompute_input_silu": "nothing is recomputed; results are the same",
     "NetworkArgs.embedding_backend": "tables are TorchRec's",

@@ -27,6 +27,8 @@ class BatchLoader:
         num_workers: Threads that make batches ahead, in order; 0 makes each when it is asked for. Reading
             and collating are numpy calls, most of which leave the interpreter to the training thread.
         pin_memory: Put batches into page-locked memory, from which a GPU copies while it computes.
+        deal: From the events of each sample [n] and the number of ranks to the samples of each rank; None deals
+            one by one.
     """
 
     dataset: SequenceDataset
@@ -39,6 +41,7 @@ class BatchLoader:
     shuffle: bool = False
     num_workers: int = 0
     pin_memory: bool = False
+    deal: Callable[[np.ndarray, int], list[np.ndarray]] | None = None
 
     @property
     def global_batch_size(self) -> int:
@@ -58,14 +61,23 @@ class BatchLoader:
 
         def make(begin: int) -> Batch:
             end = min(begin + self.global_batch_size, len(self.split))
-            # Dealt one by one, so that ranks differ by at most one sample.
-            places = np.arange(begin + self.rank, end, self.world_size)
+            places = np.arange(begin, end)
             rows = places if order is None else order[places]
+            mine = self._share(rows)
+            places, rows = places[mine], rows[mine]
             step = epoch * self.steps_per_epoch + begin // self.global_batch_size
             batch = self.collate(self.dataset, self.split, rows, epoch * len(self.split) + places, step)
             return batch.pin_memory() if self.pin_memory else batch
 
         return _ahead(make, range(first, len(self.split), self.global_batch_size), self.num_workers)
+
+    def _share(self, rows: np.ndarray) -> np.ndarray:
+        """Return which of the samples ``rows`` of a global batch are this rank's."""
+        if self.deal is None or self.world_size == 1:
+            # One by one, so that ranks differ by at most one sample.
+            return np.arange(self.rank, rows.size, self.world_size)
+        events = np.minimum(self.split.stop[rows], self.collate.max_events)
+        return self.deal(events, self.world_size)[self.rank]
 
 
 def _ahead(make: Callable[[int], Batch], places: Iterable[int], num_workers: int) -> Iterator[Batch]:

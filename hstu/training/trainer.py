@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from hstu.config import Config
@@ -16,6 +17,7 @@ from hstu.data.reader import SequenceDataset
 from hstu.data.splits import make_splits
 from hstu.models import build_model, make_collator
 from hstu.parallel import Mesh, parallelize
+from hstu.parallel.balance import deal, sample_costs
 from hstu.training.checkpoint import Checkpointer, Progress, find_checkpoint, model_identity
 from hstu.training.evaluate import best_possible, evaluate, improves
 from hstu.training.interrupt import StopRequest
@@ -60,6 +62,7 @@ class Trainer:
                 shuffle=config.dataset.shuffle and name == "train",
                 num_workers=config.dataset.num_workers,
                 pin_memory=mesh.device.type == "cuda",
+                deal=self._deal if args.enable_balanced_shuffler else None,
             )
             for name, split in make_splits(config.dataset, dataset).items()
         }
@@ -77,6 +80,10 @@ class Trainer:
         )
         self.meter = Meter(mesh)
         torch.manual_seed(args.seed + mesh.rank)
+
+    def _deal(self, events: np.ndarray, ranks: int) -> list[np.ndarray]:
+        per_event = 2 if self.config.layout == "interleave" else 1
+        return deal(sample_costs(events * per_event, self.config.network), ranks)
 
     def resume(self, checkpoint: Path) -> None:
         """Go on from ``checkpoint``, as if training had never stopped."""
