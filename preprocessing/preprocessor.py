@@ -1,13 +1,16 @@
 """Make a data set: python preprocessing/preprocessor.py --dataset_name NAME [--data_dir ./tmp_data].
 
-NAME is one of synthetic, ml-100k, ml-1m, ml-20m, custom, or all (every one but custom). The data set is
-written to <data_dir>/<name>/. Raw files are looked for in <raw_dir>/<name>/, <raw_dir>/, <data_dir>/<name>/
-and <data_dir>/, and downloaded when they are nowhere. A user's mistake is one line on stderr and exit code 2.
+NAME is synthetic, ml-100k, ml-1m, ml-20m, kuairand-pure, kuairand-1k, kuairand-27k, amazon-books, amazon-beauty,
+amazon-sports, amazon-toys, custom, or all (every one but custom). The data set is written to <data_dir>/<name>/.
+Raw files are looked for in <raw_dir>/<name>/, <raw_dir>/, <data_dir>/<name>/ and <data_dir>/, plain, where unpacking
+puts them or in the published archive, and downloaded when they are nowhere. A user's mistake is one line on stderr
+and exit code 2. A run that is stopped leaves the old data set or the new one.
 """
 
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 from dataclasses import fields
 from importlib.util import find_spec
@@ -22,12 +25,17 @@ if find_spec("preprocessing") is None:
 
 from hstu.cli.flags import underscore_flags
 from hstu.data.interactions import Duplicates, InteractionSpec
+from hstu.data.replace import require_writable
 from hstu.data.schema import ActionType, Schema
 from hstu.data.synthetic import Distribution, SyntheticConfig, generate
-from hstu.data.writer import EncodedDataset, require_writable, write_dataset
+from hstu.data.writer import EncodedDataset, write_dataset
+from preprocessing import amazon, kuairand, movielens
 from preprocessing.custom import encode_custom
-from preprocessing.movielens import DATASETS, encode_movielens
+from preprocessing.progress import Progress
+from preprocessing.published import make_published
 
+DATASETS = movielens.DATASETS | kuairand.DATASETS | amazon.DATASETS
+FILTERS = ("min_user_events", "min_item_events", "max_user_events")
 NAMED = ("synthetic", *DATASETS)
 FLAGS = flags.FLAGS
 
@@ -48,8 +56,10 @@ def define_flags() -> None:
     flags.DEFINE_string("action_column", None, "custom: column of actions.")
     flags.DEFINE_enum("action_type", spec["action_type"], get_args(ActionType), "custom: how to read actions.")
     flags.DEFINE_enum("duplicates", spec["duplicates"], get_args(Duplicates), "custom: rows that are equal.")
-    flags.DEFINE_integer("min_user_events", 0, "custom: drop users with fewer events; 0 drops none.")
-    flags.DEFINE_integer("min_item_events", 0, "custom: drop items with fewer events; 0 drops none.")
+    default = "; default 0 (all), for amazon the published 5."
+    flags.DEFINE_integer("min_user_events", None, "Drop users with fewer events" + default)
+    flags.DEFINE_integer("min_item_events", None, "Drop items with fewer events, repeated with the users" + default)
+    flags.DEFINE_integer("max_user_events", None, "Keep the most recent events of each user; default 0 (all).")
     for field in fields(SyntheticConfig):
         text = f"synthetic: {field.name.replace('_', ' ')}, see hstu.data.synthetic."
         if isinstance(field.default, str):
@@ -83,12 +93,14 @@ def _guarded(argv: list[str]) -> int:
         if len(argv) > 1:
             raise ValueError(f"argument {argv[1]!r} is no flag; flags start with --")
         _refuse_foreign_flags()
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         for name in NAMED if FLAGS.dataset_name == "all" else (FLAGS.dataset_name,):
             _make(name)
     except ValueError as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
+        print(f"interrupted {interrupt}".rstrip(), file=sys.stderr)
         return 130
     return 0
 
@@ -99,23 +111,45 @@ def _refuse_foreign_flags() -> None:
         owner = flag.help.partition(":")[0]
         if flag.present and owner in ("custom", "synthetic") and FLAGS.dataset_name not in (owner, "all"):
             raise ValueError(f"--{flag.name} belongs to --dataset_name {owner}, not {FLAGS.dataset_name}")
+        if flag.present and flag.name in FILTERS and FLAGS.dataset_name == "synthetic":
+            raise ValueError(f"--{flag.name} does not apply to --dataset_name synthetic; its lengths have flags")
 
 
 def _make(name: str | None) -> None:
     require_writable(FLAGS.data_dir)
-    dataset = _encode(name)
-    directory = Path(FLAGS.data_dir) / dataset.schema.name
-    write_dataset(dataset, directory)
-    print(summary(dataset.schema, directory))
+    if name in DATASETS:
+        schema, directory = _make_published(name)
+    else:
+        dataset = _encode(name)
+        schema, directory = dataset.schema, Path(FLAGS.data_dir) / dataset.schema.name
+        write_dataset(dataset, directory)
+    print(summary(schema, directory))
+
+
+def _make_published(name: str) -> tuple[Schema, Path]:
+    data_dir, raw_dir = Path(FLAGS.data_dir), Path(FLAGS.raw_dir or FLAGS.data_dir)
+    progress, directory = Progress(name), data_dir / name
+    try:
+        schema = make_published(
+            name,
+            DATASETS[name],
+            directories=[raw_dir / name, raw_dir, data_dir / name, data_dir],
+            download_to=raw_dir / name,
+            directory=directory,
+            progress=progress,
+            filters={flag: FLAGS[flag].value for flag in FILTERS if FLAGS[flag].value is not None},
+            check_counts=FLAGS.check_counts,
+        )
+    except KeyboardInterrupt as interrupt:
+        raise KeyboardInterrupt(f"while {progress.state}: {directory} is as it was") from interrupt
+    finally:
+        progress.close()
+    return schema, directory
 
 
 def _encode(name: str | None) -> EncodedDataset:
     if name == "synthetic":
         return generate(SyntheticConfig(**_flags_of(SyntheticConfig)))
-    if name in DATASETS:
-        data_dir, raw_dir = Path(FLAGS.data_dir), Path(FLAGS.raw_dir or FLAGS.data_dir)
-        directories = [raw_dir / name, raw_dir, data_dir / name, data_dir]
-        return encode_movielens(name, directories, raw_dir / name, check_counts=FLAGS.check_counts)
     if name == "custom":
         return _encode_custom()
     given = "is missing" if name is None else f"is {name!r}"
@@ -133,8 +167,9 @@ def _encode_custom() -> EncodedDataset:
 
 
 def _flags_of(owner: type) -> dict[str, object]:
-    """The flags that are fields of the dataclass ``owner``."""
-    return {field.name: FLAGS[field.name].value for field in fields(owner) if field.name in FLAGS}
+    """The flags that are fields of the dataclass ``owner`` and have a value."""
+    known = (field.name for field in fields(owner) if field.name in FLAGS)
+    return {name: FLAGS[name].value for name in known if FLAGS[name].value is not None}
 
 
 def summary(schema: Schema, directory: Path) -> str:

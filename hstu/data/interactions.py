@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 
 from hstu.data.columns import clean_ids, clean_masks, clean_times, clean_values, require_columns
 from hstu.data.schema import ActionType, Feature, Schema, count_statistics, require_plain_name
@@ -38,6 +39,7 @@ class InteractionSpec:
         action_name: Name of the action feature in the data set.
         min_user_events: Users with fewer events are dropped (0 or 1: none) ...
         min_item_events: ... and items with fewer events, repeated until neither is left.
+        max_user_events: Of each user the most recent ones are kept (0: all); the catalogue stays that of all.
         duplicates: What to do with rows equal in all columns: "error", "drop" all but the first, or "keep".
         file: What messages call the interactions.
         users_file: What messages call the users table.
@@ -52,6 +54,7 @@ class InteractionSpec:
     action_name: str = "action"
     min_user_events: int = 0
     min_item_events: int = 0
+    max_user_events: int = 0
     duplicates: Duplicates = "error"
     file: str = "interactions"
     users_file: str = "users"
@@ -62,9 +65,13 @@ class InteractionSpec:
             if getattr(self, option) not in choices:
                 value = getattr(self, option)
                 raise ValueError(f"{option} is {value!r}, must be one of {', '.join(choices)}")
-        for option in ("min_user_events", "min_item_events"):
+        for option in ("min_user_events", "min_item_events", "max_user_events"):
             if getattr(self, option) < 0:
                 raise ValueError(f"{option} is {getattr(self, option)}, must be 0 (no filter) or more")
+        if 0 < self.max_user_events < self.min_user_events:
+            raise ValueError(
+                f"max_user_events is {self.max_user_events}, less than min_user_events {self.min_user_events}"
+            )
         columns = [column for column in self.columns.values() if column is not None]
         if repeated := [column for column in columns if columns.count(column) > 1]:
             raise ValueError(f"column {repeated[0]!r} is named for two roles; each role needs its own")
@@ -127,10 +134,9 @@ def encode_interactions(
     ]
     features = [_category(USER, "user", vocabularies[USER])]
     contexts = {}
-    for column in _context_columns(users, vocabularies[USER], spec) if users is not None else ():
-        vocabularies[column.name] = _distinct(column)
+    for column in context_columns(users, vocabularies[USER], spec) if users is not None else ():
+        contexts[column.name], vocabularies[column.name] = encode_category(column)
         features.append(_category(column.name, "context", vocabularies[column.name]))
-        contexts[column.name] = _number(column, vocabularies[column.name]).to_numpy()
     features.append(_category(ITEM, "item", vocabularies[ITEM]))
     if spec.action_column:
         feature, column, vocabulary = _actions(events["action"], spec)
@@ -142,6 +148,9 @@ def encode_interactions(
         columns += [events["seconds"].alias(TIME), events["exact"]]
     ordered = _sort(pl.DataFrame(columns))
     lengths = np.bincount(ordered[USER].to_numpy(), minlength=len(vocabularies[USER]))
+    if spec.max_user_events:
+        recent, lengths = most_recent(lengths, spec.max_user_events)
+        ordered = ordered.filter(recent)
     schema = Schema(
         name=spec.name,
         features=tuple(features),
@@ -149,8 +158,29 @@ def encode_interactions(
         source=source or {},
     )
     values = {name: ordered[name].to_numpy() for name in ordered.columns if name != USER}
-    arrow = {name: column.to_arrow(compat_level=pl.CompatLevel.oldest()) for name, column in vocabularies.items()}
-    return EncodedDataset(schema=schema, lengths=lengths, contexts=contexts, events=values, vocabularies=arrow)
+    return EncodedDataset(
+        schema=schema,
+        lengths=lengths,
+        contexts=contexts,
+        events=values,
+        vocabularies={name: to_arrow(column) for name, column in vocabularies.items()},
+    )
+
+
+def most_recent(lengths: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which events are among the last ``most`` of their user, bool [T], and how many that leaves, int64 [U].
+
+    Args:
+        lengths: Number of events of each user, int64 [U].
+        most: Events to keep of each.
+    """
+    events_after = np.repeat(np.cumsum(lengths), lengths) - np.arange(lengths.sum())
+    return events_after <= most, np.minimum(lengths, most)
+
+
+def to_arrow(column: pl.Series) -> pa.Array:
+    """An array of plain types, which every reader of parquet knows."""
+    return column.to_arrow(compat_level=pl.CompatLevel.oldest())
 
 
 def _to_polars(frame: pl.DataFrame | pd.DataFrame) -> pl.DataFrame:
@@ -237,8 +267,17 @@ def _filter(events: pl.DataFrame, spec: InteractionSpec) -> pl.DataFrame:
     return events
 
 
-def _context_columns(users: pl.DataFrame, known: pl.Series, spec: InteractionSpec) -> list[pl.Series]:
-    """The columns of the users table, one value for each of the ``known`` users."""
+def context_columns(
+    users: pl.DataFrame, known: pl.Series, spec: InteractionSpec, absent: str | None = None
+) -> list[pl.Series]:
+    """The columns of the users table, one value for each of the ``known`` users.
+
+    Args:
+        users: One row per user.
+        known: Ids of the users of the log.
+        spec: Names of columns and files.
+        absent: Value for users who are not in the table; without one they are refused.
+    """
     file = spec.users_file
     require_columns(users, [spec.user_column], file)
     ids = clean_ids(users[spec.user_column], file)
@@ -251,15 +290,26 @@ def _context_columns(users: pl.DataFrame, known: pl.Series, spec: InteractionSpe
     row_of = pl.DataFrame({"user": ids, "row": np.arange(len(ids))})
     rows = known.to_frame("user").join(row_of, on="user", how="left", maintain_order="left")["row"]
     missing = known.filter(rows.is_null())
-    if len(missing):
+    if len(missing) and absent is not None:
+        logger.info("%s: %d users of %s are missing; they get %r", file, len(missing), spec.file, absent)
+    elif len(missing):
         raise ValueError(
             f"{file}: {len(missing)} of {len(known)} users of {spec.file} are missing "
             f"(for example {missing[0]!r}); add them or leave the users file out"
         )
-    if len(ids) > len(known):
-        logger.info("%s: %d users without events are left out", file, len(ids) - len(known))
-    others = [column for column in users.get_columns() if column.name != spec.user_column]
-    return [clean_values(column, file).gather(rows) for column in others]
+    idle = len(ids) - (len(known) - len(missing))
+    if idle:
+        logger.info("%s: %d users without events are left out", file, idle)
+    others = [clean_values(column, file) for column in users.get_columns() if column.name != spec.user_column]
+    if len(missing):
+        return [column.cast(pl.String).gather(rows).fill_null(absent) for column in others]
+    return [column.gather(rows) for column in others]
+
+
+def encode_category(column: pl.Series) -> tuple[np.ndarray, pl.Series]:
+    """Ids of the values, int64, and the vocabulary, ascending."""
+    vocabulary = _distinct(column)
+    return _number(column, vocabulary).to_numpy(), vocabulary
 
 
 def _actions(column: pl.Series, spec: InteractionSpec) -> tuple[Feature, pl.Series, dict[str, pl.Series]]:

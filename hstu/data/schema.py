@@ -11,12 +11,13 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from hstu.data.replace import DATA_DIR as DATA_DIR
+from hstu.data.replace import SCHEMA_FILE, repair
+from hstu.data.replace import VOCABULARY_DIR as VOCABULARY_DIR
+
 Role = Literal["user", "item", "action", "time", "context"]
 ActionType = Literal["categorical", "bitmask"]
 
-SCHEMA_FILE = "schema.json"
-DATA_DIR = "data"
-VOCABULARY_DIR = "vocabulary"
 FORMAT_VERSION = 1
 COUNT_KEYS = ("users", "items", "events", "seqlen_min", "seqlen_max", "seqlen_mean", "seqlen_median")
 
@@ -143,6 +144,8 @@ class Schema:
             ValueError: If the file is missing, is no JSON, has another version, or holds a wrong value.
         """
         path = Path(directory) / SCHEMA_FILE
+        if not path.is_file():
+            repair(Path(directory))
         if not path.is_file():
             raise ValueError(
                 f"{path}: no such file, so {str(directory)!r} is no data set; "

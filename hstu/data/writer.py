@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,11 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hstu.data.schema import DATA_DIR, SCHEMA_FILE, VOCABULARY_DIR, Schema
+from hstu.data.replace import DATA_DIR, VOCABULARY_DIR, replacing
+from hstu.data.schema import Schema
 
-EVENTS_PER_PART = 1 << 24
-# The schema comes last: a directory without it is no data set.
-ENTRIES = (VOCABULARY_DIR, DATA_DIR, SCHEMA_FILE)
+EVENTS_PER_PART = 1 << 22
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,98 +36,101 @@ class EncodedDataset:
     vocabularies: dict[str, pa.Array]
 
 
-def write_dataset(dataset: EncodedDataset, directory: str | Path, events_per_part: int = EVENTS_PER_PART) -> None:
-    """Write ``dataset`` into ``directory``, replacing the data set that is there only when complete.
+@dataclass(frozen=True)
+class DatasetWriter:
+    """Writes the files of a data set that is being made, in any order.
 
-    Other files in the directory (raw files, say) stay.
+    Args:
+        work: The work directory of the run.
+    """
+
+    work: Path
+
+    @property
+    def _new(self) -> Path:
+        return self.work / "new"
+
+    def part(
+        self,
+        number: int,
+        *,
+        users: tuple[str, int],
+        lengths: np.ndarray,
+        contexts: dict[str, np.ndarray],
+        events: dict[str, np.ndarray],
+    ) -> None:
+        """Write part ``number``.
+
+        Args:
+            number: Position among the parts.
+            users: Name of the user feature and id of the part's first user.
+            lengths: Number of events of each of its users, int64 [B].
+            contexts: Context feature -> ids, int64 [B].
+            events: Item, action and time feature -> values, int64 [T].
+        """
+        name, first = users
+        bounds = pa.array(np.concatenate([np.zeros(1, np.int32), np.cumsum(lengths, dtype=np.int32)]))
+        columns = {name: pa.array(np.arange(first, first + len(lengths), dtype=np.int64))}
+        columns |= {feature: pa.array(ids) for feature, ids in contexts.items()}
+        columns |= {feature: pa.ListArray.from_arrays(bounds, pa.array(values)) for feature, values in events.items()}
+        path = self._new / DATA_DIR / f"part-{number:05d}.parquet"
+        pq.write_table(pa.table(columns), path, compression="zstd")
+
+    def vocabulary(self, feature: str, originals: pa.Array) -> None:
+        """Write the original values of a feature, in the order of the ids."""
+        table = pa.table({"id": pa.array(np.arange(len(originals))), "original": originals})
+        pq.write_table(table, self._new / VOCABULARY_DIR / f"{feature}.parquet", compression="zstd")
+
+    def schema(self, schema: Schema) -> None:
+        """Write the schema."""
+        schema.save(self._new)
+
+
+@contextmanager
+def writing(directory: str | Path) -> Iterator[DatasetWriter]:
+    """Yield a writer; on success its files replace the data set in ``directory``, other files there stay.
 
     Raises:
         ValueError: If the directory cannot be written or holds a foreign "data" or "vocabulary" entry.
     """
-    with _replacing(Path(directory)) as staging:
-        (staging / DATA_DIR).mkdir()
-        (staging / VOCABULARY_DIR).mkdir()
-        _write_parts(dataset, staging / DATA_DIR, events_per_part)
-        for name, originals in dataset.vocabularies.items():
-            table = pa.table({"id": pa.array(np.arange(len(originals))), "original": originals})
-            pq.write_table(table, staging / VOCABULARY_DIR / f"{name}.parquet", compression="zstd")
-        dataset.schema.save(staging)
+    with replacing(Path(directory)) as work:
+        (work / "new" / DATA_DIR).mkdir()
+        (work / "new" / VOCABULARY_DIR).mkdir()
+        yield DatasetWriter(work)
 
 
-def _write_parts(dataset: EncodedDataset, folder: Path, events_per_part: int) -> None:
+def write_dataset(dataset: EncodedDataset, directory: str | Path, events_per_part: int = EVENTS_PER_PART) -> None:
+    """Write ``dataset`` into ``directory``, replacing the data set that is there only when complete.
+
+    Raises:
+        ValueError: If the directory cannot be written or holds a foreign "data" or "vocabulary" entry.
+    """
     offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(dataset.lengths)])
-    start = part = 0
-    while start < len(dataset.lengths):
+    with writing(directory) as writer:
+        for number, (start, stop) in enumerate(part_bounds(offsets, events_per_part)):
+            events = slice(offsets[start], offsets[stop])
+            writer.part(
+                number,
+                users=(dataset.schema.user.name, start),
+                lengths=dataset.lengths[start:stop],
+                contexts={name: ids[start:stop] for name, ids in dataset.contexts.items()},
+                events={name: values[events] for name, values in dataset.events.items()},
+            )
+        for name, originals in dataset.vocabularies.items():
+            writer.vocabulary(name, originals)
+        writer.schema(dataset.schema)
+
+
+def part_bounds(offsets: np.ndarray, events_per_part: int = EVENTS_PER_PART) -> Iterator[tuple[int, int]]:
+    """Users ``[start, stop)`` of each part: as many as ``events_per_part`` allows, at least one.
+
+    Args:
+        offsets: First event of each user and the number of all, int64 [U + 1].
+        events_per_part: Most events of a part with more than one user.
+    """
+    start = 0
+    while start < len(offsets) - 1:
         within = int(np.searchsorted(offsets, offsets[start] + events_per_part, side="right")) - 1
         stop = max(start + 1, within)
-        first, last = offsets[start], offsets[stop]
-        columns = {dataset.schema.user.name: pa.array(np.arange(start, stop, dtype=np.int64))}
-        columns |= {name: pa.array(ids[start:stop]) for name, ids in dataset.contexts.items()}
-        bounds = pa.array((offsets[start : stop + 1] - first).astype(np.int32))
-        columns |= {
-            name: pa.ListArray.from_arrays(bounds, pa.array(values[first:last]))
-            for name, values in dataset.events.items()
-        }
-        pq.write_table(pa.table(columns), folder / f"part-{part:05d}.parquet", compression="zstd")
-        start, part = stop, part + 1
-
-
-@contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
-    """Yield an empty sibling directory whose entries replace those of ``target`` on success."""
-    for entry in (DATA_DIR, VOCABULARY_DIR):
-        if (target / entry).exists() and not (target / SCHEMA_FILE).is_file():
-            raise ValueError(
-                f"{target / entry}: exists, but {target} is no data set; move it or choose another --data_dir"
-            )
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as error:
-        raise _unwritable(target, error) from error
-    try:
-        new, old = staging / "new", staging / "old"
-        new.mkdir()
-        old.mkdir()
-        yield new
-        _swap(target, new, old)
-    except OSError as error:
-        raise _unwritable(target, error) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def require_writable(directory: str | Path) -> None:
-    """Raise ValueError unless ``directory`` can be created and written, as far as permissions tell."""
-    path = Path(directory).absolute()
-    existing = next(parent for parent in (path, *path.parents) if parent.exists())
-    if not existing.is_dir():
-        raise _unwritable(path, NotADirectoryError(0, f"{existing} is a file"))
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise _unwritable(path, PermissionError(0, f"no permission in {existing}"))
-
-
-def _unwritable(target: Path, error: OSError) -> ValueError:
-    return ValueError(f"{target}: cannot be written ({error.strerror or error}); choose another --data_dir")
-
-
-def _swap(target: Path, new: Path, old: Path) -> None:
-    """Move the entries of ``target`` to ``old`` and those of ``new`` to ``target``, or change nothing."""
-    created = not target.exists()
-    target.mkdir(exist_ok=True)
-    try:
-        for entry in reversed(ENTRIES):
-            if (target / entry).exists():
-                (target / entry).rename(old / entry)
-        for entry in ENTRIES:
-            (new / entry).rename(target / entry)
-    except BaseException:
-        for entry in ENTRIES:
-            if not (new / entry).exists():
-                (target / entry).rename(new / entry)
-            if (old / entry).exists():
-                (old / entry).rename(target / entry)
-        if created:
-            with suppress(OSError):
-                target.rmdir()
-        raise
+        yield start, stop
+        start = stop

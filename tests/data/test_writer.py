@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hstu.data import EncodedDataset, SequenceDataset, SyntheticConfig, generate, write_dataset
-from hstu.data.writer import require_writable
+from hstu.data.replace import require_writable
 
 TINY = {"num_users": 20, "num_items": 40, "num_clusters": 4, "num_types": 2, "max_seqlen": 20}
 
@@ -52,7 +52,7 @@ def test_a_failure_leaves_everything_as_it_was(
         rename = Path.rename
 
         def fail_at_the_last(self: Path, to: Path) -> Path:
-            if Path(to) == target / "schema.json" and "new" in self.parts:
+            if Path(to) == target / "schema.json" and "ready" in self.parts:
                 raise OSError(28, "No space left on device")
             return rename(self, to)
 

@@ -1,4 +1,4 @@
-"""The command, run as a user runs it, and MovieLens files in the published layout."""
+"""The command, run as a user runs it, and small files in the published layouts."""
 
 from __future__ import annotations
 
@@ -10,6 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+from hstu.data import SequenceDataset
+from preprocessing.kuairand import CONTEXTS, EVENTS, LOG_FIELDS, USER_FIELDS
+from preprocessing.preprocessor import DATASETS
+from preprocessing.progress import Progress
+from preprocessing.published import Published, make_published
 
 ROOT = Path(__file__).resolve().parents[2]
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -70,3 +76,93 @@ def write_ml_20m(directory: Path, rows: list[tuple[int, int, int, int]]) -> None
     directory.mkdir(parents=True, exist_ok=True)
     lines = [f"{user},{item},{rating - 0.5},{time}\n" for user, item, rating, time in rows]
     (directory / "ratings.csv").write_text("userId,movieId,rating,timestamp\n" + "".join(lines))
+
+
+def make(name: str, *directories: Path, known: Published | None = None, check_counts: bool = False, **filters: int):
+    """Make a published data set of raw files in the directories; returns it opened."""
+    target = directories[0] / "made" / name
+    make_published(
+        name,
+        known or DATASETS[name],
+        directories=list(directories),
+        download_to=directories[0],
+        directory=target,
+        progress=Progress(name),
+        filters=filters,
+        check_counts=check_counts,
+    )
+    return SequenceDataset.open(target)
+
+
+def events(dataset: SequenceDataset) -> dict[object, list[tuple]]:
+    """Original user -> (original item, action, seconds) of the events in order."""
+    everyone = np.arange(dataset.num_users)
+    batch = dataset.gather(everyone, np.zeros(len(everyone)), dataset.lengths)
+    actions = batch.actions
+    if dataset.schema.action.action_type == "categorical":
+        actions = dataset.vocabulary(dataset.schema.action.name)[actions]
+    columns = dataset.vocabulary("item_id")[batch.items].tolist(), actions.tolist(), batch.times.tolist()
+    rows = list(zip(*columns, strict=True))
+    ends = np.cumsum(dataset.lengths)
+    users = dataset.vocabulary("user_id").tolist()
+    return {user: rows[end - number : end] for user, end, number in zip(users, ends, dataset.lengths, strict=True)}
+
+
+def contexts(dataset: SequenceDataset) -> dict[str, dict]:
+    """Context -> original user -> original value."""
+    everyone = np.arange(dataset.num_users)
+    batch = dataset.gather(everyone, np.zeros(len(everyone)), np.zeros(len(everyone)))
+    users = dataset.vocabulary("user_id").tolist()
+    return {
+        name: dict(zip(users, dataset.vocabulary(name)[ids].tolist(), strict=True))
+        for name, ids in batch.contexts.items()
+    }
+
+
+Exposure = tuple[int, int, int, int]  # user, video, milliseconds, mask
+
+
+def exposures(num_users: int = 6, seed: int = 0) -> list[Exposure]:
+    """KuaiRand events in no order, with ties."""
+    rng = np.random.default_rng(seed)
+    number = 20 * num_users
+    columns = (
+        rng.integers(0, num_users, number),
+        rng.integers(0, 50, number),
+        1_649_400_000_000 + rng.integers(0, 40, number) * 700,
+        rng.integers(0, 256, number),
+    )
+    return list(zip(*(column.tolist() for column in columns), strict=True))
+
+
+def write_kuairand(directory: Path, name: str, rows: list[Exposure], users: range = range(6)) -> None:
+    """The published files: the events cut into the log files in order, one line for each of the users."""
+    known = DATASETS[name]
+    directory.mkdir(parents=True, exist_ok=True)
+    for number, log in enumerate(known.logs):
+        chosen = rows[len(rows) * number // len(known.logs) : len(rows) * (number + 1) // len(known.logs)]
+        lines = [",".join(LOG_FIELDS)] + [_exposure_line(*row) for row in chosen]
+        (directory / log).write_text("\n".join(lines) + "\n")
+    lines = [",".join(USER_FIELDS)]
+    for user in users:
+        values = dict.fromkeys(USER_FIELDS, "") | {"user_id": str(user), "is_live_streamer": "-124"}
+        values |= dict(zip(CONTEXTS, kuairand_contexts(user), strict=True))
+        lines.append(",".join(f'"{value}"' if "," in value else value for value in values.values()))
+    (directory / known.users.name).write_text("\n".join(lines) + "\n")
+
+
+def kuairand_contexts(user: int) -> tuple[str, ...]:
+    """Values of the five contexts; user 3 has an empty one."""
+    degree = "" if user == 3 else ("full_active", "high_active")[user % 2]
+    return degree, ("(0,10]", "500+")[user % 2], "[1,10)", ("0", "[5,30)")[user % 2], "730+"
+
+
+def _exposure_line(user: int, video: int, time_ms: int, mask: int) -> str:
+    values = dict.fromkeys(LOG_FIELDS, "7") | {"user_id": user, "video_id": video, "time_ms": time_ms}
+    values |= {event: int(bool(mask & bit)) for event, bit in EVENTS.items()}
+    return ",".join(map(str, values.values()))
+
+
+def write_amazon(path: Path, rows: list[tuple[str, str, float, int]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(",".join(map(str, row)) + "\n" for row in rows))

@@ -8,8 +8,19 @@ import pytest
 
 from hstu.cli.flags import underscore_flags
 from hstu.data import SequenceDataset
+from preprocessing.preprocessor import DATASETS
 
-from .conftest import Command, assert_refused, ratings, write_ml_1m, write_ml_20m, write_ml_100k
+from .conftest import (
+    Command,
+    assert_refused,
+    exposures,
+    ratings,
+    write_amazon,
+    write_kuairand,
+    write_ml_1m,
+    write_ml_20m,
+    write_ml_100k,
+)
 
 TINY = ("--num_users=50", "--num_items=60", "--num_clusters=8", "--max_seqlen=30")
 
@@ -38,10 +49,28 @@ def test_all_named_data_sets(command: Command, tmp_path: Path) -> None:
     write_ml_100k(tmp_path / "raw", ratings())
     write_ml_1m(tmp_path / "raw" / "ml-1m", ratings())
     write_ml_20m(tmp_path / "raw" / "ml-20m", ratings())
+    for name, known in DATASETS.items():
+        if name.startswith("kuairand"):
+            write_kuairand(tmp_path / "raw" / name, name, exposures())
+        elif name.startswith("amazon"):
+            rows = [(f"A{user}", f"B{item % 5}", 5.0, time) for user, item, _, time in ratings()]
+            write_amazon(tmp_path / "raw" / known.logs[0], rows)
     result = command("--dataset_name=all", "--raw_dir=raw", "--check_counts=false", *TINY)
     assert result.returncode == 0, result.stderr
     names = sorted(path.name for path in (tmp_path / "tmp_data").iterdir())
-    assert names == ["ml-100k", "ml-1m", "ml-20m", "synthetic"]
+    assert names == sorted(["synthetic", *DATASETS])
+    for name in names:
+        assert SequenceDataset.open(tmp_path / "tmp_data" / name).num_users > 0
+
+
+def test_filters_of_published_data_sets(command: Command, tmp_path: Path) -> None:
+    write_ml_100k(tmp_path / "data" / "ml-100k", ratings())
+    flags = ("--dataset-name=ml-100k", "--data-dir=data", "--check-counts=false")
+    result = command(*flags, "--min-user-events=10", "--min_item_events=3", "--max_user_events=12")
+    assert result.returncode == 0, result.stderr
+    lengths = SequenceDataset.open(tmp_path / "data" / "ml-100k").lengths
+    assert lengths.min() >= 10 and lengths.max() <= 12
+    assert "u.data: the filters dropped" in result.stdout
 
 
 def test_custom_and_a_failed_run_after_it(command: Command, tmp_path: Path) -> None:
@@ -61,11 +90,13 @@ def test_custom_and_a_failed_run_after_it(command: Command, tmp_path: Path) -> N
     ("flags", "parts"),
     [
         ((), ("--dataset_name is missing", "ml-100k")),
-        (("--dataset_name=netflix",), ("'netflix'", "synthetic, ml-100k, ml-1m, ml-20m, custom, all")),
+        (("--dataset_name=netflix",), ("'netflix'", "synthetic, ml-100k, ml-1m, ml-20m, kuairand-pure", "custom, all")),
         (("--dataset_name=custom",), ("needs --name",)),
         (("--dataset_name=custom", "--name=ml-1m", "--interactions=x"), ("ml-1m", "published")),
         (("--dataset_name=ml-1m", "--num_users=5"), ("--num_users belongs to --dataset_name synthetic",)),
         (("--dataset_name=synthetic", "--num_items=5"), ("num_items = 5",)),
+        (("--dataset_name=synthetic", "--max_user_events=5"), ("--max_user_events does not apply",)),
+        (("--dataset_name=ml-1m", "--min_user_events=5", "--max_user_events=4"), ("max_user_events is 4",)),
         (("--dataset_name=synthetic", "--colour=red"), ("colour",)),
         (("--dataset_name=synthetic", "--seqlen-distribution=flat"), ("seqlen_distribution", "lognormal")),
         (("--dataset_name=synthetic", "--data_dir=file/sub"), ("file/sub", "cannot be written")),

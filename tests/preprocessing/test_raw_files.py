@@ -7,6 +7,7 @@ import io
 import threading
 import zipfile
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -14,6 +15,11 @@ from pathlib import Path
 import pytest
 
 from preprocessing.raw_files import Archive, obtain
+
+
+def read(archive: Archive, target: Path) -> bytes:
+    found = obtain(("x.txt",), frozenset(), archive, [target], target)
+    return b"".join(file.stream.read() for file in found.open())
 
 
 class Quiet(SimpleHTTPRequestHandler):
@@ -34,7 +40,7 @@ def archive(tmp_path: Path) -> Iterator[Archive]:
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     url = f"http://127.0.0.1:{server.server_port}/toy.zip"
-    yield Archive(name="toy", url=url, md5=hashlib.md5(content.getvalue()).hexdigest())
+    yield Archive(file_name="toy.zip", url=url, md5=hashlib.md5(content.getvalue()).hexdigest(), root="toy")
     server.shutdown()
     server.server_close()
     thread.join()
@@ -42,17 +48,17 @@ def archive(tmp_path: Path) -> Iterator[Archive]:
 
 def test_an_absent_file_is_downloaded_once(archive: Archive, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     target = tmp_path / "raw" / "toy"
-    assert obtain("x.txt", archive, [target], target).read() == b"content"
+    assert read(archive, target) == b"content"
     assert "100%" in capfd.readouterr().err  # the progress bar
     (tmp_path / "site" / "toy.zip").unlink()
-    assert obtain("x.txt", archive, [target], target).read() == b"content"
+    assert read(archive, target) == b"content"
 
 
 def test_a_wrong_checksum_is_refused_and_nothing_stays(archive: Archive, tmp_path: Path) -> None:
-    other = Archive(name="toy", url=archive.url, md5="0" * 32)
+    other = replace(archive, md5="0" * 32)
     target = tmp_path / "raw" / "toy"
     with pytest.raises(ValueError, match="cannot be downloaded .*hash.* does not match"):
-        obtain("x.txt", other, [target], target)
+        read(other, target)
     assert not target.exists()
 
 
@@ -61,6 +67,6 @@ def test_without_the_file_the_error_says_what_to_put_where(archive: Archive, tmp
     url = url or archive.url.replace("toy.zip", "gone.zip")  # nobody listens, or 404
     target = tmp_path / "raw" / "toy"
     with pytest.raises(ValueError) as error:
-        obtain("x.txt", Archive(name="toy", url=url, md5=archive.md5), [target], target)
+        read(replace(archive, url=url), target)
     assert f"put x.txt or toy.zip into {target}, or name its directory with --raw_dir" in str(error.value)
     assert "\n" not in str(error.value) and not target.exists()

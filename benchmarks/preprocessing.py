@@ -1,0 +1,188 @@
+"""Rows per second and peak memory of the preprocessing command on generated files in the published layouts.
+
+    python benchmarks/preprocessing.py --layout ml-20m --rows 20000000
+    python benchmarks/preprocessing.py --layout kuairand-27k --rows 25000000 50000000 100000000
+
+The files hold random events: MovieLens grouped by user as published, KuaiRand in the order of time, with all users
+mixed, which is the harder case for a sort by user. Each command runs in a process of its own; its peak is the sum of
+the resident set sizes of its process tree, looked at every 20 ms, or the kernel's own high-water mark if that is more.
+Results are added to benchmarks/results/preprocessing.json. Generated files are removed unless --keep is given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import psutil
+import pyarrow.parquet as pq
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)  # in place of this directory, where "preprocessing" is this file
+
+from preprocessing import kuairand  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results" / "preprocessing.json"
+BLOCK = 2_000_000
+KUAIRAND_USERS, KUAIRAND_ITEMS, KUAIRAND_LONGEST, KUAIRAND_ROWS = 27_285, 32_038_725, 228_000, 322_278_385
+MOVIELENS_USERS, MOVIELENS_ITEMS, MOVIELENS_ROWS = 138_493, 26_744, 20_000_263
+
+
+def movielens(rows: int, folder: Path) -> None:
+    """ratings.csv, grouped by user."""
+    users = max(1, rows * MOVIELENS_USERS // MOVIELENS_ROWS)
+    with (folder / "ratings.csv").open("wb") as file:
+        file.write(b"userId,movieId,rating,timestamp\n")
+        for rng, start, stop in blocks(rows):
+            number = stop - start
+            pl.DataFrame(
+                {
+                    "userId": np.arange(start, stop) * users // rows + 1,
+                    "movieId": (MOVIELENS_ITEMS * rng.random(number) ** 2).astype(np.int64) * 5 + 1,
+                    "rating": rng.integers(1, 11, number) / 2,
+                    "timestamp": rng.integers(789_652_009, 1_427_784_002, number),
+                }
+            ).write_csv(file, include_header=False)
+
+
+def kuairand_27k(rows: int, folder: Path) -> None:
+    """The four parts of the log in the order of time, and the file of users."""
+    names = kuairand.DATASETS["kuairand-27k"].logs
+    files = [(folder / name).open("wb") for name in names]
+    for file in files:
+        file.write(",".join(kuairand.LOG_FIELDS).encode() + b"\n")
+    longest = KUAIRAND_LONGEST / KUAIRAND_ROWS
+    first, last = 1_649_347_200_000, 1_652_025_600_000
+    for rng, start, stop in blocks(rows):
+        number = stop - start
+        user = (KUAIRAND_USERS * rng.random(number) ** 1.5).astype(np.int64)
+        user[rng.random(number) < longest] = 0
+        columns = {name: np.zeros(number, np.int64) for name in kuairand.LOG_FIELDS}
+        columns |= {name: (rng.random(number) < 0.2).astype(np.int64) for name in kuairand.EVENTS}
+        columns["user_id"] = user
+        columns["video_id"] = (KUAIRAND_ITEMS * rng.random(number) ** 1.5).astype(np.int64)
+        columns["date"] = np.full(number, 20_220_408)
+        columns["hourmin"] = rng.integers(0, 24, number) * 100
+        step = (last - first) // rows
+        columns["time_ms"] = first + np.arange(start, stop) * step + rng.integers(-60_000, 60_000, number)
+        columns["play_time_ms"] = rng.integers(0, 60_000, number)
+        columns["duration_ms"] = rng.integers(5_000, 200_000, number)
+        pl.DataFrame(columns).write_csv(files[start * len(files) // rows], include_header=False)
+    for file in files:
+        file.close()
+    values = dict.fromkeys(kuairand.USER_FIELDS, "1") | {"follow_user_num_range": '"(0,10]"'}
+    lines = [",".join((values | {"user_id": str(user)}).values()) for user in range(KUAIRAND_USERS)]
+    (folder / "user_features_27k.csv").write_text("\n".join([",".join(kuairand.USER_FIELDS), *lines]) + "\n")
+
+
+LAYOUTS = {"ml-20m": movielens, "kuairand-27k": kuairand_27k}
+
+
+def blocks(rows: int) -> Iterator[tuple[np.random.Generator, int, int]]:
+    """A generator of its own for each block of rows."""
+    for start in range(0, rows, BLOCK):
+        yield np.random.default_rng(start), start, min(rows, start + BLOCK)
+
+
+def run(layout: str, folder: Path) -> tuple[float, int]:
+    """Seconds and peak bytes of one run of the command."""
+    command = [
+        sys.executable,
+        str(ROOT / "preprocessing" / "preprocessor.py"),
+        f"--dataset_name={layout}",
+        f"--raw_dir={folder}",
+        f"--data_dir={folder / 'out'}",
+        "--check_counts=false",
+    ]
+    started = time.perf_counter()
+    process = subprocess.Popen(command)
+    tree, peak = psutil.Process(process.pid), 0
+    while process.poll() is None:
+        with suppress(psutil.NoSuchProcess, FileNotFoundError):
+            peak = max(peak, sum(one.memory_info().rss for one in (tree, *tree.children(recursive=True))), mark(tree))
+        time.sleep(0.02)
+    seconds = time.perf_counter() - started
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)}: exit code {process.returncode}")
+    return seconds, peak
+
+
+def mark(process: psutil.Process) -> int:
+    """The kernel's high-water mark of one process, in bytes."""
+    lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), 0)
+
+
+def check(layout: str, rows: int, folder: Path) -> None:
+    """Every event is in the data set, and times never fall within a user."""
+    found = 0
+    for path in sorted((folder / "out" / layout / "data").iterdir()):
+        times = pq.read_table(path, columns=["timestamp"])["timestamp"].combine_chunks()
+        values, offsets = times.flatten().to_numpy(), times.offsets.to_numpy()
+        falls = np.flatnonzero(np.diff(values) < 0) + 1
+        assert np.isin(falls, offsets).all(), path
+        found += len(values)
+    assert found == rows, (found, rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layout", choices=LAYOUTS, required=True)
+    parser.add_argument("--rows", type=int, nargs="+", required=True)
+    parser.add_argument("--repeat", type=int, default=1, help="runs of each size; the fastest is reported")
+    parser.add_argument("--dir", type=Path, default=Path("tmp_data") / "benchmark", help="for the generated files")
+    parser.add_argument("--keep", action="store_true", help="keep the generated files, and use those that are there")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    for rows in args.rows:
+        folder = args.dir / f"{args.layout}-{rows}"
+        if not folder.exists():
+            folder.mkdir(parents=True)
+            LAYOUTS[args.layout](rows, folder)
+        load = os.getloadavg()[0]
+        runs = [run(args.layout, folder) for _ in range(args.repeat)]
+        check(args.layout, rows, folder)
+        seconds, peak = min(runs)
+        record = {
+            "layout": args.layout,
+            "rows": rows,
+            "csv_bytes": sum(path.stat().st_size for path in folder.glob("*.csv")),
+            "seconds": round(seconds, 2),
+            "rows_per_second": round(rows / seconds),
+            "peak_mib": round(max(peak for _, peak in runs) / 2**20),
+            "all_seconds": [round(one, 2) for one, _ in runs],
+            "load_before": round(load, 2),
+            "cpus": os.cpu_count(),
+            "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+            "python": platform.python_version(),
+            "polars": pl.__version__,
+        }
+        print(json.dumps(record))
+        save(args.output, record)
+        if not args.keep:
+            shutil.rmtree(folder)
+
+
+def save(path: Path, record: dict) -> None:
+    """Add a record, replacing one of the same layout and size."""
+    known = json.loads(path.read_text()) if path.exists() else []
+    same = ("layout", "rows")
+    records = [one for one in known if any(one[key] != record[key] for key in same)] + [record]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(sorted(records, key=lambda one: (one["layout"], one["rows"])), indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

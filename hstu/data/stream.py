@@ -1,0 +1,329 @@
+"""Make a data set of a log that does not fit in memory: spill its events sorted by user, then encode part by part.
+
+The memory needed grows with the numbers of users and items (32 and 16 bytes each, times two while counting), not
+with the number of events; one user's events must fit.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+import polars as pl
+
+from hstu.data.interactions import (
+    ITEM,
+    TIME,
+    USER,
+    InteractionSpec,
+    context_columns,
+    encode_category,
+    most_recent,
+    to_arrow,
+)
+from hstu.data.numbering import Numbering, ValueCounts
+from hstu.data.runs import EVENTS_PER_RUN, Runs
+from hstu.data.schema import Feature, Schema, count_statistics
+from hstu.data.splits import MIN_EVENTS
+from hstu.data.writer import EVENTS_PER_PART, DatasetWriter, part_bounds
+
+logger = logging.getLogger(__name__)
+
+_THREADS = 2
+
+Progress = Callable[[str, int, float], None]  # what is being done, events so far, share of the whole
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamOptions:
+    """What a streamed data set needs beside its ``InteractionSpec``.
+
+    Args:
+        ticks_per_second: Unit of the times: 1 for seconds, 1000 for milliseconds.
+        action_bits: Bits of an action that is a mask.
+        filter_once: Count events for the minimum counts once, over the whole log, instead of repeating until
+            all have enough; users that are left with fewer are dropped, items that are left stay.
+        absent_context: Value of contexts for users without a row in the users table; None refuses them.
+        events_per_run: Events sorted in memory at once.
+        events_per_part: Most events of a part with more than one user.
+    """
+
+    ticks_per_second: int = 1
+    action_bits: int = 1
+    filter_once: bool = False
+    absent_context: str | None = None
+    events_per_run: int = EVENTS_PER_RUN
+    events_per_part: int = EVENTS_PER_PART
+
+
+class _Ids:
+    """The distinct ids of a column; strings get codes in the order of their first appearance."""
+
+    def __init__(self) -> None:
+        self._counts = ValueCounts()
+        self._known: pl.Series | None = None  # empty, of the type that holds the strings seen so far
+
+    def codes(self, column: pl.Series) -> np.ndarray:
+        """Count a block of ids and return them as integers, [N]."""
+        if column.dtype == pl.String:
+            kind = pl.Categorical(pl.Categories.random()) if self._known is None else self._known.dtype
+            category = column.cast(kind)
+            # The strings are forgotten with the last column that has their type.
+            self._known = category.clear()
+            column = category.to_physical()
+        codes = column.to_numpy()
+        self._counts.add(codes)
+        return codes
+
+    def counts(self) -> tuple[np.ndarray, np.ndarray]:
+        """The distinct codes, ascending, and how often each was seen; they are not kept."""
+        counts, self._counts = self._counts, ValueCounts()
+        return counts.result()
+
+    def originals(self, codes: np.ndarray) -> pl.Series:
+        """The ids that the codes stand for."""
+        if self._known is None:
+            return pl.Series(codes)
+        return pl.Series(codes.astype(np.uint32)).cat.to(self._known.dtype).cast(pl.String)
+
+
+@dataclass
+class _Log:
+    """A log on disk and what was counted on the way."""
+
+    runs: Runs
+    users: _Ids = field(default_factory=_Ids)
+    items: _Ids = field(default_factory=_Ids)
+    actions: set[float] = field(default_factory=set)
+
+    def spill(self, source: int, block: pl.DataFrame) -> None:
+        columns = {"user": self.users.codes(block["user"]), "item": self.items.codes(block["item"])}
+        if "action" in block.columns:
+            self.actions.update(block["action"].unique())
+            columns["action"] = block["action"].to_numpy()
+        if "time" in block.columns:
+            columns["time"] = block["time"].to_numpy()
+        self.runs.append(columns, source)
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """Codes of the users and items of the data set in the order of their ids, and the users' events."""
+
+    users: np.ndarray
+    lengths: np.ndarray
+    items: np.ndarray
+    filtered: bool
+
+
+def encode_stream(
+    blocks: Iterable[tuple[int, pl.DataFrame]],
+    spec: InteractionSpec,
+    options: StreamOptions,
+    writer: DatasetWriter,
+    *,
+    users: Callable[[], pl.DataFrame | None],
+    progress: Progress,
+    check_counts: Callable[[dict[str, int]], None] = lambda counts: None,
+) -> Schema:
+    """Encode a log that comes in blocks and write it; the schema is returned and still to be written.
+
+    Ids are ranks, as in :func:`hstu.data.interactions.encode_interactions`, but strings are numbered in the order
+    of their first appearance. A user's events are sorted by time, stably: ties stay in the order of the log.
+
+    Args:
+        blocks: Position of a file in the order of the log, and a table of events of it, with the columns "user"
+            and "item" (integers or strings) and, as the spec says, "action" (numbers) and "time" (integers),
+            without nulls. Files may come in any order, the events of one in theirs.
+        spec: Names and filters.
+        options: The rest.
+        writer: Where the parts and vocabularies go.
+        users: Gives the users table, if there is one, after the last block.
+        progress: Told how far it is.
+        check_counts: Given users, items and events of the whole log before the filters; may raise ValueError.
+
+    Raises:
+        ValueError: If the log is empty, nothing passes the filters, or the users table is wrong.
+    """
+    folder = writer.work / "runs"
+    folder.mkdir()
+    log = _Log(Runs(folder, options.events_per_run))
+    for source, block in blocks:
+        log.spill(source, block)
+    log.runs.close()
+    if not log.runs.rows:
+        raise ValueError(f"{spec.file}: has no rows; give a file with at least one")
+    user_counts, item_counts = log.users.counts(), log.items.counts()
+    check_counts({"users": len(user_counts[0]), "items": len(item_counts[0]), "events": log.runs.rows})
+    kept = _filter(log.runs, user_counts, item_counts, spec, options, progress)
+    originals = log.users.originals(kept.users)
+    vocabularies = {USER: originals, ITEM: log.items.originals(kept.items)}
+    features = [Feature(name=USER, role="user", vocab_size=len(kept.users))]
+    contexts = {}
+    table = users()
+    if table is not None:
+        for column in context_columns(table, originals, spec, options.absent_context):
+            contexts[column.name], vocabularies[column.name] = encode_category(column)
+            size = len(vocabularies[column.name])
+            features.append(Feature(name=column.name, role="context", vocab_size=size))
+    features.append(Feature(name=ITEM, role="item", vocab_size=len(kept.items)))
+    if spec.action_column:
+        features.append(_action_feature(log.actions, spec, options))
+        if spec.action_type == "categorical":
+            vocabularies[spec.action_name] = pl.Series(sorted(log.actions))
+    if spec.time_column:
+        features.append(Feature(name=TIME, role="time"))
+    for name, values in vocabularies.items():
+        writer.vocabulary(name, to_arrow(values))
+    actions = vocabularies.get(spec.action_name)
+    encoder = _PartEncoder(log.runs, kept, spec, options, None if actions is None else actions.to_numpy())
+    lengths = _write_parts(encoder, contexts, writer, progress)
+    return Schema(name=spec.name, features=tuple(features), counts=count_statistics(lengths, len(kept.items)))
+
+
+def _action_feature(actions: set[float], spec: InteractionSpec, options: StreamOptions) -> Feature:
+    size = 2**options.action_bits if spec.action_type == "bitmask" else len(actions)
+    return Feature(name=spec.action_name, role="action", vocab_size=size, action_type=spec.action_type)
+
+
+def _filter(
+    runs: Runs,
+    user_counts: tuple[np.ndarray, np.ndarray],
+    item_counts: tuple[np.ndarray, np.ndarray],
+    spec: InteractionSpec,
+    options: StreamOptions,
+    progress: Progress,
+) -> _Kept:
+    """Drop users and items with too few events."""
+    kept = _Kept(user_counts[0], user_counts[1], item_counts[0], filtered=False)
+    if user_counts[1].min() < spec.min_user_events or item_counts[1].min() < spec.min_item_events:
+        kept = _recount(runs, user_counts, item_counts, spec, options, progress)
+        dropped = runs.rows - int(kept.lengths.sum())
+        logger.info("%s: the filters dropped %d of %d events", spec.file, dropped, runs.rows)
+    short = int((kept.lengths < MIN_EVENTS).sum())
+    if short:
+        logger.info(
+            "%s: %d of %d users have fewer than %d events, too few to train, validate and test on; "
+            "--min_user_events %d drops them",
+            *(spec.file, short, len(kept.users), MIN_EVENTS, MIN_EVENTS),
+        )
+    return kept
+
+
+def _recount(
+    runs: Runs,
+    user_counts: tuple[np.ndarray, np.ndarray],
+    item_counts: tuple[np.ndarray, np.ndarray],
+    spec: InteractionSpec,
+    options: StreamOptions,
+    progress: Progress,
+) -> _Kept:
+    """Count the events of those who stay, again and again until all have enough, or once."""
+    (users, of_users), (items, of_items) = user_counts, item_counts
+    user_number, item_number = Numbering(users), Numbering(items)
+    least_user, least_item = max(1, spec.min_user_events), max(1, spec.min_item_events)
+    user_stays, item_stays = of_users >= least_user, of_items >= least_item
+    settled, rounds = False, 0
+    while not settled:
+        rounds += 1
+        of_users, of_items = np.zeros(len(users), np.int64), np.zeros(len(items), np.int64)
+        for run in range(len(runs)):
+            progress(f"filtering, round {rounds}", runs.rows * run // len(runs), run / len(runs))
+            user, item = user_number(runs.column(run, "user")), item_number(runs.column(run, "item"))
+            both = user_stays[user] & item_stays[item]
+            of_users += np.bincount(user[both], minlength=len(users))
+            of_items += np.bincount(item[both], minlength=len(items))
+        enough = of_users >= least_user, of_items >= (1 if options.filter_once else least_item)
+        settled = options.filter_once or bool((enough[0] == user_stays).all() and (enough[1] == item_stays).all())
+        user_stays, item_stays = enough
+    if not user_stays.any():
+        raise ValueError(
+            f"{spec.file}: no event passes --min_user_events {spec.min_user_events} "
+            f"--min_item_events {spec.min_item_events}; lower them"
+        )
+    return _Kept(users[user_stays], of_users[user_stays], items[item_stays], filtered=True)
+
+
+class _PartEncoder:
+    """Encodes ranges of users."""
+
+    def __init__(
+        self, runs: Runs, kept: _Kept, spec: InteractionSpec, options: StreamOptions, actions: np.ndarray | None
+    ) -> None:
+        self._runs = runs
+        self._kept = kept
+        self._spec = spec
+        self._ticks = options.ticks_per_second
+        self._actions = actions
+        self._user_number, self._item_number = Numbering(kept.users), Numbering(kept.items)
+        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(kept.lengths)])
+        self.parts = list(part_bounds(offsets, options.events_per_part))
+        first, stop = np.array(self.parts).T
+        self._starts, self._stops = runs.bounds(kept.users[first], kept.users[stop - 1])
+
+    def encode(self, part: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Number of events of each user of a part, [B], and the features of the events, [T]."""
+        first, stop = self.parts[part]
+        columns = self._runs.part(self._starts[:, part], self._stops[:, part])
+        user, item = self._user_number(columns.pop("user")), self._item_number(columns.pop("item"))
+        if self._kept.filtered:
+            stays = (user >= 0) & (item >= 0)
+            user, item = user[stays], item[stays]
+            columns = {name: values[stays] for name, values in columns.items()}
+        user -= first
+        lengths = np.bincount(user, minlength=stop - first)
+        order = _order(user, columns.get("time"))
+        if self._spec.max_user_events:
+            recent, lengths = most_recent(lengths, self._spec.max_user_events)
+            order = order[recent]
+        events = {ITEM: item[order]}
+        if "action" in columns:
+            events[self._spec.action_name] = self._action_ids(columns["action"][order])
+        if "time" in columns:
+            events[TIME] = columns["time"][order].astype(np.int64) // self._ticks
+        return lengths, events
+
+    def _action_ids(self, actions: np.ndarray) -> np.ndarray:
+        if self._actions is None:
+            return actions.astype(np.int64)
+        return np.searchsorted(self._actions, actions.astype(self._actions.dtype)).astype(np.int64)
+
+
+def _order(user: np.ndarray, time: np.ndarray | None) -> np.ndarray:
+    """Positions that sort by user, then time, then position."""
+    if time is None or len(time) == 0:
+        return np.argsort(user, kind="stable")
+    time = time.astype(np.int64)
+    earliest, latest = int(time.min()), int(time.max())
+    span = latest - earliest + 1
+    if span * (int(user.max()) + 1) >= 2**63:
+        return np.lexsort((time, user))
+    # One key in place of two sorts faster.
+    return np.argsort(user * span + (time - earliest), kind="stable")
+
+
+def _write_parts(
+    encoder: _PartEncoder, contexts: dict[str, np.ndarray], writer: DatasetWriter, progress: Progress
+) -> np.ndarray:
+    """Write all parts; returns the number of events of each user, [U]."""
+
+    def write(part: int) -> np.ndarray:
+        start, stop = encoder.parts[part]
+        lengths, events = encoder.encode(part)
+        chosen = {name: ids[start:stop] for name, ids in contexts.items()}
+        writer.part(part, users=(USER, start), lengths=lengths, contexts=chosen, events=events)
+        return lengths
+
+    pool = ThreadPoolExecutor(_THREADS)
+    try:
+        lengths, done = [], 0
+        for number, part in enumerate(pool.map(write, range(len(encoder.parts)))):
+            lengths.append(part)
+            done += int(part.sum())
+            progress("writing", done, (number + 1) / len(encoder.parts))
+        return np.concatenate(lengths)
+    finally:
+        pool.shutdown(cancel_futures=True)

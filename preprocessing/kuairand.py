@@ -1,0 +1,149 @@
+"""KuaiRand: every exposure of a video is an event, its action the mask of the eight signals that followed.
+
+The events are those of the standard logs, the sequence that the user saw under the recommender. The log of random
+interventions is another experiment (it shows what users do with videos they were not recommended) and stays out.
+
+Published for these logs: 322,278,385, 11,713,045 and 1,436,609 events. The published 32,038,725 items of 27K are those
+of both logs together: 32 of the 7,583 videos of the random log occur in no standard log, as the 7,551 items of
+Pure show. Of the published 27,285 users, who are those of the file of users, 27,077 have a standard event in Pure.
+A user with events in one log file only is kept, and one that the file of users does not know gets UNKNOWN.
+"""
+
+from __future__ import annotations
+
+import polars as pl
+
+from hstu.data.interactions import USER
+from hstu.data.stream import StreamOptions
+from preprocessing.layout import Field, Layout, milliseconds
+from preprocessing.published import Published, UsersFile
+from preprocessing.raw_files import Archive
+
+EVENTS = {
+    "is_click": 1,
+    "is_like": 2,
+    "is_follow": 4,
+    "is_comment": 8,
+    "is_forward": 16,
+    "is_hate": 32,
+    "long_view": 64,
+    "is_profile_enter": 128,
+}
+LOG_FIELDS = [
+    "user_id",
+    "video_id",
+    "date",
+    "hourmin",
+    "time_ms",
+    "is_click",
+    "is_like",
+    "is_follow",
+    "is_comment",
+    "is_forward",
+    "is_hate",
+    "long_view",
+    "play_time_ms",
+    "duration_ms",
+    "profile_stay_time",
+    "comment_stay_time",
+    "is_profile_enter",
+    "is_rand",
+    "tab",
+]  # noqa: SIM905
+USER_FIELDS = [
+    "user_id",
+    "user_active_degree",
+    "is_lowactive_period",
+    "is_live_streamer",
+    "is_video_author",
+    "follow_user_num",
+    "follow_user_num_range",
+    "fans_user_num",
+    "fans_user_num_range",
+    "friend_user_num",
+    "friend_user_num_range",
+    "register_days",
+    "register_days_range",
+] + [  # noqa: SIM905
+    f"onehot_feat{number}" for number in range(18)
+]
+CONTEXTS = (
+    "user_active_degree",
+    "follow_user_num_range",
+    "fans_user_num_range",
+    "friend_user_num_range",
+    "register_days_range",
+)
+UNKNOWN = "UNKNOWN"  # the published value of an unknown user_active_degree
+
+
+def _log_field(name: str) -> Field:
+    if name in ("user_id", "video_id"):
+        return Field(name, pl.Int64)
+    if name == "time_ms":
+        return milliseconds(name)
+    return Field(name, pl.UInt8, (0, 1), "0 or 1") if name in EVENTS else Field(name)
+
+
+def _user_field(name: str) -> Field:
+    if name == "user_id":
+        return Field(name, pl.Int64)
+    return Field(name, pl.String if name in CONTEXTS else None, optional=True)
+
+
+def _published(
+    size: str, md5: str, *, parts: tuple[str, ...] = ("",), users: int, log_counts: dict[str, int]
+) -> Published:
+    suffix = size.lower()
+    return Published(
+        archive=Archive(
+            file_name=f"KuaiRand-{size}.tar.gz",
+            url=f"https://zenodo.org/records/10439422/files/KuaiRand-{size}.tar.gz",
+            md5=md5,
+            root=f"KuaiRand-{size}/data",
+        ),
+        logs=tuple(
+            f"log_standard_{period}_{suffix}{part}.csv" for period in ("4_08_to_4_21", "4_22_to_5_08") for part in parts
+        ),
+        layout=Layout(fields=tuple(map(_log_field, LOG_FIELDS)), header=True),
+        columns=(
+            pl.col("user_id").alias("user"),
+            pl.col("video_id").alias("item"),
+            pl.sum_horizontal(pl.col(name) * pl.lit(bit, pl.UInt8) for name, bit in EVENTS.items()).alias("action"),
+            pl.col("time_ms").alias("time"),
+        ),
+        users=UsersFile(
+            name=f"user_features_{suffix}.csv",
+            # Ranges such as "(0,10]" hold the separator.
+            layout=Layout(fields=tuple(map(_user_field, USER_FIELDS)), header=True, quoted=True),
+            columns=(pl.col("user_id").alias(USER), pl.col(CONTEXTS).fill_null(UNKNOWN)),
+            rows=users,
+        ),
+        action_name="action",
+        action_bits=len(EVENTS),
+        options=StreamOptions(ticks_per_second=1000, absent_context=UNKNOWN),
+        log_counts=log_counts,
+    )
+
+
+DATASETS = {
+    "kuairand-pure": _published(
+        "Pure",
+        "0820331067a3784d9691136f772b35a7",
+        users=27_285,
+        log_counts={"users": 27_077, "items": 7_551, "events": 1_436_609},
+    ),
+    "kuairand-1k": _published(
+        "1K",
+        "6b0b9c8222d67fcd4c676218edca3f1f",
+        users=1_000,
+        log_counts={"users": 1_000, "items": 4_369_953, "events": 11_713_045},
+    ),
+    "kuairand-27k": _published(
+        "27K",
+        "3e3c799a24e2d23a4d2c757fbf9adf59",
+        parts=("_part1", "_part2"),
+        users=27_285,
+        log_counts={"users": 27_285, "items": 32_038_693, "events": 322_278_385},
+    ),
+}
