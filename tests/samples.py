@@ -23,6 +23,7 @@ def make_dataset(
     with_time: bool = True,
     contexts: Sequence[str] = ("country", "age"),
     items: np.ndarray | None = None,
+    times: np.ndarray | None = None,
     seed: int = 0,
 ) -> SequenceDataset:
     """Write random sequences of the given lengths into ``folder`` and open them."""
@@ -41,7 +42,7 @@ def make_dataset(
     if with_time:
         features.append(Feature(name="time", role="time"))
         clock = np.concatenate([np.sort(rng.integers(10**9, 10**9 + 10**6, size=size)) for size in sizes])
-        events["time"] = clock.astype(np.int64)
+        events["time"] = clock.astype(np.int64) if times is None else times
     dataset = EncodedDataset(
         schema=Schema(name="small", features=tuple(features), counts=count_statistics(sizes, num_items)),
         lengths=sizes,

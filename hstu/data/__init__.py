@@ -2,7 +2,7 @@
 
 from hstu.data.reader import SequenceDataset, Sequences
 from hstu.data.schema import Feature, Schema
-from hstu.data.splits import Split, leave_one_out
+from hstu.data.splits import Split, leave_one_out, make_splits
 from hstu.data.synthetic import SyntheticConfig, generate, write_synthetic
 from hstu.data.writer import EncodedDataset, write_dataset
 
@@ -16,6 +16,7 @@ __all__ = [
     "SyntheticConfig",
     "generate",
     "leave_one_out",
+    "make_splits",
     "write_dataset",
     "write_synthetic",
 ]

@@ -142,7 +142,7 @@ class SequenceDataset:
     def action_ids(self, originals: tuple[float | str, ...]) -> tuple[int, ...]:
         """Return the ids of actions given by original values, ascending.
 
-        Of a bit mask, the ids of all masks that contain one of ``originals``.
+        Of a bit mask, the ids of all masks that contain one of ``originals``; 0 stands for itself alone.
 
         Raises:
             ValueError: If the data set has no such action, with those it has.
@@ -160,7 +160,7 @@ class SequenceDataset:
             if not same.any():
                 some = ", ".join(repr(original) for original in known[:20].tolist())
                 raise ValueError(f"{self.path}: no action {value!r} in {self.schema.name!r}; there are: {some}")
-            found |= known & known[same] == value if bitmask else same
+            found |= known & known[same] == value if bitmask and value != 0 else same
         return tuple(np.flatnonzero(found).tolist())
 
     def vocabulary(self, feature: str) -> np.ndarray:

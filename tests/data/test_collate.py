@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -225,3 +226,143 @@ def test_ids_through_float32_are_caught(tmp_path: Path) -> None:
     split = Split(name="train", users=np.array([0]), stop=np.array([len(BIG)]))
     with pytest.raises(AssertionError):
         assert_ids_survive(collate(Collator(task="retrieval", max_history=10), dataset, split), BIG)
+
+
+def split_items(batch: Batch) -> list[list[int]]:
+    return [part.tolist() for part in parts(batch.ids("item"), batch.lengths("item"))]
+
+
+WINDOWS = [
+    (None, None),
+    (None, -1),
+    (None, -3),
+    (-2, None),
+    (-4, -1),
+    (0, 3),
+    (2, None),
+    (1, 2),
+    (None, 100),
+    (-100, 4),
+]
+
+
+@pytest.mark.parametrize(("start", "end"), WINDOWS)
+@pytest.mark.parametrize("split", ["train", "valid", "test"])
+@pytest.mark.parametrize("max_history", [2, 50])
+@pytest.mark.parametrize(("task", "candidates"), [("ranking", 0), ("ranking", 3), ("retrieval", 0)])
+def test_the_window_of_history_is_a_slice_by_index(
+    dataset: SequenceDataset,
+    start: int | None,
+    end: int | None,
+    split: str,
+    max_history: int,
+    task: str,
+    candidates: int,
+) -> None:
+    collator = Collator(
+        task=task,  # type: ignore[arg-type]
+        max_history=max_history,
+        max_candidates=candidates,
+        history_start=start,
+        history_end=end,
+    )
+    batch = collate(collator, dataset, split)
+    labels, stops = batch.labels.tolist(), leave_one_out(dataset.lengths)[split].stop
+    for b, stop in enumerate(stops.tolist()):
+        events = user_events(dataset, b, stop)
+        targets = 1 if split != "train" else min(candidates, max(stop - 1, min(stop, 1)))
+        kept = max_history + (split == "train" and candidates == 0)
+        history = list(range(stop - targets))[start:end][-kept:]
+        seen = history + list(range(stop - targets, stop))
+        assert split_items(batch)[b] == events.items[seen].tolist()
+        action_inputs = seen[: len(seen) - targets] if candidates else seen
+        assert parts(batch.ids("action"), batch.lengths("action"))[b].tolist() == events.actions[action_inputs].tolist()
+        if task == "retrieval":
+            wanted = seen[1:] if split == "train" else seen[-1:] if len(seen) > 1 else []
+            expected = events.items[wanted].tolist()
+        else:
+            expected = events.actions[seen if split == "train" and not candidates else seen[-targets:]].tolist()
+        assert labels[: len(expected)] == expected
+        del labels[: len(expected)]
+    assert labels == []
+
+
+def thinned(dataset: SequenceDataset, ids: np.ndarray, rows: np.ndarray, **options: object) -> Batch:
+    options = {"task": "retrieval", "max_history": 50, "sampling_ratio": 0.5, **options}
+    return Collator(**options)(dataset, leave_one_out(dataset.lengths)["train"], rows, ids, 0)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def long(tmp_path_factory: pytest.TempPathFactory) -> SequenceDataset:
+    # Items that tell their place, so that a subset tells what was kept.
+    lengths = [300, 40, 3, 120]
+    items = np.concatenate([np.arange(length) for length in lengths])
+    return make_dataset(tmp_path_factory.mktemp("data") / "long", lengths, items=items, num_items=300)
+
+
+def test_a_share_of_the_history_is_kept_in_order(long: SequenceDataset) -> None:
+    rows = np.arange(4)
+    for ratio in (0.2, 0.5, 0.9):
+        batches = [thinned(long, rows + 4 * epoch, rows, sampling_ratio=ratio, max_history=500) for epoch in range(40)]
+        kept = sum(batch.ids("item").numel() for batch in batches) / (40 * (long.lengths - 2).sum())
+        assert kept == pytest.approx(ratio, abs=0.02)  # four standard deviations
+        for batch in batches:
+            assert all(items == sorted(set(items)) for items in split_items(batch))
+            assert torch.equal(batch.lengths("action"), batch.lengths("item"))
+            labels = [item for items in split_items(batch) for item in items[1:]]
+            assert batch.labels.tolist() == labels  # the next event that was kept
+
+
+def test_what_is_kept_depends_on_seed_sample_and_epoch_alone(long: SequenceDataset) -> None:
+    rows = np.arange(4)
+    together = split_items(thinned(long, rows, rows))
+    alone = [split_items(thinned(long, rows[[b]], rows[[b]]))[0] for b in (3, 0, 1, 2)]
+    assert together == alone[1:] + alone[:1]
+    assert split_items(thinned(long, rows + 4, rows)) != together
+    assert split_items(thinned(long, rows, rows, seed=2**31 - 1)) != together
+    # Two samples of one length do not lose the same places.
+    a, b = split_items(thinned(long, np.array([5, 6]), np.array([0, 0])))
+    assert a != b
+
+
+def test_thinning_spares_candidates_and_evaluation(long: SequenceDataset) -> None:
+    rows = np.arange(4)
+    options = {"task": "ranking", "max_candidates": 5, "max_history": 50}
+    thin, whole = (thinned(long, rows, rows, sampling_ratio=ratio, **options) for ratio in (0.01, 1.0))
+    assert thin.labels.tolist() == whole.labels.tolist() and thin.ids("item").numel() < whole.ids("item").numel()
+    assert torch.equal(thin.num_candidates, whole.num_candidates)
+    splits = leave_one_out(long.lengths)
+    for name in ("valid", "test"):
+        sampling, plain = (Collator(sampling_ratio=ratio, **options) for ratio in (0.01, 1.0))  # type: ignore[arg-type]
+        a, b = (c(long, splits[name], rows, rows, 0) for c in (sampling, plain))
+        assert a.ids("item").tolist() == b.ids("item").tolist() and a.labels.tolist() == b.labels.tolist()
+
+
+def test_no_rows_can_be_thinned(long: SequenceDataset) -> None:
+    none = np.zeros(0, np.int64)
+    assert thinned(long, none, none).ids("item").numel() == 0
+
+
+@pytest.mark.parametrize(("task", "candidates"), [("ranking", 0), ("ranking", 4), ("retrieval", 0)])
+def test_some_actions_are_inputs_and_never_targets(dataset: SequenceDataset, task: str, candidates: int) -> None:
+    plain = Collator(task=task, max_history=50, max_candidates=candidates)  # type: ignore[arg-type]
+    masked = replace(plain, actions_without_loss=(1, 3))
+    a, b = (collate(collator, dataset, "train") for collator in (plain, masked))
+    assert torch.equal(a.features.values(), b.features.values())  # inputs stay
+    events = dataset.gather(np.arange(len(LENGTHS)), np.zeros(len(LENGTHS), np.int64), dataset.lengths - 2)
+    assert events.actions is not None and events.items.tolist() == a.ids("item").tolist()
+    predicted = np.flatnonzero(a.label_mask.numpy()) + (task == "retrieval")
+    wanted = predicted[~np.isin(events.actions[predicted], (1, 3))]
+    assert 0 < wanted.size < predicted.size
+    assert (np.flatnonzero(b.label_mask.numpy()) + (task == "retrieval")).tolist() == wanted.tolist()
+    assert b.labels.tolist() == (events.items if task == "retrieval" else events.actions)[wanted].tolist()
+
+
+@pytest.mark.parametrize("task", ["ranking", "retrieval"])
+def test_evaluation_scores_every_target_whatever_its_action(dataset: SequenceDataset, task: str) -> None:
+    plain = Collator(task=task, max_history=50)  # type: ignore[arg-type]
+    masked = replace(plain, actions_without_loss=(0, 1, 2, 3))
+    for name in ("valid", "test"):
+        a, b = (collate(collator, dataset, name) for collator in (plain, masked))
+        assert torch.equal(a.label_mask, b.label_mask) and a.labels.numel() == len(LENGTHS)
+    assert collate(masked, dataset, "train").labels.numel() == 0

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import logging
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -7,8 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from hstu.data import EncodedDataset, Feature, Schema, SequenceDataset, write_dataset
+from hstu.data import EncodedDataset, Feature, Schema, SequenceDataset, flat, write_dataset
 from hstu.data.schema import count_statistics
+from tests.samples import make_dataset
 
 # Ids that a 32-bit float, and a 32-bit integer, would change.
 BIG = (2**24 + 1, 2**40 + 3)
@@ -205,3 +208,129 @@ def test_missing_and_broken_files_are_refused(path: Path) -> None:
         file.unlink()
     with pytest.raises(ValueError, match="no parquet files"):
         SequenceDataset.open(path)
+
+
+def columns_folders(path: Path) -> list[Path]:
+    return sorted(path.glob(".columns-*"))
+
+
+def assert_same_data(path: Path, encoded: EncodedDataset) -> None:
+    dataset = SequenceDataset.open(path)
+    users = np.arange(dataset.num_users)
+    whole = dataset.gather(users, np.zeros_like(users), dataset.lengths)
+    np.testing.assert_array_equal(whole.items, encoded.events["item_id"])
+    np.testing.assert_array_equal(whole.actions, encoded.events["action"])
+    np.testing.assert_array_equal(whole.times, encoded.events["timestamp"])
+
+
+def test_columns_are_written_once_and_mapped(path: Path, encoded: EncodedDataset) -> None:
+    assert_same_data(path, encoded)
+    (folder,) = columns_folders(path)
+    written = {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
+    assert_same_data(path, encoded)
+    assert {file.name: file.stat().st_mtime_ns for file in folder.iterdir()} == written
+    dataset = SequenceDataset.open(path)
+    assert all(isinstance(column.base, np.memmap) for column in dataset._events.values())
+    assert dataset._events["action"].dtype == np.uint8  # the smallest that holds the ids
+
+
+def test_columns_follow_the_files(path: Path) -> None:
+    old = SequenceDataset.open(path)
+    other = encode(seed=1)
+    write_dataset(other, path, events_per_part=70)
+    assert_same_data(path, other)
+    assert len(columns_folders(path)) == 1  # the old ones are gone
+    edit(path, high_item)
+    with pytest.raises(ValueError, match="column 'item_id', row 3"):
+        SequenceDataset.open(path)
+    # What was mapped before stays readable, though its files have no name any more.
+    assert tuple(old.gather(np.array([0]), np.array([0]), np.array([2])).items) == BIG
+
+
+def test_refused_and_interrupted_columns_leave_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    edit(path, shorten_action)
+    with pytest.raises(ValueError, match="they must be equal"):
+        SequenceDataset.open(path)
+    assert not list(path.glob(".*columns*"))
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(flat, "_write_columns", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        SequenceDataset.open(path)
+    assert not list(path.glob(".*columns*"))
+
+
+def test_a_faster_process_wins(path: Path, encoded: EncodedDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    write, rivals = flat._write_columns, []
+
+    def beaten(folder: Path, files: list[Path], schema: Schema) -> None:
+        write(folder, files, schema)
+        if not rivals:
+            rivals.append(1)
+            SequenceDataset.open(path)
+
+    monkeypatch.setattr(flat, "_write_columns", beaten)
+    assert_same_data(path, encoded)
+    assert rivals and len(list(path.glob(".*columns*"))) == 1
+
+
+def test_a_data_set_that_cannot_be_written_is_read_all_the_same(
+    path: Path, encoded: EncodedDataset, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    make = tempfile.mkdtemp
+
+    def refuse(*arguments: object, **options: object) -> str:
+        if options.get("dir") == path:
+            raise PermissionError(13, "Permission denied")
+        return make(*arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(tempfile, "mkdtemp", refuse)  # permissions do not bind the administrator
+    with caplog.at_level(logging.WARNING, "hstu"):
+        assert_same_data(path, encoded)
+    assert "cannot be written (Permission denied)" in caplog.text
+    assert not columns_folders(path)
+
+
+def test_rows_are_numbered_alike_in_chunks_of_any_size(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flat, "_EVENTS_AT_ONCE", 1)
+    edit(path, falling_time)
+    with pytest.raises(ValueError, match="column 'timestamp', row 5: "):
+        SequenceDataset.open(path)
+
+
+@pytest.mark.parametrize("largest", [1, 5, 1000])
+def test_count_before_counts(tmp_path: Path, largest: int) -> None:
+    rng = np.random.default_rng(largest)
+    lengths = [4, 1, 9, 0, 30]
+    per_user = [np.sort(rng.integers(largest, size=length)) for length in lengths]
+    dataset = make_dataset(tmp_path / "timed", lengths, times=np.concatenate(per_user))
+    everything = np.concatenate(per_user)
+    assert dataset.time_range() == (everything.min(), everything.max())
+    for time in (-1, 0, 1, largest // 2, largest - 1, largest):
+        assert dataset.count_before(time).tolist() == [int((times < time).sum()) for times in per_user]
+
+
+def test_actions_are_found_by_their_original_values(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path / "mask", [3, 4], num_actions=8, action_type="bitmask")
+    assert dataset.action_ids((2,)) == (2, 3, 6, 7)
+    assert dataset.action_ids((6, 1)) == (1, 3, 5, 6, 7)
+    assert dataset.action_ids((0,)) == (0,) and dataset.action_ids(()) == ()
+    for wrong in (9, -1, "hate"):
+        with pytest.raises(ValueError, match=f"no action {wrong!r} in 'small'; there are: 0, 1, 2, 3"):
+            dataset.action_ids((wrong,))
+    with pytest.raises(ValueError, match="'small' has no actions to leave out"):
+        make_dataset(tmp_path / "none", [3], num_actions=None).action_ids((1,))
+
+
+@pytest.mark.parametrize(
+    ("originals", "wanted", "ids"), [([0.5, 3.0, 5.0, 7.5], (3, 7.5), (1, 3)), (list("abcd"), ("d", "b"), (1, 3))]
+)
+def test_categorical_actions_keep_their_original_values(
+    tmp_path: Path, originals: list, wanted: tuple, ids: tuple[int, ...]
+) -> None:
+    dataset = make_dataset(tmp_path / "small", [3, 4])
+    table = pa.table({"id": pa.array(range(4)), "original": pa.array(originals)})
+    pq.write_table(table, dataset.path / "vocabulary" / "action.parquet")
+    assert dataset.action_ids(wanted) == ids

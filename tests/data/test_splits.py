@@ -1,9 +1,16 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from hstu.data import leave_one_out
+from hstu.config import ConfigError, DatasetArgs
+from hstu.data import SequenceDataset, Split, leave_one_out, make_splits
+from hstu.data.splits import time_quantile
+from tests.samples import make_dataset
+
+LENGTHS = (3, 1, 12, 7, 5, 20, 4)
 
 
 def test_last_event_tests_and_last_but_one_validates() -> None:
@@ -21,3 +28,107 @@ def test_last_event_tests_and_last_but_one_validates() -> None:
 def test_users_with_too_few_events_are_refused() -> None:
     with pytest.raises(ValueError, match=r"2 of 3 users .* fewer than 3 .*row 1 has 2.*--min_user_events 3"):
         leave_one_out(np.array([3, 2, 1]))
+
+
+def args(**fields: object) -> DatasetArgs:
+    return DatasetArgs(dataset_name="small", max_history_seqlen=6, **fields)  # type: ignore[arg-type]
+
+
+def timed(folder: Path, largest: int, seed: int = 0) -> tuple[SequenceDataset, list[list[int]]]:
+    """A data set whose times are drawn from ``[0, largest)``: many ties, within users and between them."""
+    rng = np.random.default_rng(seed)
+    per_user = [sorted(rng.integers(largest, size=length).tolist()) for length in LENGTHS]
+    times = np.array([time for user in per_user for time in user])
+    return make_dataset(folder / f"{largest}-{seed}", LENGTHS, times=times), per_user
+
+
+def samples(split: Split) -> list[tuple[int, int]]:
+    return list(zip(split.users.tolist(), split.stop.tolist(), strict=True))
+
+
+def expected_temporal(per_user: list[list[int]], valid_from: int, test_from: int) -> dict[str, list[tuple[int, int]]]:
+    """From the definition, one event at a time."""
+    train = [(user, sum(t < valid_from for t in times)) for user, times in enumerate(per_user)]
+    valid, test = [], []
+    for user, times in enumerate(per_user):
+        for place, time in enumerate(times):
+            if place > 0 and time >= valid_from:
+                (valid if time < test_from else test).append((user, place + 1))
+    return {"train": [sample for sample in train if sample[1]], "valid": valid, "test": test}
+
+
+@pytest.mark.parametrize("largest", [3, 10, 10**9])
+@pytest.mark.parametrize("seed", range(4))
+def test_temporal_equals_its_definition_with_ties(tmp_path: Path, largest: int, seed: int) -> None:
+    dataset, per_user = timed(tmp_path, largest, seed)
+    cuts = (largest // 3, largest * 2 // 3)
+    splits = make_splits(args(protocol="temporal", temporal_cuts=cuts), dataset)
+    assert {name: samples(split) for name, split in splits.items()} == expected_temporal(per_user, *cuts)
+    assert all(split.name == name and split.stop.dtype == np.int64 for name, split in splits.items())
+    # No event that validates or tests is ever trained on, and none is a target twice.
+    trained = {(user, place) for user, stop in samples(splits["train"]) for place in range(stop)}
+    targets = [(user, stop - 1) for name in ("valid", "test") for user, stop in samples(splits[name])]
+    assert len(targets) == len(set(targets)) and not trained & set(targets)
+
+
+@pytest.mark.parametrize("largest", [2, 7, 10**9])
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.8, 0.99])
+def test_time_quantile_is_the_first_time_with_that_share_before_it(tmp_path: Path, largest: int, share: float) -> None:
+    dataset, per_user = timed(tmp_path, largest)
+    ordered = sorted(time for times in per_user for time in times)
+
+    def before(time: int) -> float:
+        return sum(t < time for t in ordered) / len(ordered)
+
+    found = time_quantile(dataset, share)
+    assert before(found) >= share and before(found - 1) < share
+
+
+def test_temporal_quantiles_are_cuts(tmp_path: Path) -> None:
+    dataset, per_user = timed(tmp_path, 10**6)
+    splits = make_splits(args(protocol="temporal", temporal_quantiles=(0.5, 0.75)), dataset)
+    cuts = time_quantile(dataset, 0.5), time_quantile(dataset, 0.75)
+    assert {name: samples(split) for name, split in splits.items()} == expected_temporal(per_user, *cuts)
+
+
+def test_empty_windows_and_missing_times_are_refused(tmp_path: Path) -> None:
+    dataset, _ = timed(tmp_path, 10)
+    for cuts, empty in (((0, 5), "train"), ((20, 30), "valid"), ((5, 30), "test")):
+        with pytest.raises(ValueError, match=f"the {empty} split .* is empty.*0 to 9.*DatasetArgs.temporal_cuts"):
+            make_splits(args(protocol="temporal", temporal_cuts=cuts), dataset)
+    timeless = make_dataset(tmp_path / "timeless", LENGTHS, with_time=False)
+    with pytest.raises(ValueError, match="has no times; use DatasetArgs.protocol = 'leave_one_out'"):
+        make_splits(args(protocol="temporal"), timeless)
+
+
+def test_by_user_trains_on_the_first_users_and_tests_on_the_others(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path / "small", [3 + i for i in range(10)])
+    splits = make_splits(args(protocol="by_user"), dataset)
+    assert samples(splits["train"]) == [(user, 3 + user) for user in range(7)]
+    assert samples(splits["valid"]) == [(user, 2 + user) for user in (7, 8, 9)]
+    assert samples(splits["test"]) == [(user, 3 + user) for user in (7, 8, 9)]
+    with pytest.raises(ValueError, match="2 users or more"):
+        make_splits(args(protocol="by_user"), make_dataset(tmp_path / "one", [3]))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"protocol": "sideways"}, "protocol = 'sideways': must be one of 'leave_one_out', 'temporal', 'by_user'"),
+        ({"temporal_quantiles": (0.9, 0.8)}, "temporal_quantiles.*two ascending"),
+        ({"temporal_quantiles": (0.9,)}, "temporal_quantiles.*two ascending"),
+        ({"temporal_quantiles": (0.5, 1)}, "temporal_quantiles.*between 0 and 1"),
+        ({"protocol": "temporal", "temporal_cuts": (7, 7)}, "temporal_cuts.*two ascending times"),
+        ({"temporal_cuts": (1, 2)}, "temporal_cuts.*needs DatasetArgs.protocol = 'temporal'"),
+        ({"history_end": 0}, "history_end = 0: leaves no event"),
+        ({"history_start": -2, "history_end": -2}, "history_end.*above DatasetArgs.history_start"),
+        ({"history_start": 4, "history_end": 3}, "history_end.*above DatasetArgs.history_start"),
+        ({"history_sampling_ratio": 0}, "history_sampling_ratio.*above 0 and at most 1"),
+        ({"history_sampling_ratio": 1.5}, "history_sampling_ratio.*above 0 and at most 1"),
+        ({"num_workers": -1}, "num_workers"),
+        ({"actions_without_loss": 3}, "actions_without_loss.*a list, each item an integer or a number or a string"),
+    ],
+)
+def test_wrong_fields_are_refused_by_name(fields: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        args(**fields)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,10 +16,10 @@ import torch
 from torch import Tensor
 
 from hstu.config import Config
-from hstu.data import SequenceDataset, leave_one_out
+from hstu.data import SequenceDataset, make_splits
 from hstu.data.loader import BatchLoader
 from hstu.models import RankingModel, RetrievalModel, build_model, make_collator
-from hstu.training.evaluate import evaluate
+from hstu.training.evaluate import best_possible, evaluate
 from tests.samples import make_config, make_dataset
 
 LENGTHS = [3, 9, 4, 12, 5, 3, 7, 20, 6, 4, 8]
@@ -28,15 +31,18 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> SequenceDataset:
     return make_dataset(tmp_path_factory.mktemp("data") / "small", LENGTHS, num_items=30)
 
 
-def prepare(dataset: SequenceDataset, config: Config, split: str, batch_size: int) -> tuple[Any, BatchLoader]:
+def prepare(
+    dataset: SequenceDataset, config: Config, split: str, batch_size: int, **options: Any
+) -> tuple[Any, BatchLoader]:
     model = build_model(config, dataset.schema)
     for parameter in model.parameters():  # far from the small initial weights, so that scores differ
         torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(parameter.numel()))
     loader = BatchLoader(
         dataset=dataset,
-        split=leave_one_out(dataset.lengths)[split],  # type: ignore[arg-type]
+        split=make_splits(config.dataset, dataset)[split],
         collate=make_collator(config, dataset.schema),
         batch_size=batch_size,
+        **options,
     )
     return model, loader
 
@@ -52,7 +58,8 @@ def naive_retrieval(model: RetrievalModel, loader: BatchLoader, filter_seen: boo
         batch = loader.collate(loader.dataset, loader.split, np.array([row]), np.array([row]), 0)
         scores = (model.queries(batch).double() @ table.T)[0]
         stop = int(loader.split.stop[row])
-        events = loader.dataset.gather(np.array([row]), np.array([0]), np.array([stop])).items.tolist()
+        user = loader.split.users[[row]]
+        events = loader.dataset.gather(user, np.array([0]), np.array([stop])).items.tolist()
         target = events[-1]
         others = set(range(30)) - {target} - (set(events[:-1]) if filter_seen else set())
         ranks.append(1 + sum(float(scores[j]) > float(scores[target]) for j in others))
@@ -119,3 +126,57 @@ def test_ranking_scores_do_not_depend_on_batches(
         sum(int(p[i].argmax()) == y for i, y in enumerate(truth)) / 11
     )
     assert record["num_users"] == 11 and record["left_out"]["AUC"] == 4 - len(set(truth))
+
+
+@pytest.mark.parametrize("filter_seen", [True, False])
+@pytest.mark.parametrize("options", [{}, {"num_workers": 2}, {"world_size": 2}])
+def test_users_with_several_targets(dataset: SequenceDataset, filter_seen: bool, options: dict[str, int]) -> None:
+    config = make_config(
+        "retrieval",
+        *RETRIEVAL,
+        "DatasetArgs.protocol='temporal'",
+        "DatasetArgs.temporal_quantiles=(0.3, 0.5)",
+        f"RetrievalArgs.filter_seen={filter_seen}",
+    )
+    model, loader = prepare(dataset, config, "test", 4, **options)
+    users = loader.split.users
+    assert np.unique(users).size < users.size  # several targets of one user
+    assert users.tolist() != list(range(users.size))
+    expected = naive_retrieval(model, loader, filter_seen)
+    ranks = [replace(loader, rank=rank) for rank in range(loader.world_size)]
+    records = evaluate_ranks(model, ranks, config)
+    for record in records:
+        assert record["metrics"] == pytest.approx(expected, rel=1e-12)
+        assert (record["protocol"], record["split"]) == ("temporal", "test")
+        assert (record["num_users"], record["num_targets"]) == (np.unique(users).size, users.size)
+
+
+def evaluate_ranks(model: Any, ranks: list[BatchLoader], config: Config) -> list[dict[str, Any]]:
+    """Evaluate on each rank in a thread of its own; sums and gathers meet at a barrier."""
+    board: dict[int, Tensor] = {}
+    barrier = threading.Barrier(len(ranks))
+
+    def exchange(rank: int, value: Tensor) -> list[Tensor]:
+        board[rank] = value.clone()
+        barrier.wait(30)
+        values = [board[other] for other in range(len(ranks))]
+        barrier.wait(30)
+        return values
+
+    def mesh(rank: int) -> Any:
+        return SimpleNamespace(
+            device=torch.device("cpu"),
+            sum=lambda x: torch.stack(exchange(rank, x)).sum(0),
+            gather=lambda x: torch.cat(exchange(rank, x)),
+        )
+
+    with ThreadPoolExecutor(len(ranks)) as pool:
+        futures = [pool.submit(evaluate, model, loader, mesh(loader.rank), config, 0) for loader in ranks]
+        return [future.result() for future in futures]
+
+
+def test_scores_of_planted_data_stand_beside_their_own_protocol_only() -> None:
+    record = {"protocol": "leave_one_out", "split": "test", "metrics": {"HR@10": 0.1, "MRR": 0.2}}
+    planted = {"test": {"HR@10": 0.4}}
+    assert best_possible(record, planted) == {"HR@10": 0.4, "MRR": None}
+    assert best_possible(record | {"protocol": "temporal"}, planted) is None
