@@ -21,6 +21,9 @@ class ConfigError(ValueError):
         super().__init__(f"{field}{message}" if message.startswith(":") else f"{field} {message}")
         self.field, self.message = field, message
 
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[str, str]]:
+        return type(self), (self.field, self.message)  # it travels from rank 0 to the others
+
 
 def _coerce(annotation: Any, value: Any) -> Any:
     """Return ``value`` as ``annotation``, or raise ``TypeError`` with what was expected."""

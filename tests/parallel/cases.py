@@ -73,6 +73,16 @@ CASES = {
             ("OptimizerArgs.weight_decay=0.3", "DatasetArgs.max_num_candidates=4", *sharding("table_wise")),
             data="short",
         ),
+        Case(
+            "ranking-adam-distributed",
+            "ranking",
+            (
+                "OptimizerArgs.use_distributed_optimizer=True",
+                "OptimizerArgs.overlap_grad_reduce=True",
+                "OptimizerArgs.clip_grad=0.05",
+                *sharding("row_wise", segment="data_parallel"),
+            ),
+        ),
         Case("ranking-adagrad", "ranking", ("OptimizerArgs.sparse_optimizer_str='adagrad'",), plain_steps=0),
         Case("retrieval-adam-uniform", "retrieval", ("NetworkArgs.preset='research'",)),
         Case("retrieval-sgd-uniform", "retrieval", (*SGD, *sharding("table_wise"))),

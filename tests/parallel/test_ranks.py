@@ -112,7 +112,7 @@ def test_mesh(results: Results, ranks: int) -> None:
             "sum": [ranks, sum(range(ranks))],
             "broadcast": {"from": 0},
             "on main": "done by 0",
-            "raised": "said on rank 0",
+            "raised": "TrainerArgs.seed_of_rank_0 = 1: said",
             "any": [ranks > 1, False],
             "is main": rank == 0,
         }

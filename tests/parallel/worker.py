@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torchrec.distributed import comm_ops
 
-from hstu.config import Config, OptimizerArgs
+from hstu.config import Config, ConfigError, OptimizerArgs
 from hstu.data.batch import Batch
 from hstu.data.loader import BatchLoader
 from hstu.data.reader import SequenceDataset
@@ -157,12 +157,12 @@ def mesh_facts(mesh: Mesh) -> dict[str, Any]:
     own = torch.arange(mesh.rank * 2, dtype=torch.float64).view(-1, 2) + 10 * mesh.rank
 
     def fails() -> None:
-        raise ValueError(f"said on rank {mesh.rank}")
+        raise ConfigError(f"TrainerArgs.seed_of_rank_{mesh.rank}", "= 1: said")
 
     try:
         mesh.on_main(fails)
         raised = None
-    except ValueError as error:
+    except ConfigError as error:
         raised = str(error)
     return {
         "gather": mesh.gather(own).tolist(),
