@@ -7,6 +7,7 @@ import contextlib
 import functools
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -75,13 +76,24 @@ class Entrypoint:
         )
         atexit.register(self.close)
 
-    def __call__(self, task: str, *flags: str, cwd: Path, timeout: float = 60, kill_at: str | None = None) -> Done:
+    def __call__(
+        self,
+        task: str,
+        *flags: str,
+        cwd: Path,
+        timeout: float = 60,
+        when: str | None = None,
+        number: int = signal.SIGKILL,
+    ) -> Done:
         """Run the entrypoint of ``task`` in ``cwd``.
 
-        ``kill_at`` is when to kill -9 it: seconds after its start, or ``"save N"``: within its Nth save.
+        ``when`` is the moment to send signal ``number``: ``"line N"`` of metrics.jsonl in the run directory
+        ``run`` below ``cwd``, or ``"save N"``, within the Nth save of this process.
         """
         with tempfile.TemporaryDirectory() as streams:
-            request = dict(task=task, flags=flags, cwd=str(cwd), streams=streams, timeout=timeout, kill_at=kill_at)
+            request = dict(
+                task=task, flags=flags, cwd=str(cwd), streams=streams, timeout=timeout, when=when, number=number
+            )
             assert self.server.stdin is not None and self.server.stdout is not None
             self.server.stdin.write(json.dumps(request) + "\n")
             self.server.stdin.flush()

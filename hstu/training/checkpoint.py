@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from hstu.config import Config
 from hstu.data.schema import Schema
 from hstu.parallel import Parallelized
+from hstu.parallel.embedding import sparse_optimizer_name
 from hstu.training.optimizer import Optimizer
 
 logger = logging.getLogger(__name__)
@@ -65,6 +67,8 @@ def model_identity(config: Config, schema: Schema) -> dict[str, Any]:
         "DatasetArgs.max_history_seqlen": config.dataset.max_history_seqlen,
         "DatasetArgs.max_num_candidates": config.dataset.max_num_candidates,
         "DatasetArgs.contextual_feature_names": config.dataset.contextual_feature_names,
+        "OptimizerArgs.optimizer_str": config.optimizer.optimizer_str,
+        "OptimizerArgs.sparse_optimizer_str": sparse_optimizer_name(config.optimizer),
         "tables": {feature.name: feature.vocab_size for feature in schema.features},
     }
     if config.ranking is not None:
@@ -124,7 +128,8 @@ class Checkpointer:
         """
         marker = read_marker(path)
         for name, value in self.identity.items():
-            if marker["model"].get(name) != value:
+            needed = optimizer or not name.startswith("OptimizerArgs.")
+            if needed and marker["model"].get(name) != value:
                 raise CheckpointError(
                     f"checkpoint {path} is of another model: {name} is {marker['model'].get(name)!r} there and "
                     f"{value!r} here; use the config of its run, or another --run-dir"
@@ -136,8 +141,9 @@ class Checkpointer:
         try:
             reader = HuggingFaceStorageReader(str(path))
             dcp.load(tensors, storage_reader=reader, process_group=self.mesh.host_group)
-        except Exception as error:
-            raise CheckpointError(f"checkpoint {path} cannot be read: {_first_line(error)}") from error
+        except (Exception, CheckpointException) as error:  # the latter is no Exception
+            reason = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+            raise CheckpointError(f"checkpoint {path} cannot be read: {_first_line(reason)}") from error
         progress = Progress(**marker["progress"])
         self.parallel.tables.set_step(progress.step)
         if optimizer:
@@ -177,9 +183,10 @@ class Checkpointer:
         os.replace(partial, final)
 
     def _publish(self, final: Path, best: bool) -> None:
-        point(self.directory / "latest", final.name)
+        # In this order: a run killed in between goes on from before the best one and finds it again.
         if best:
             point(self.directory / "best", final.name)
+        point(self.directory / "latest", final.name)
         self._prune()
 
     def _prune(self) -> None:

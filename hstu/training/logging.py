@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import sys
 import time
@@ -28,7 +29,7 @@ class RunLogger:
 
     def __init__(self, run: RunDirectory, loggers: tuple[str, ...], first_step: int, total_steps: int) -> None:
         self.run, self.total_steps, self.first_step = run, total_steps, first_step
-        self.started, self.paused = time.perf_counter(), 0.0
+        self.started = time.perf_counter()
         self.bar = (
             tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, smoothing=0.1)
             if sys.stdout.isatty()
@@ -98,11 +99,13 @@ def format_metrics(metrics: dict[str, float | None]) -> str:
     return "  ".join(f"{name} " + ("undefined" if value is None else f"{value:.4f}") for name, value in metrics.items())
 
 
+def check_loggers(loggers: tuple[str, ...]) -> None:
+    """Raise ``ConfigError`` for a logger that is not installed."""
+    if "wandb" in loggers and importlib.util.find_spec("wandb") is None:
+        raise ConfigError("TrainerArgs.loggers", "asks for 'wandb': install it with pip install 'hstu[wandb]'")
+
+
 def _start_wandb(run: RunDirectory) -> Any:
-    try:
-        import wandb
-    except ImportError:
-        raise ConfigError(
-            "TrainerArgs.loggers", "asks for 'wandb': install it with pip install 'hstu[wandb]'"
-        ) from None
+    import wandb
+
     return wandb.init(dir=str(run.path), name=run.path.name, resume="allow")

@@ -17,6 +17,11 @@ class TrainingError(RuntimeError):
     """Training cannot go on: the loss is not finite, or there is nothing to learn from."""
 
 
+def not_finite(what: str, step: int) -> TrainingError:
+    """Return the error for a loss or weight that is not a number any more."""
+    return TrainingError(f"{what} is not finite at step {step}: lower OptimizerArgs.learning_rate or set clip_grad")
+
+
 class Meter:
     """Sums over steps and ranks since the last log line; time spent elsewhere does not count."""
 
@@ -28,6 +33,10 @@ class Meter:
         # Loss and live negatives gather on the device, so that no step waits for it.
         self.sums = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
         self.labels = self.sequences = self.tokens = 0
+        self.start()
+
+    def start(self) -> None:
+        """Start the clock of the next line."""
         self.away, self.since = 0.0, time.perf_counter()
 
     def add(self, loss: LossSum, sequences: int, tokens: int) -> None:
@@ -48,7 +57,7 @@ class Meter:
         self.away += time.perf_counter() - start
 
     def state(self, step: int) -> list[float]:
-        """Return loss, live negatives, labels, sequences and tokens since the last line, over all ranks.
+        """Return loss, live negatives, labels, sequences and tokens since the last line, summed over all ranks.
 
         Raises:
             TrainingError: if the loss is not finite.
@@ -56,17 +65,15 @@ class Meter:
         host = torch.tensor([self.labels, self.sequences, self.tokens], dtype=torch.float64, device=self.sums.device)
         totals: list[float] = self.mesh.sum(torch.cat([self.sums, host])).tolist()
         if not math.isfinite(totals[0]):
-            raise TrainingError(
-                f"loss is not finite at step {step}: lower OptimizerArgs.learning_rate or set clip_grad"
-            )
+            raise not_finite("loss", step)
         return totals
 
     def restore(self, state: list[float]) -> None:
-        """Go on from ``state``, which all ranks share: rank 0 takes it."""
+        """Go on from the means of ``state``, which all ranks share: rank 0 takes it. Speed is that of this process."""
         self._reset()
         if self.mesh.is_main and state:
             self.sums += torch.tensor(state[:2], dtype=torch.float64, device=self.sums.device)
-            self.labels, self.sequences, self.tokens = (int(value) for value in state[2:])
+            self.labels = int(state[2])
 
     def read(self, step: int) -> dict[str, float]:
         """Return means since the last line, and start again.

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hstu.config import Config
+from hstu.config import Config, ConfigError
 from hstu.data.batch import Batch
 from hstu.data.loader import BatchLoader
 from hstu.data.reader import SequenceDataset
@@ -21,8 +21,8 @@ from hstu.parallel.balance import deal, sample_costs
 from hstu.training.checkpoint import Checkpointer, Progress, find_checkpoint, model_identity
 from hstu.training.evaluate import best_possible, evaluate, improves
 from hstu.training.interrupt import StopRequest
-from hstu.training.logging import RunLogger, format_metrics
-from hstu.training.meter import Meter
+from hstu.training.logging import RunLogger, check_loggers, format_metrics
+from hstu.training.meter import Meter, not_finite
 from hstu.training.optimizer import Optimizer
 from hstu.training.plot import draw_curves, sketch_curves
 from hstu.training.profile import profiler
@@ -47,6 +47,7 @@ class Trainer:
     def __init__(self, config: Config, dataset: SequenceDataset, mesh: Mesh, run: RunDirectory) -> None:
         self.config, self.dataset, self.mesh, self.run = config, dataset, mesh, run
         args = config.trainer
+        check_loggers(args.loggers)
         self.progress = Progress()
         without_loss = dataset.action_ids(config.dataset.actions_without_loss)
         collate = replace(make_collator(config, dataset.schema), actions_without_loss=without_loss)
@@ -86,12 +87,22 @@ class Trainer:
         return deal(sample_costs(events * per_event, self.config.network), ranks)
 
     def resume(self, checkpoint: Path) -> None:
-        """Go on from ``checkpoint``, as if training had never stopped."""
+        """Go on from ``checkpoint``, as if training had never stopped. Nothing is written yet.
+
+        Raises:
+            CheckpointError: if it cannot be loaded.
+            ConfigError: if it is another run's, and that has taken all the steps of this one.
+        """
         self.progress = self.checkpointer.load(checkpoint)
         self._keep_position()
         self.meter.restore(self.progress.since_last_line)
-        self.mesh.on_main(lambda: self.run.rewind(self.progress.step))
-        logger.info("resumed from %s at step %d", checkpoint, self.progress.step)
+        if checkpoint.resolve().parent != self.run.checkpoints.resolve():
+            if self.progress.step >= self.total_steps:
+                raise ConfigError("--checkpoint", f"= {str(checkpoint)!r}: has taken {self.progress.step} steps of "
+                                  f"{self.total_steps}; raise TrainerArgs.max_train_iters or max_epochs")  # fmt: skip
+            # The best of another run is not here to be tested.
+            fresh = dict(best_score=None, best_step=None, evaluations_since_best=0, stopped_early=False)
+            self.progress = replace(self.progress, **fresh)  # type: ignore[arg-type]
 
     def train(self) -> dict[str, Any] | None:
         """Train to the end, then score the best checkpoint on the test split once.
@@ -103,6 +114,7 @@ class Trainer:
             TrainingError: if the loss is not finite or there are no negatives; the last checkpoint stays.
         """
         logger.info(self._summary())
+        self.mesh.on_main(lambda: self.run.rewind(self.progress.step))
         with StopRequest() as stop, self._logger() as log:
             self.model.train()
             with profiler(self.config.trainer, self.run.path, self.progress.step, self.mesh.rank) as profile:
@@ -123,6 +135,7 @@ class Trainer:
         """Take steps until the end; return False if a signal came first."""
         args, progress, loader = self.config.trainer, self.progress, self.loaders["train"]
         size = len(loader.split)
+        self.meter.start()
         while progress.step < self.total_steps and not progress.stopped_early:
             epoch, first = divmod(progress.samples, size)
             for batch in loader.epoch(epoch, first):
@@ -184,6 +197,9 @@ class Trainer:
 
     def _save(self, *, best: bool = False) -> None:
         self.progress.since_last_line = self.meter.state(self.progress.step)
+        # A finite loss says nothing of the step that came after it.
+        if self.mesh.any(not all(bool(p.isfinite().all()) for p in self.model.parameters())):
+            raise not_finite("a weight", self.progress.step)
         self.checkpointer.save(self.progress, best=best)
 
     def _test(self, log: RunLogger | _Silent) -> dict[str, Any]:

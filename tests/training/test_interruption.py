@@ -1,0 +1,94 @@
+"""Whatever ends a run, it goes on from its last checkpoint to the same losses."""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from hstu.training.checkpoint import read_marker
+from tests.launch import ROOT, entrypoint, started, torchrun_command
+from tests.tiny import BINDINGS
+from tests.training.runs import EVERY_STEP, losses, records, worst
+
+STEPS = 40
+LIMITS = ("TrainerArgs.ckpt_save_interval=4", "TrainerArgs.eval_interval=9", "TrainerArgs.max_epochs=9999")
+SIGNALS = [signal.SIGINT, signal.SIGTERM]
+
+
+def flags(data: Path, *bindings: str, batch: int = 32) -> list[str]:
+    """Return the flags of a run in the directory ``run``."""
+    own = (*BINDINGS["ranking"], *EVERY_STEP, *LIMITS, f"DatasetArgs.dataset_path='{data}'", *bindings)
+    given = [f"--gin-bindings={line}" for line in (*own, f"TrainerArgs.train_batch_size={batch}")]
+    return ["--gin-config-file=synthetic_ranking.gin", "--run-dir=run", "--resume=auto", *given]
+
+
+@pytest.fixture(scope="module")
+def unbroken(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("unbroken")
+    done = entrypoint()("ranking", *flags(data, f"TrainerArgs.max_train_iters={STEPS}"), cwd=path)
+    assert done.code == 0, done.err
+    return path / "run"
+
+
+def kill_and_go_on(data: Path, cwd: Path, unbroken: Path, moments: list[str]) -> None:
+    """Kill the run at each moment, then let it finish, and compare."""
+    command = flags(data, f"TrainerArgs.max_train_iters={STEPS}")
+    codes = [entrypoint()("ranking", *command, cwd=cwd, when=moment).code for moment in moments]
+    # A run may be done before its moment, so late in the list.
+    assert set(codes) <= {0, -signal.SIGKILL} and codes.count(0) <= len(codes) // 2, codes
+    done = entrypoint()("ranking", *command, cwd=cwd)
+    assert done.code == 0, done.err
+    assert worst(losses(cwd / "run"), losses(unbroken)) == 0
+    assert records(cwd / "run", "eval") == records(unbroken, "eval")
+    assert (cwd / "run" / "eval.json").read_text() == (unbroken / "eval.json").read_text()
+    left = {path.name for path in (cwd / "run" / "checkpoints").iterdir()}
+    assert not any(name.startswith(".") for name in left), left
+
+
+def test_killed_in_saves_and_between(data: Path, tmp_path: Path, unbroken: Path) -> None:
+    kill_and_go_on(data, tmp_path, unbroken, ["line 2", "save 1", "save 3", "line 21", "save 2"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_at_random(data: Path, tmp_path: Path, unbroken: Path, seed: int) -> None:
+    rng = random.Random(seed)
+    # Later kills come at later lines, since a killed run may have lost some.
+    lines = sorted(rng.randint(1, STEPS) for _ in range(8))
+    moments = [f"line {n}" if rng.random() < 0.5 else "save 1" for n in lines]
+    kill_and_go_on(data, tmp_path, unbroken, moments)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_saves_and_ends_well(data: Path, tmp_path: Path, unbroken: Path, number: int) -> None:
+    command = flags(data, f"TrainerArgs.max_train_iters={STEPS}")
+    done = entrypoint()("ranking", *command, cwd=tmp_path, when="line 7", number=number)
+    assert done.code == 0 and "Traceback" not in done.err, done.err
+    stopped = len(losses(tmp_path / "run"))
+    assert 7 <= stopped < STEPS
+    latest = tmp_path / "run" / "checkpoints" / "latest"
+    assert latest.resolve().name == f"step_{stopped:09d}", "the very step that it stopped at"
+    assert f"stopped at step {stopped}, saved" in done.out
+    done = entrypoint()("ranking", *command, cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert worst(losses(tmp_path / "run"), losses(unbroken)) == 0
+
+
+def test_a_signal_to_torchrun_saves_on_two_ranks(data: Path, tmp_path: Path) -> None:
+    script = ROOT / "examples" / "pretrain_gr_ranking.py"
+    command = torchrun_command(2, script, *flags(data, "TrainerArgs.max_train_iters=5000", batch=16))
+    with started(command, cwd=tmp_path) as process:
+        metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 60
+        while not (metrics.exists() and len(metrics.read_bytes().splitlines()) >= 7):
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    stopped = len(losses(tmp_path / "run"))
+    assert f"stopped at step {stopped}, saved" in out, err
+    marker = read_marker(tmp_path / "run" / "checkpoints" / "latest")
+    assert marker["progress"]["step"] == stopped and marker["world_size"] == 2

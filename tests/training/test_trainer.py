@@ -1,0 +1,246 @@
+"""What a run writes, which checkpoint it chooses, when it stops, and what its clock counts."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hstu.training import trainer as module
+from hstu.training.checkpoint import find_checkpoint
+from hstu.training.meter import TrainingError
+from hstu.training.optimizer import Optimizer
+from hstu.training.trainer import Trainer
+from tests.tiny import write_tiny
+from tests.training.runs import records, trainer
+from tests.training.test_checkpoint import fake_scores
+
+EVAL_KEYS = {"kind", "split", "step", "protocol", "filter_seen", "num_candidates", "num_users", "tie_rule", "metrics"}
+TEN = ("TrainerArgs.max_train_iters=10", "TrainerArgs.eval_interval=1")
+
+
+@pytest.mark.parametrize("task", ["ranking", "retrieval"])
+def test_records(data: Path, tmp_path: Path, task: str) -> None:
+    bindings = ("TrainerArgs.max_train_iters=6", "TrainerArgs.log_interval=4", "TrainerArgs.eval_interval=3")
+    with trainer(data, tmp_path, task, *bindings, "TrainerArgs.loggers=('tensorboard',)") as run:
+        assert run.train() is not None
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(r["kind"], r.get("split"), r["step"]) for r in lines[:-1]] == [
+        ("eval", "valid", 3),
+        ("train", None, 4),
+        ("train", None, 6),
+        ("eval", "valid", 6),
+    ]
+    keys = {"kind", "step", "epoch", "loss", "lr", "sequences_per_second", "tokens_per_second"}
+    for record in lines:
+        if record["kind"] == "train":
+            assert record.keys() - {"live_negatives"} == keys
+            assert record["lr"] == 3e-3 and record["tokens_per_second"] > record["sequences_per_second"] > 0
+            assert record["epoch"] == (record["step"] - 1) // 4
+        else:
+            assert record.keys() >= EVAL_KEYS
+    final = json.loads((tmp_path / "eval.json").read_text())
+    assert final == lines[-1] and final["split"] == "test"
+    expected: dict[str, Any] = {
+        "protocol": "leave_one_out",
+        "num_users": 120,
+        "tie_rule": "average",
+        "filter_seen": None if task == "ranking" else True,
+        "num_candidates": 1 if task == "ranking" else 120,
+    }
+    assert {key: final[key] for key in expected} == expected
+    assert final["metrics"].keys() == final["best_possible"].keys() == set(run.config.eval_metrics)
+    assert all(value > 0.1 for value in final["best_possible"].values())
+    assert (tmp_path / "figures" / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert list((tmp_path / "tensorboard").glob("events.*"))
+
+
+def test_a_metric_without_a_known_best(data: Path, tmp_path: Path) -> None:
+    with trainer(
+        data, tmp_path, "ranking", "TrainerArgs.max_train_iters=1", "RankingArgs.eval_metrics=('AUC','LOGLOSS')"
+    ) as run:
+        run.train()
+    best = json.loads((tmp_path / "eval.json").read_text())["best_possible"]
+    assert best["LOGLOSS"] is None and best["AUC"] > 0.5
+
+
+@pytest.mark.parametrize(("metric", "choose"), [("AUC", 4), ("LOGLOSS", 7)])
+def test_validation_chooses_and_test_is_scored_once(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, metric: str, choose: int
+) -> None:
+    scores = dict.fromkeys(range(1, 11), 0.5) | {4: 0.8, 7: 0.3}
+    asked = fake_scores(monkeypatch, scores, metric)
+    seen: list[torch.Tensor] = []
+    evaluate = module.evaluate
+
+    def watch(model: Any, loader: Any, *args: Any) -> dict[str, Any]:
+        weights = next(model.backbone.parameters()).detach().clone()
+        seen.append(weights)
+        return evaluate(model, loader, *args)
+
+    monkeypatch.setattr(module, "evaluate", watch)
+    with trainer(data, tmp_path, "ranking", *TEN, f"RankingArgs.eval_metrics=('{metric}',)") as run:
+        record = run.train()
+    assert record is not None and record["step"] == choose
+    assert [split for split, _ in asked].count("test") == 1 and asked[-1] == ("test", choose)
+    assert torch.equal(seen[-1], seen[choose - 1]), "the weights of the chosen step"
+    assert not torch.equal(seen[-1], seen[-2])
+
+
+def test_early_stopping(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = {1: 0.1, 2: 0.5, 3: 0.4, 4: 0.5, 5: 0.3, 6: 0.9}
+    fake_scores(monkeypatch, scores)
+    bindings = (*TEN, "TrainerArgs.early_stopping_patience=3")
+    with trainer(data, tmp_path, "ranking", *bindings) as run:
+        record = run.train()
+    assert record is not None and (run.progress.step, record["step"]) == (5, 2), "a tie is no better score"
+    with trainer(data, tmp_path, "ranking", *bindings) as run:
+        run.resume(find_checkpoint(tmp_path / "checkpoints", "latest"))  # type: ignore[arg-type]
+        run.train()
+    assert run.progress.step == 5, "it stays stopped"
+    assert [r["split"] for r in records(tmp_path, "eval")].count("test") == 1
+
+
+def test_a_finished_run_is_only_scored_again(data: Path, tmp_path: Path) -> None:
+    for _ in range(2):
+        with trainer(data, tmp_path, "ranking", "TrainerArgs.max_train_iters=3") as run:
+            latest = find_checkpoint(tmp_path / "checkpoints", "latest")
+            if latest is not None:
+                run.resume(latest)
+            run.train()
+    assert [r["step"] for r in records(tmp_path)] == [1, 2, 3]
+    assert [r["split"] for r in records(tmp_path, "eval")] == ["valid", "test"]
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1, "loss": 9.0}\n{"kind": "tra')
+    with trainer(data, tmp_path, "ranking", "TrainerArgs.max_train_iters=2") as run:
+        run.train()
+    assert [r["step"] for r in records(tmp_path)] == [1, 2] and records(tmp_path)[0]["loss"] < 9
+
+
+def moved(run: Trainer, steps: int = 3) -> tuple[float, float]:
+    """Return how far the first dense weight and the item table move."""
+
+    def state() -> tuple[torch.Tensor, torch.Tensor]:
+        (tables,) = run.parallel.tables.collections.values()
+        item = next(w for name, w in tables.state_dict().items() if "item_id" in name)
+        return next(run.model.backbone.parameters()).detach().clone(), item.local_shards()[0].tensor.clone()
+
+    before = state()
+    for batch in list(run.loaders["train"].epoch(0))[:steps]:
+        run._step(batch)
+        run.progress.step += 1
+    dense, table = ((a - b).abs().max().item() for a, b in zip(state(), before, strict=True))
+    return dense, table
+
+
+def test_sparse_and_dense_rates_are_separate(data: Path, tmp_path: Path) -> None:
+    rates = {"dense": (1e-2, 1e-5), "sparse": (1e-5, 1e-2)}
+    for dense_rate, sparse_rate in rates.values():
+        bindings = (f"OptimizerArgs.learning_rate={dense_rate}", f"OptimizerArgs.sparse_learning_rate={sparse_rate}")
+        with trainer(data, tmp_path, "ranking", *bindings) as run:
+            dense, table = moved(run)
+        # Adam moves a weight by about its rate in each of the 3 steps.
+        assert dense == pytest.approx(3 * dense_rate, rel=0.5) and table == pytest.approx(3 * sparse_rate, rel=0.5)
+    with trainer(data, tmp_path, "ranking", "OptimizerArgs.learning_rate=1e-2") as run:
+        assert moved(run)[1] == pytest.approx(3e-2, rel=0.5), "one rate for both when only one is given"
+
+
+def test_the_schedule_reaches_both_optimizers(data: Path, tmp_path: Path) -> None:
+    bindings = ("OptimizerArgs.warmup_steps=1000", "OptimizerArgs.learning_rate=1e-2")
+    with trainer(data, tmp_path, "ranking", *bindings) as run:
+        dense, table = moved(run, 1)
+    assert dense == pytest.approx(1e-5, rel=0.3) and table == pytest.approx(1e-5, rel=0.3)
+
+
+def test_no_hidden_decay_or_clipping(data: Path, tmp_path: Path) -> None:
+    def knobs(optimizer: Optimizer) -> tuple[set[float], float]:
+        return {group["weight_decay"] for group in optimizer.dense.param_groups}, optimizer.engine.config.clip_grad
+
+    with trainer(data, tmp_path, "ranking") as run:
+        assert knobs(run.optimizer) == ({0.0}, 0.0)
+    with trainer(data, tmp_path, "ranking", "OptimizerArgs.weight_decay=0.2", "OptimizerArgs.clip_grad=3.0") as run:
+        assert knobs(run.optimizer) == ({0.2}, 3.0)
+
+
+def test_the_clock_leaves_out_evaluations_saves_and_the_start(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slowly(function: Any, seconds: float) -> Any:
+        return lambda *args, **kwargs: (time.sleep(seconds), function(*args, **kwargs))[1]
+
+    monkeypatch.setattr(Trainer, "_score", slowly(Trainer._score, 0.5))
+    monkeypatch.setattr(module.Checkpointer, "save", slowly(module.Checkpointer.save, 0.5))
+    monkeypatch.setattr(Trainer, "_logger", slowly(Trainer._logger, 0.5))
+    bindings = ("TrainerArgs.max_train_iters=4", "TrainerArgs.eval_interval=1", "TrainerArgs.log_interval=2")
+    with trainer(data, tmp_path, "ranking", *bindings, "TrainerArgs.ckpt_save_interval=1") as run:
+        run.train()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    speeds = [record["sequences_per_second"] for record in lines if record["kind"] == "train"]
+    assert len(speeds) == 2 and all(64 / speed < 0.45 for speed in speeds), speeds
+
+
+def test_a_resumed_line_counts_only_its_own_time(data: Path, tmp_path: Path) -> None:
+    with trainer(data, tmp_path, "ranking") as run:
+        run.meter.restore([10.0, 0.0, 4.0, 1e6, 1e6])
+        record = run.meter.read(5)
+    assert record["loss"] == 2.5 and record["sequences_per_second"] == 0
+
+
+def test_anomaly_detection_is_off(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    step = Trainer._step
+    monkeypatch.setattr(Trainer, "_step", lambda *a: (seen.append(torch.is_anomaly_enabled()), step(*a))[1])
+    with trainer(data, tmp_path, "ranking", "TrainerArgs.max_train_iters=2") as run:
+        run.train()
+    assert seen == [False, False]
+
+
+@pytest.mark.parametrize("where", ["loss", "step"])
+def test_a_broken_state_is_not_saved(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """Whether the loss shows it at once, or only the weights do, after the step."""
+    step = Optimizer.step
+
+    def breaking(self: Optimizer) -> None:
+        step(self)
+        if run.progress.step == 4:
+            with torch.no_grad():
+                next(run.model.backbone.parameters()).fill_(float("nan"))
+
+    monkeypatch.setattr(Optimizer, "step", breaking)
+    interval = 2 if where == "loss" else 1
+    bindings = (
+        "TrainerArgs.max_train_iters=9",
+        f"TrainerArgs.ckpt_save_interval={interval}",
+        "TrainerArgs.log_interval=3",
+    )
+    error = pytest.raises(TrainingError, match=r"not finite at step \d: lower OptimizerArgs.learning_rate")
+    with trainer(data, tmp_path, "ranking", *bindings) as run, error:
+        run.train()
+    assert run.progress.step == (6 if where == "loss" else 5)
+    with trainer(data, tmp_path, "ranking", *bindings) as run:
+        run.resume(find_checkpoint(tmp_path / "checkpoints", "latest"))  # type: ignore[arg-type]
+        assert run.progress.step == 4 and all(p.isfinite().all() for p in run.model.parameters())
+
+
+def test_training_without_negatives_stops(tmp_path: Path) -> None:
+    """One label a batch, whose only candidate is itself."""
+    data = write_tiny(tmp_path / "synthetic", num_users=20, min_seqlen=4, max_seqlen=4)
+    bindings = ("TrainerArgs.train_batch_size=1", "RetrievalArgs.num_negatives=-1", "TrainerArgs.log_interval=4")
+    error = pytest.raises(TrainingError, match=r"0\.00 negatives per label at step 4: raise TrainerArgs.train_batch")
+    with trainer(data, tmp_path / "run", "retrieval", *bindings) as run, error:
+        run.train()
+
+
+def test_a_missing_logger_is_told_before_anything_starts(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    error = pytest.raises(ValueError, match=r"TrainerArgs.loggers asks for 'wandb'.*pip install")
+    with error, trainer(data, tmp_path, "ranking", "TrainerArgs.loggers=('wandb',)"):
+        pass
