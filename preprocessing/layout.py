@@ -146,6 +146,8 @@ class Layout:
             raise ValueError(f"{place} has {len(values)} fields, not {len(self.fields)}: {text[:80]!r}; {_REMEDY}")
         if '"' in text and not self.quoted:
             raise ValueError(f"{place} holds a quote, which the layout does not know: {text[:80]!r}; {_REMEDY}")
+        if values[-1] == "" and not self.fields[-1].optional:
+            raise ValueError(f"{place}, field {self.fields[-1].name!r} is empty: {text[:80]!r}; {_REMEDY}")
         for field, value in zip(self.fields, values, strict=True):
             if field.kind and not (value == "" and field.optional) and not _is_valid(value, field):
                 what = field.meaning if field.bounds else "text" if field.kind == pl.String else "number"
