@@ -11,11 +11,11 @@ from typing import Any, Literal
 from absl import app, flags
 
 from hstu import environment
+from hstu.cli.command import dataset_record, find_dataset, open_dataset, recorded_task, run_on_mesh
 from hstu.cli.flags import underscore_flags
-from hstu.config import ConfigError, DatasetArgs, LoadedConfig, load_config
+from hstu.config import ConfigError, LoadedConfig, load_config
 
 FLAGS = flags.FLAGS
-ROOT = Path(__file__).resolve().parents[2]
 logger = logging.getLogger("hstu.cli")
 
 
@@ -38,37 +38,18 @@ def main(task: Literal["ranking", "retrieval"]) -> None:
     except flags.Error as error:
         print(f"error: {error} (--help lists the flags)".replace("\n", " "), file=sys.stderr)
         sys.exit(2)
-    sys.exit(_guarded(task))
-
-
-def _guarded(task: Literal["ranking", "retrieval"]) -> int:
-    from hstu.parallel import Mesh
-    from hstu.training.meter import TrainingError
-    from hstu.training.run_directory import configure_logging
-
-    with Mesh.create() as mesh:
-        configure_logging(None, is_main=mesh.is_main)
-        try:
-            _run(task, mesh)
-        except (ValueError, TrainingError) as error:
-            logger.debug("traceback", exc_info=True)
-            if mesh.is_main:
-                print(f"error: {error}", file=sys.stderr)
-            return 2
-    return 0
+    sys.exit(run_on_mesh(lambda mesh: _run(task, mesh)))
 
 
 def _run(task: Literal["ranking", "retrieval"], mesh: Any) -> None:
-    from hstu.data.reader import SequenceDataset
     from hstu.training.checkpoint import find_checkpoint
     from hstu.training.run_directory import RunDirectory, configure_logging
     from hstu.training.trainer import Trainer
 
     run = RunDirectory(mesh.broadcast(_run_path()))
     loaded = _load(task, run)
-    path = find_dataset(loaded.config.dataset)
-    mesh.on_main(lambda: SequenceDataset.open(path).num_users)  # which writes its columns once, for all ranks
-    dataset = SequenceDataset.open(path)
+    path = find_dataset(loaded.config.dataset, run)
+    dataset = open_dataset(path, mesh)
     training = FLAGS.mode == "train"
     started = mesh.broadcast(run.has_run())
     if training and started and FLAGS.resume == "never":
@@ -87,7 +68,8 @@ def _run(task: Literal["ranking", "retrieval"], mesh: Any) -> None:
         logger.info("note: %s", note)
     if checkpoint is not None:
         trainer.resume(checkpoint)
-    mesh.on_main(lambda: run.describe(loaded, environment.describe() | {"command": sys.argv}))
+    record = {"command": sys.argv, "dataset": dataset_record(loaded.config.dataset, path)}
+    mesh.on_main(lambda: run.describe(loaded, environment.describe() | record))
     trainer.train()
 
 
@@ -104,9 +86,16 @@ def _score(trainer: Any, checkpoint: Path, choice: str) -> None:
 
 def _load(task: Literal["ranking", "retrieval"], run: Any) -> LoadedConfig:
     """Load the config that was given, or for a run directory alone the one it was trained with."""
+    trained = recorded_task(run)
+    if trained not in (None, task):
+        raise ValueError(
+            f"--run-dir = {str(run.path)!r}: holds a {trained} run; use pretrain_gr_{trained}.py or another directory"
+        )
     given = FLAGS.gin_config_file
-    if given is None and (run.path / "config.gin").is_file():
-        given = str(run.path / "config.gin")
+    # A run goes on with what was given to it, and is scored with every value that applied to it.
+    own = run.path / ("config.gin" if FLAGS.mode == "train" else "operative.gin")
+    if given is None and own.is_file():
+        given = str(own)
     if given is None:
         raise ConfigError("--gin-config-file", "is required; for example synthetic_ranking.gin")
     return load_config(task, [given], FLAGS.gin_bindings)
@@ -119,23 +108,3 @@ def _run_path() -> Path:
         raise ConfigError("--run-dir", "is required to score a checkpoint")
     stem = Path(FLAGS.gin_config_file or "run").stem
     return Path.cwd() / "runs" / f"{stem}-{datetime.now():%Y%m%d-%H%M%S}"
-
-
-def find_dataset(args: DatasetArgs) -> Path:
-    """Return the directory of a preprocessed data set.
-
-    Raises:
-        ConfigError: if there is none, with the command that makes it.
-    """
-    name = args.dataset_name
-    places = [Path.cwd() / "tmp_data" / name, ROOT / "tmp_data" / name]
-    if args.dataset_path is not None:
-        places = [Path(args.dataset_path), Path(args.dataset_path) / name]
-    for place in places:
-        if (place / "schema.json").is_file():
-            return place
-    where = " or ".join(dict.fromkeys(str(place) for place in places))
-    raise ConfigError(
-        "DatasetArgs.dataset_name",
-        f"= {name!r}: no schema.json in {where}; make it with preprocessing/preprocessor.py --dataset_name {name}",
-    )

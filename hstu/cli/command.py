@@ -1,0 +1,115 @@
+"""What commands share: errors in one line, and a trained run opened from its directory."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from hstu.config import ConfigError, DatasetArgs, load_config
+
+if TYPE_CHECKING:
+    from hstu.data.reader import SequenceDataset
+    from hstu.parallel import Mesh
+    from hstu.training.run_directory import RunDirectory
+    from hstu.training.trainer import Trainer
+
+ROOT = Path(__file__).resolve().parents[2]
+logger = logging.getLogger("hstu.cli")
+
+
+def run_on_mesh(action: Callable[[Mesh], None]) -> int:
+    """Join the ranks and run ``action``; a user's mistake ends in one line and exit code 2."""
+    from hstu.parallel import Mesh
+    from hstu.training.meter import TrainingError
+    from hstu.training.run_directory import configure_logging
+
+    with Mesh.create() as mesh:
+        configure_logging(None, is_main=mesh.is_main)
+        try:
+            action(mesh)
+        except (ValueError, TrainingError) as error:
+            logger.debug("traceback", exc_info=True)
+            if mesh.is_main:
+                print(f"error: {error}", file=sys.stderr)
+            return 2
+    return 0
+
+
+def open_trained(run_dir: str | Path, choice: str, bindings: list[str], mesh: Mesh) -> tuple[Trainer, int]:
+    """Load a checkpoint into the model that its run directory describes; returns its trainer and its step.
+
+    Args:
+        run_dir: A run directory.
+        choice: latest, best, a step, or a path.
+        bindings: Gin lines that win over the run's config.
+        mesh: The ranks.
+
+    Raises:
+        ValueError: if there is no run, checkpoint or data set, or they do not fit together.
+    """
+    from hstu.training.checkpoint import find_checkpoint
+    from hstu.training.run_directory import RunDirectory
+    from hstu.training.trainer import Trainer
+
+    run = RunDirectory(Path(run_dir).resolve())
+    task = recorded_task(run)
+    if task is None:
+        raise ValueError(f"--run_dir = {str(run_dir)!r}: holds no run (no operative.gin); give the directory of one")
+    config = load_config(task, [str(run.path / "operative.gin")], bindings).config
+    checkpoint = mesh.on_main(lambda: find_checkpoint(run.checkpoints, choice))
+    if checkpoint is None:
+        raise ValueError(f"--run_dir = {str(run_dir)!r}: has no finished checkpoint {choice!r}; train first")
+    trainer = Trainer(config, open_dataset(find_dataset(config.dataset, run), mesh), mesh, run)
+    step = trainer.checkpointer.load(checkpoint, optimizer=False).step
+    logger.info("%s of %s, step %d", task, run.path, step)
+    return trainer, step
+
+
+def recorded_task(run: RunDirectory) -> Literal["ranking", "retrieval"] | None:
+    """Return the task of the run that is in ``run``; None if there is none."""
+    path = run.path / "operative.gin"
+    if not path.is_file():
+        return None
+    return "ranking" if re.search(r"^RankingArgs\.", path.read_text(), re.MULTILINE) else "retrieval"
+
+
+def dataset_record(args: DatasetArgs, path: Path) -> dict[str, str | None]:
+    """Return what a run directory keeps of its data set: what was asked for, and where it was."""
+    return {"name": args.dataset_name, "given": args.dataset_path, "path": str(path)}
+
+
+def find_dataset(args: DatasetArgs, run: RunDirectory) -> Path:
+    """Return the directory of a preprocessed data set: the one that ``run`` was trained on, or the one named.
+
+    Raises:
+        ConfigError: if there is none, with the command that makes it.
+    """
+    name = args.dataset_name
+    places = [Path.cwd() / "tmp_data" / name, ROOT / "tmp_data" / name]
+    if args.dataset_path is not None:
+        places = [Path(args.dataset_path), Path(args.dataset_path) / name]
+    environment = run.path / "environment.json"
+    record = json.loads(environment.read_text()).get("dataset", {}) if environment.is_file() else {}
+    if (record.get("name"), record.get("given")) == (name, args.dataset_path):
+        places.insert(0, Path(record["path"]))  # the working directory may be another one now
+    for place in places:
+        if (place / "schema.json").is_file():
+            return place.resolve()
+    where = " or ".join(dict.fromkeys(str(place) for place in places))
+    raise ConfigError(
+        "DatasetArgs.dataset_name",
+        f"= {name!r}: no schema.json in {where}; make it with preprocessing/preprocessor.py --dataset_name {name}",
+    )
+
+
+def open_dataset(path: Path, mesh: Mesh) -> SequenceDataset:
+    """Open a data set on every rank; rank 0 first, which writes its columns once for all."""
+    from hstu.data.reader import SequenceDataset
+
+    mesh.on_main(lambda: SequenceDataset.open(path).num_users)
+    return SequenceDataset.open(path)

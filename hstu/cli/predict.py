@@ -1,0 +1,127 @@
+"""`python -m hstu.cli.predict`: recommendations of a retrieval run, or scores of a ranking run, in original ids.
+
+A retrieval run writes user, rank, item, score: the k items that evaluation would rank first (the score is the
+similarity, before the temperature; of equal scores the lower item id comes first). A ranking run writes user,
+item and the probability of each kind of action, of the pairs in --candidates or of the held-out events.
+
+--split says after which events is asked: `future`, all of them; `test` and `valid`, those before the event that
+evaluation held out, which is then in the column `target` (a ranking run: `item`), and its number in `event`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hstu.cli.command import open_trained, run_on_mesh
+from hstu.cli.flags import underscore_flags
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from hstu.cli.questions import Questions
+    from hstu.parallel import Mesh
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write the answers; 2 for a user's mistake."""
+    args = make_parser().parse_args(underscore_flags(sys.argv[1:] if argv is None else argv))
+    return run_on_mesh(lambda mesh: predict(args, mesh))
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the flags; hyphens and underscores both work."""
+    parser = argparse.ArgumentParser(
+        prog="python -m hstu.cli.predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_run_flags(parser)
+    parser.add_argument("--output", required=True, type=Path, help="parquet file to write")
+    parser.add_argument("--split", choices=("future", "test", "valid"), default="future", help="default: future")
+    parser.add_argument("--top_k", type=int, default=10, help="items per user of a retrieval run; default: 10")
+    parser.add_argument(
+        "--candidates", type=Path, help="csv, tsv or parquet of user and item: what a ranking run scores"
+    )
+    add_user_flags(parser)
+    return parser
+
+
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    """Define which model answers."""
+    parser.add_argument("--run_dir", required=True, help="run directory, as runs/NAME")
+    parser.add_argument("--checkpoint", default="best", help="latest, best, a step, or a path; default: best")
+    parser.add_argument(
+        "--gin_bindings", action="append", default=[], help="TrainerArgs.eval_batch_size=64; repeatable"
+    )
+
+
+def add_user_flags(parser: argparse.ArgumentParser) -> None:
+    """Define who asks, and when."""
+    parser.add_argument(
+        "--users", type=Path, help="csv, tsv or parquet: new histories, or only a column of users of the data set"
+    )
+    for role in ("user", "item", "time", "action"):
+        parser.add_argument(f"--{role}_column", help="in --users and --candidates; default: the data set's name for it")
+    parser.add_argument(
+        "--unknown_items",
+        choices=("error", "drop"),
+        default="error",
+        help="items the model does not know; default: error",
+    )
+    parser.add_argument(
+        "--request_time",
+        help="when the future is asked about: seconds, an ISO date, or now; default: each user's last event",
+    )
+
+
+def predict(args: argparse.Namespace, mesh: Mesh) -> None:
+    """Answer ``args`` on all ranks; rank 0 writes the file.
+
+    Raises:
+        ValueError: for flags that do not fit the run, and for malformed files.
+    """
+    from hstu.cli.questions import ask
+    from hstu.inference.output import ParquetOutput
+
+    if args.top_k < 1:
+        raise ValueError(f"--top_k = {args.top_k}: must be at least 1")
+    trainer, step = open_trained(args.run_dir, args.checkpoint, args.gin_bindings, mesh)
+    questions = ask(args, trainer)
+    if trainer.config.task == "retrieval" and args.candidates is not None:
+        raise ValueError("--candidates: a retrieval run ranks the whole catalogue; leave it out, or give a ranking run")
+    if trainer.config.task == "ranking" and args.candidates is None and args.split == "future":
+        raise ValueError(
+            "--candidates: is required to predict with a ranking run, which scores given (user, item) pairs"
+        )
+    about = {"run": Path(args.run_dir).name, "task": trainer.config.task, "step": step, "split": args.split}
+    about |= {"protocol": trainer.config.dataset.protocol}
+    if trainer.config.retrieval is not None:
+        about |= {
+            "top_k": args.top_k,
+            "filter_seen": trainer.config.retrieval.filter_seen,
+            "ties": "lower item id first",
+        }
+    with ParquetOutput(args.output, mesh, about) as output:
+        for columns in _answers(args, trainer, questions, mesh):
+            output.write(columns)
+
+
+def _answers(args: argparse.Namespace, trainer: Any, questions: Questions, mesh: Mesh) -> Iterator[dict[str, pa.Array]]:
+    """Yield the columns of the file, batch by batch."""
+    from hstu.inference import recommend, score_candidates
+
+    loader = replace(trainer.loaders["test"], dataset=questions.dataset, split=questions.split)
+    if trainer.config.retrieval is None:
+        for rows, scores in score_candidates(trainer.model, loader, mesh):
+            yield questions.scores(rows, scores)
+        return
+    filter_seen = trainer.config.retrieval.filter_seen
+    for rows, best in recommend(trainer.model, loader, mesh, args.top_k, filter_seen=filter_seen):
+        yield questions.recommendations(rows, best)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,179 @@
+"""Histories of users that no data set holds, from a file, in the ids of the data set that a model was trained on."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import polars as pl
+
+from hstu.data.columns import clean_ids, clean_masks, clean_times, clean_values, require_columns
+from hstu.data.flat import OFFSETS
+from hstu.data.reader import SequenceDataset
+from hstu.data.schema import Feature
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HistoryColumns:
+    """Columns of a file of histories, and what of them the model needs."""
+
+    user: str
+    item: str
+    time: str
+    action: str
+    contexts: tuple[str, ...]
+    use_actions: bool
+
+
+def read_frame(path: Path) -> pl.DataFrame:
+    """Read a parquet, csv or tsv file; columns of the latter two are strings.
+
+    Raises:
+        ValueError: if it cannot be read.
+    """
+    try:
+        if path.suffix in (".parquet", ".pq"):
+            return pl.read_parquet(path)
+        return pl.read_csv(path, separator="\t" if path.suffix == ".tsv" else ",", infer_schema=False)
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise ValueError(
+            f"{path}: cannot be read ({str(error).splitlines()[0]}); give csv, tsv or parquet with a header"
+        ) from None
+
+
+def read_histories(
+    path: Path, frame: pl.DataFrame, known: SequenceDataset, columns: HistoryColumns, unknown_items: str = "error"
+) -> tuple[SequenceDataset, pl.Series]:
+    """Return the histories in ``frame``, one row per event, and the original id of each user.
+
+    Users stand in the order of their first row, events in that of time, ties and all of a data set without
+    times in that of the rows.
+
+    Args:
+        path: What messages call the file.
+        frame: The events.
+        known: The data set whose ids apply.
+        columns: Where things are.
+        unknown_items: What to do with events of items that ``known`` lacks: "error", or "drop".
+
+    Raises:
+        ValueError: for a missing column, or a value that is unknown or malformed.
+    """
+    schema, file = known.schema, str(path)
+    wanted = [columns.user, columns.item, *columns.contexts]
+    wanted += [columns.time] if schema.time else []
+    wanted += [columns.action] if columns.use_actions else []
+    require_columns(frame, wanted, file)
+    parts = [clean_ids(frame[columns.user], file).alias("user")]
+    parts.append(find_ids(clean_ids(frame[columns.item], file), known.vocabulary(schema.item.name)).alias("item"))
+    if schema.time:
+        exact, seconds = clean_times(frame[columns.time], file)
+        parts += [exact.alias("exact"), seconds.alias("seconds")]
+    if columns.use_actions:
+        assert schema.action is not None
+        parts.append(_actions(frame[columns.action], known, file).alias("action"))
+    contexts = [_require(frame[name], _find(frame[name], known, name, file), file) for name in columns.contexts]
+    parts += [ids.alias(f"context {name}") for name, ids in zip(columns.contexts, contexts, strict=True)]
+    events = _known_items(pl.DataFrame(parts), frame[columns.item], file, unknown_items)
+    users = events["user"].unique(maintain_order=True)
+    numbers = pl.DataFrame({"user": users, "row": np.arange(len(users))})
+    events = events.join(numbers, on="user", how="left", maintain_order="left")
+    events = events.sort("row", *(["exact"] if schema.time else []), maintain_order=True)
+    return SequenceDataset(known.path, schema, _flat(events, schema.features, columns, file)), users
+
+
+def find_users(path: Path, frame: pl.DataFrame, known: SequenceDataset, column: str) -> np.ndarray:
+    """Return the rows of the users that ``frame`` names, each once, int64 [S].
+
+    Raises:
+        ValueError: for a user that ``known`` lacks.
+    """
+    require_columns(frame, [column], str(path))
+    users = clean_ids(frame[column], str(path)).unique(maintain_order=True)
+    return _require(users, find_ids(users, known.vocabulary(known.schema.user.name)), str(path)).to_numpy()
+
+
+def find_ids(column: pl.Series, originals: np.ndarray | pl.Series) -> pl.Series:
+    """Return the position of each value among ``originals``, Int64; null where it is not there."""
+    known = originals if isinstance(originals, pl.Series) else pl.Series(originals.tolist())
+    if column.dtype != known.dtype:  # numbers compare as numbers, anything else as it is written
+        kind = pl.Float64() if column.dtype.is_numeric() and known.dtype.is_numeric() else pl.String()
+        column, known = column.cast(kind), known.cast(kind)
+    table = pl.DataFrame({"value": known, "id": np.arange(len(known))})
+    return column.rename("value").to_frame().join(table, on="value", how="left", maintain_order="left")["id"]
+
+
+def _find(column: pl.Series, known: SequenceDataset, feature: str, file: str) -> pl.Series:
+    return find_ids(clean_values(column, file), known.vocabulary(feature))
+
+
+def _actions(column: pl.Series, known: SequenceDataset, file: str) -> pl.Series:
+    action = known.schema.action
+    assert action is not None
+    if action.action_type == "categorical":
+        return _require(column, _find(column, known, action.name, file), file)
+    masks = clean_masks(column, file)
+    return _require(column, masks.set(masks >= (action.vocab_size or 0), None), file)
+
+
+def _require(column: pl.Series, ids: pl.Series, file: str) -> pl.Series:
+    """Return ``ids``, or raise ValueError about the first that is null."""
+    if ids.null_count():
+        row = int(ids.is_null().arg_max() or 0)
+        raise ValueError(
+            f"{file}: column {column.name!r}, row {row + 1}: value {column[row]!r} is not in the data set that the "
+            "model was trained on; correct or remove it"
+        )
+    return ids
+
+
+def _known_items(
+    events: pl.DataFrame, originals: pl.Series, file: str, unknown: str | Literal["error"]
+) -> pl.DataFrame:
+    missing = events["item"].is_null()
+    if not missing.any():
+        return events
+    items = originals.filter(missing).unique(maintain_order=True)
+    named = ", ".join(repr(item) for item in items[:3].to_list()) + (", ..." if len(items) > 3 else "")
+    if unknown == "error":
+        raise ValueError(
+            f"{file}: column {originals.name!r}: {len(items)} items are not in the catalogue that the model was "
+            f"trained on ({named}); correct them, or leave their events out with --unknown_items drop"
+        )
+    kept = events.filter(~missing)
+    users = events["user"].n_unique() - kept["user"].n_unique()
+    if kept.is_empty():
+        raise ValueError(f"{file}: column {originals.name!r}: no item is in the catalogue, {named} for example")
+    logger.info("%s: dropped %d events of %d unknown items (%s)", file, int(missing.sum()), len(items), named)
+    if users:
+        logger.info("%s: %d users have no known item and get no answer", file, users)
+    return kept
+
+
+def _flat(
+    events: pl.DataFrame, features: tuple[Feature, ...], columns: HistoryColumns, file: str
+) -> dict[str, np.ndarray]:
+    """The columns of a ``SequenceDataset`` of events sorted by "row"; what the model does not read is 0."""
+    row = events["row"].to_numpy()
+    lengths = np.bincount(row)
+    first = np.cumsum(lengths) - lengths
+    flat: dict[str, np.ndarray] = {OFFSETS: np.append(first, len(row))}
+    for feature in features:
+        if feature.role in ("item", "action", "time"):
+            name = {"item": "item", "action": "action", "time": "seconds"}[feature.role]
+            flat[feature.name] = events[name].to_numpy() if name in events.columns else np.zeros(len(row), np.int64)
+        elif feature.name in columns.contexts:
+            values = events[f"context {feature.name}"].to_numpy()
+            changed = np.flatnonzero(values != values[first][row])
+            if len(changed):
+                user = events["user"][int(changed[0])]
+                raise ValueError(f"{file}: column {feature.name!r}: user {user!r} has two values; give one per user")
+            flat[feature.name] = values[first]
+        elif feature.role == "context":
+            flat[feature.name] = np.zeros(len(lengths), np.int64)
+    return flat

@@ -1,0 +1,86 @@
+"""Questions to a trained model: a history and, after it, the event that is asked for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hstu.data.reader import SequenceDataset, Sequences
+from hstu.data.splits import Split
+
+
+class Requests(SequenceDataset):
+    """A view of a data set in which row r is the whole history of ``users[r]`` and one event more.
+
+    That event is what evaluation holds out: a retrieval model does not look at its item, a ranking model scores
+    it; neither looks at its action, which is 0.
+
+    Args:
+        dataset: The histories.
+        users: Rows of ``dataset``, int64 [R]; repeats allowed.
+        items: Item asked about, int64 [R]; None where the item is what is asked for.
+        time: Time of the request in seconds; None: the time of each user's last event.
+
+    Raises:
+        ValueError: if ``time`` lies before an event.
+    """
+
+    def __init__(
+        self, dataset: SequenceDataset, users: np.ndarray, items: np.ndarray | None = None, time: int | None = None
+    ) -> None:
+        self.path, self.schema, self._dataset, self._users = dataset.path, dataset.schema, dataset, users
+        self._items = np.zeros_like(users) if items is None else items
+        self._history = dataset.lengths[users]
+        self.lengths = self._history + 1
+        self._times = np.zeros_like(users)
+        if dataset.schema.time is not None and len(users):
+            last = dataset.gather(users, np.maximum(self._history - 1, 0), self._history)
+            assert last.times is not None
+            self._times[self._history > 0] = last.times
+            if time is not None and len(last.times) and last.times.max() > time:
+                raise ValueError(
+                    f"the request time {time} lies before the last event of some users, the latest is of "
+                    f"{last.times.max()}; give a later one (seconds), or none to ask right after each user's last event"
+                )
+            if time is not None:
+                self._times[:] = time
+
+    @property
+    def num_events(self) -> int:
+        """Number of events of all histories, and of what is asked for."""
+        return int(self.lengths.sum())
+
+    @property
+    def split(self) -> Split:
+        """All requests, in order; what is asked for stands where a test target stands."""
+        return Split(name="test", users=np.arange(len(self.lengths)), stop=self.lengths)
+
+    def gather(self, users: np.ndarray, start: np.ndarray, stop: np.ndarray) -> Sequences:
+        """Events ``[start_b, stop_b)`` of each request; see ``SequenceDataset.gather``."""
+        history = self._history[users]
+        found = self._dataset.gather(self._users[users], np.minimum(start, history), np.minimum(stop, history))
+        asking = (start <= history) & (stop > history)
+        ends, rows = np.cumsum(found.lengths)[asking], users[asking]
+
+        def with_request(values: np.ndarray, asked: np.ndarray) -> np.ndarray:
+            return np.insert(values, ends, asked)
+
+        return replace(
+            found,
+            users=users,
+            lengths=found.lengths + asking,
+            items=with_request(found.items, self._items[rows]),
+            actions=None if found.actions is None else with_request(found.actions, np.zeros_like(rows)),
+            times=None if found.times is None else with_request(found.times, self._times[rows]),
+        )
+
+
+def seen_before(dataset: SequenceDataset, split: Split, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return everything before the target of samples ``rows`` [Q]: (place in ``rows``, item id), both [S] int64."""
+    samples = rows.cpu().numpy()
+    events = dataset.gather(split.users[samples], np.zeros_like(samples), split.stop[samples] - 1)
+    owner = np.repeat(np.arange(samples.size), events.lengths)
+    return torch.from_numpy(owner).to(rows.device), torch.from_numpy(events.items).to(rows.device)

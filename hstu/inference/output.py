@@ -1,0 +1,62 @@
+"""A parquet file that grows batch by batch on rank 0 and appears when it is whole."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from hstu.parallel import Mesh
+
+logger = logging.getLogger(__name__)
+
+
+class ParquetOutput(contextlib.AbstractContextManager):
+    """Writes columns to ``path`` on rank 0; a failure leaves no file, or the one that was there.
+
+    Args:
+        path: The file; its directory is created if absent.
+        mesh: The ranks: all call ``write``.
+        about: What readers should know, kept as JSON under ``hstu`` in the file's metadata.
+    """
+
+    def __init__(self, path: Path, mesh: Mesh, about: dict[str, Any]) -> None:
+        self.path, self.mesh, self.about, self.rows = path, mesh, about, 0
+        self.partial = path.with_name(f".{path.name}.partial")
+        self.writer: pq.ParquetWriter | None = None
+
+    def write(self, columns: dict[str, pa.Array]) -> None:
+        """Append rows."""
+        self.mesh.on_main(lambda: self._write(columns))
+
+    def _write(self, columns: dict[str, pa.Array]) -> None:
+        table = pa.table(columns)
+        try:
+            if self.writer is None:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                described = table.schema.with_metadata({"hstu": json.dumps(self.about)})
+                self.writer = pq.ParquetWriter(self.partial, described, compression="zstd")
+            self.writer.write_table(table)
+        except OSError as error:
+            raise ValueError(f"{self.path}: cannot be written ({error.strerror or error}); choose another") from None
+        self.rows += table.num_rows
+
+    def _finish(self) -> None:
+        if self.writer is None:
+            raise ValueError(f"{self.path}: not written, there is nobody to answer: no user has a history")
+        self.writer.close()
+        os.replace(self.partial, self.path)
+        logger.info("%d rows: %s", self.rows, self.path)
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        if kind is None:
+            self.mesh.on_main(self._finish)
+        elif self.writer is not None:
+            self.writer.close()
+            self.partial.unlink(missing_ok=True)

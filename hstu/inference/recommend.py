@@ -1,0 +1,102 @@
+"""Answers of a trained model: the best items of each user, scores of given items, vectors. The same on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hstu.data.batch import Batch
+from hstu.data.loader import BatchLoader
+from hstu.data.requests import seen_before
+from hstu.metrics.topk import TopK, top_k
+from hstu.models import RankingModel, RetrievalModel
+from hstu.parallel import Mesh
+
+_LOOKUP_ROWS = 1 << 16  # items looked up at once
+_SCORED_ROWS = 1 << 14  # items scored at once
+
+
+@torch.no_grad()
+def recommend(
+    model: RetrievalModel, loader: BatchLoader, mesh: Mesh, k: int, *, filter_seen: bool
+) -> Iterator[tuple[Tensor, TopK]]:
+    """Yield, batch by batch, rows of ``loader.split`` [Q] in ascending order and the best items of each.
+
+    The items are those that evaluation would put first for the event ``split.stop - 1``. A sample without
+    history has none and is left out. Each rank scores a part of the catalogue for the samples of all ranks.
+
+    Args:
+        model: The model, on every rank.
+        loader: Unshuffled samples.
+        mesh: The ranks.
+        k: Items per sample.
+        filter_seen: Leave out everything in the history, however long ago.
+    """
+    chunks = catalogue_part(model, loader, mesh)
+    for rows, queries in user_vectors(model, loader, mesh):
+        if rows.numel() == 0:
+            continue
+        seen = seen_before(loader.dataset, loader.split, rows) if filter_seen else None
+        parts = ((first + start, part) for first, vectors in chunks for start, part in _split(vectors))
+        yield rows, top_k(queries, parts, k, seen=seen, gather=mesh.gather if mesh.world_size > 1 else None)
+
+
+@torch.no_grad()
+def user_vectors(model: RetrievalModel, loader: BatchLoader, mesh: Mesh) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield, batch by batch, rows of ``loader.split`` [Q] in ascending order and their vectors [Q, D] float32."""
+    model.eval()
+    for batch in loader.epoch(0):
+        batch = batch.to(mesh.device)
+        yield _joined(mesh, _labelled_samples(batch), model.queries(batch))
+
+
+@torch.no_grad()
+def score_candidates(model: RankingModel, loader: BatchLoader, mesh: Mesh) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield, batch by batch, rows of ``loader.split`` [Q] in ascending order and probabilities [Q, K] float64.
+
+    Scored is the event ``split.stop - 1``: the probability of each class of actions or, for binary tasks, of
+    each bit, as evaluation computes it.
+    """
+    model.eval()
+    for batch in loader.epoch(0):
+        batch = batch.to(mesh.device)
+        logits = model.logits(batch).double()
+        yield _joined(mesh, _labelled_samples(batch), logits.softmax(1) if model.multiclass else logits.sigmoid())
+
+
+@torch.no_grad()
+def catalogue_part(model: RetrievalModel, loader: BatchLoader, mesh: Mesh) -> list[tuple[int, Tensor]]:
+    """Look up this rank's part of the catalogue: (first item id, vectors [n, D] float32) in ascending order."""
+    model.eval()
+    empty = loader.collate(loader.dataset, loader.split, np.empty(0, np.int64), np.empty(0, np.int64), 0)
+    empty = empty.to(mesh.device)
+    share = -(-model.num_items // mesh.world_size)
+    bounds = [min(part * share, model.num_items) for part in (mesh.rank, mesh.rank + 1)]
+    chunks = []
+    # Lookups are collective: as many on every rank, even where its part has ended.
+    for start in range(bounds[0], bounds[0] + share, _LOOKUP_ROWS):
+        stop = min(start + _LOOKUP_ROWS, bounds[1])
+        ids = torch.arange(min(start, stop), stop, device=mesh.device)
+        chunks.append((start, model.catalogue_vectors(empty, ids)))
+    return chunks
+
+
+def _split(vectors: Tensor) -> Iterator[tuple[int, Tensor]]:
+    for start in range(0, vectors.shape[0], _SCORED_ROWS):
+        yield start, vectors[start : start + _SCORED_ROWS]
+
+
+def _labelled_samples(batch: Batch) -> Tensor:
+    """Return the row in the split of each label's sample, [L]; the first epoch numbers samples so."""
+    owner = torch.repeat_interleave(batch.lengths(batch.item))
+    return batch.sample_ids[owner[batch.label_mask]]
+
+
+def _joined(mesh: Mesh, rows: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Join the samples of all ranks, in the order of their rows."""
+    rows, values = mesh.gather(rows), mesh.gather(values)
+    order = rows.argsort()
+    return rows[order], values[order]
