@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import platform
+import resource
 import shutil
 import subprocess
 import sys
@@ -96,8 +97,8 @@ def blocks(rows: int) -> Iterator[tuple[np.random.Generator, int, int]]:
         yield np.random.default_rng(start), start, min(rows, start + BLOCK)
 
 
-def run(layout: str, folder: Path) -> tuple[float, int]:
-    """Seconds and peak bytes of one run of the command."""
+def run(layout: str, folder: Path) -> tuple[float, float, int]:
+    """Seconds, seconds of processor time and peak bytes of one run of the command."""
     command = [
         sys.executable,
         str(ROOT / "preprocessing" / "preprocessor.py"),
@@ -106,7 +107,7 @@ def run(layout: str, folder: Path) -> tuple[float, int]:
         f"--data_dir={folder / 'out'}",
         "--check_counts=false",
     ]
-    started = time.perf_counter()
+    started, used = time.perf_counter(), cpu_seconds()
     process = subprocess.Popen(command)
     tree, peak = psutil.Process(process.pid), 0
     while process.poll() is None:
@@ -116,7 +117,13 @@ def run(layout: str, folder: Path) -> tuple[float, int]:
     seconds = time.perf_counter() - started
     if process.returncode:
         raise SystemExit(f"{' '.join(command)}: exit code {process.returncode}")
-    return seconds, peak
+    return seconds, cpu_seconds() - used, peak
+
+
+def cpu_seconds() -> float:
+    """Processor time of all commands so far."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def mark(process: psutil.Process) -> int:
@@ -154,15 +161,16 @@ def main() -> None:
         load = os.getloadavg()[0]
         runs = [run(args.layout, folder) for _ in range(args.repeat)]
         check(args.layout, rows, folder)
-        seconds, peak = min(runs)
+        seconds, cpu, _ = min(runs)
         record = {
             "layout": args.layout,
             "rows": rows,
             "csv_bytes": sum(path.stat().st_size for path in folder.glob("*.csv")),
             "seconds": round(seconds, 2),
             "rows_per_second": round(rows / seconds),
-            "peak_mib": round(max(peak for _, peak in runs) / 2**20),
-            "all_seconds": [round(one, 2) for one, _ in runs],
+            "cpu_seconds": round(cpu, 2),
+            "peak_mib": round(max(peak for *_, peak in runs) / 2**20),
+            "all_seconds": [round(one, 2) for one, *_ in runs],
             "load_before": round(load, 2),
             "cpus": os.cpu_count(),
             "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),

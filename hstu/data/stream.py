@@ -132,7 +132,8 @@ def encode_stream(
     """Encode a log that comes in blocks and write it; the schema is returned and still to be written.
 
     Ids are ranks, as in :func:`hstu.data.interactions.encode_interactions`, but strings are numbered in the order
-    of their first appearance. A user's events are sorted by time, stably: ties stay in the order of the log.
+    of their first appearance, and action values that no event is left with keep their place. A user's events are
+    sorted by time, stably: ties stay in the order of the log.
 
     Args:
         blocks: Position of a file in the order of the log, and a table of events of it, with the columns "user"

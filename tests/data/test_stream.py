@@ -1,0 +1,137 @@
+"""A log in blocks gives the data set that the same table gives in memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+from hstu.data import SequenceDataset
+from hstu.data.interactions import InteractionSpec, encode_interactions
+from hstu.data.runs import Runs
+from hstu.data.stream import StreamOptions, encode_stream
+from hstu.data.writer import write_dataset, writing
+
+FILTERS = [{}, {"min_user_events": 20}, {"min_user_events": 9, "min_item_events": 8}, {"max_user_events": 7}]
+
+
+def table(num_users: int = 40, events: int = 700, seed: int = 0, shift: int = 0) -> pl.DataFrame:
+    rng = np.random.default_rng(seed)
+    return pl.DataFrame(
+        {
+            "user": (num_users * rng.random(events) ** 2).astype(np.int64) * 7 + shift,
+            "item": (50 * rng.random(events) ** 2).astype(np.int64) * 3 + shift,
+            "time": rng.integers(0, 30, events),  # many ties
+            "action": rng.integers(1, 9, events) / 2,
+        }
+    )
+
+
+def stream(folder: Path, blocks: list, users: pl.DataFrame | None = None, **options: int) -> SequenceDataset:
+    own = {name: options.pop(name) for name in list(options) if name in StreamOptions.__dataclass_fields__}
+    spec = InteractionSpec(name="log", time_column="time", action_column="action", **options)
+    with writing(folder) as writer:
+        schema = encode_stream(
+            blocks, spec, StreamOptions(**own), writer, users=lambda: users, progress=lambda *_: None
+        )
+        writer.schema(schema)
+    return SequenceDataset.open(folder)
+
+
+def in_memory(folder: Path, frame: pl.DataFrame, users: pl.DataFrame | None = None, **options: int) -> SequenceDataset:
+    columns = {"user_column": "user", "item_column": "item", "time_column": "time", "action_column": "action"}
+    spec = InteractionSpec(name="log", duplicates="keep", **columns, **options)
+    users = None if users is None else users.rename({"user_id": "user"})
+    write_dataset(encode_interactions(frame, spec, users=users), folder)
+    return SequenceDataset.open(folder)
+
+
+def assert_same(left: SequenceDataset, right: SequenceDataset) -> None:
+    assert left.schema == right.schema
+    for name in ("user_id", "item_id", "action"):
+        np.testing.assert_array_equal(left.vocabulary(name), right.vocabulary(name))
+    everyone = np.arange(left.num_users)
+    batches = [one.gather(everyone, np.zeros(len(everyone)), one.lengths) for one in (left, right)]
+    for name in ("lengths", "items", "actions", "times"):
+        np.testing.assert_array_equal(*(getattr(batch, name) for batch in batches))
+    assert batches[0].contexts.keys() == batches[1].contexts.keys()
+    for name in batches[0].contexts:
+        np.testing.assert_array_equal(*(batch.contexts[name] for batch in batches))
+
+
+@pytest.mark.parametrize("filters", FILTERS)
+@pytest.mark.parametrize("shift", [0, 2**40, 2**62 - 1000, -500])
+def test_the_same_as_in_memory(tmp_path: Path, filters: dict, shift: int) -> None:
+    frame = table(shift=shift)
+    frame = frame.filter(pl.len().over("user") >= 3)  # in memory, fewer are refused
+    users = frame.select(user_id=pl.col("user").unique()).with_columns(city=pl.col("user_id") % 4)
+    blocks = [(0, frame[start : start + 90]) for start in range(0, frame.height, 90)]
+    streamed = stream(tmp_path / "a", blocks, users, events_per_run=200, events_per_part=50, **filters)
+    assert_same(streamed, in_memory(tmp_path / "b", frame, users, **filters))
+    if filters:
+        assert streamed.num_events < frame.height
+
+
+def test_files_may_come_in_any_order(tmp_path: Path) -> None:
+    frame = table(num_users=5)
+    first, second = (0, frame[:300]), (1, frame[300:])
+    again = [(1, frame[300:310]), (0, frame[:200]), (0, frame[200:300]), (1, frame[310:])]
+    expected = stream(tmp_path / "a", [first, second])
+    assert_same(stream(tmp_path / "b", [second, first]), expected)
+    assert_same(stream(tmp_path / "c", again, events_per_run=64), expected)
+
+
+def test_a_user_with_228_000_events_and_one_with_one(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    number = 228_000
+    frame = pl.DataFrame(
+        {
+            "user": np.concatenate([np.full(number, 5), [3]]),
+            "item": rng.integers(0, 2**40, number + 1),
+            "time": rng.integers(0, 2**31, number + 1),
+            "action": np.ones(number + 1),
+        }
+    )
+    frame = frame[rng.permutation(number + 1)]
+    dataset = stream(tmp_path / "a", [(0, frame)], events_per_run=50_000, events_per_part=1000)
+    assert dataset.lengths.tolist() == [1, number]
+    batch = dataset.gather(np.array([1]), np.array([0]), np.array([number]))
+    expected = frame.filter(pl.col("user") == 5).sort("time", maintain_order=True)
+    np.testing.assert_array_equal(dataset.vocabulary("item_id")[batch.items], expected["item"])
+    np.testing.assert_array_equal(batch.times, expected["time"])
+
+
+def test_times_too_far_apart_for_one_sort_key(tmp_path: Path) -> None:
+    frame = table(num_users=9)
+    apart = stream(tmp_path / "a", [(0, frame.with_columns(pl.col("time") * 2**57))])
+    close = stream(tmp_path / "b", [(0, frame)])
+    everyone = np.arange(close.num_users)
+    batches = [one.gather(everyone, np.zeros(len(everyone)), one.lengths) for one in (apart, close)]
+    np.testing.assert_array_equal(batches[0].items, batches[1].items)
+    np.testing.assert_array_equal(batches[0].times, batches[1].times * 2**57)
+
+
+def test_one_user_and_no_users(tmp_path: Path) -> None:
+    frame = table(num_users=1)
+    assert stream(tmp_path / "a", [(0, frame)]).num_users == 1
+    with pytest.raises(ValueError, match="interactions: has no rows"):
+        stream(tmp_path / "b", [(0, frame.clear())])
+    assert not (tmp_path / "b").exists()
+
+
+def test_runs_hold_every_row_once(tmp_path: Path) -> None:
+    frame = table()
+    runs = Runs(tmp_path, events_per_run=100)
+    for start in range(0, frame.height, 33):
+        runs.append({name: frame[name][start : start + 33].to_numpy() for name in frame.columns})
+    runs.close()
+    assert len(runs) > 3 and runs.rows == frame.height
+    users = np.unique(frame["user"])
+    starts, stops = runs.bounds(users, users)
+    for number, user in enumerate(users):
+        part = runs.part(starts[:, number], stops[:, number])
+        expected = frame.filter(pl.col("user") == user)
+        for name in frame.columns:
+            assert part[name].tolist() == expected[name].to_list()
