@@ -7,6 +7,7 @@ from typing import Literal
 
 from hstu.config.backbones import check_backbone
 from hstu.config.base import Args, ConfigError
+from hstu.config.retrieval import RetrievalArgs
 
 RANKING_METRICS = ("AUC", "GAUC", "NE", "LOGLOSS", "ACCURACY")
 ShardingType = Literal["row_wise", "table_wise", "column_wise", "data_parallel"]
@@ -166,9 +167,10 @@ class NetworkArgs(Args):
     target_group_size: int = 1
     #: The constant that divides attention; -1: the longest sequence that the config allows, in tokens.
     scaling_seqlen: int = -1
-    #: "interleave": item, action, item, action; "add": one token per event; "item": no actions.
+    #: "interleave": item, action, item, action; "add": their sum, one token per event; "concat": side by side
+    #: through a matrix, one token per event; "item": no actions.
     #: None: "interleave" for ranking, "item" for retrieval.
-    token_layout: Literal["interleave", "add", "item"] | None = None
+    token_layout: Literal["interleave", "add", "concat", "item"] | None = None
     #: Rows of the position table; None: as many as a sequence can need.
     num_position_buckets: int | None = None
     #: Rows of the table of time before the request; 0: no such table.
@@ -282,42 +284,6 @@ class RankingArgs(Args):
     def is_multiclass(self) -> bool:
         """Whether the head is one softmax rather than binary tasks."""
         return self.num_tasks == 1 and self.prediction_head_arch[-1] > 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class RetrievalArgs(Args):
-    """Next-item training by softmax over sampled or all items, and its evaluation on the whole catalogue."""
-
-    loss: Literal["sampled_softmax", "full_softmax"] = "sampled_softmax"
-    #: Negatives per label; -1 takes every negative there is in the batch (in_batch only).
-    num_negatives: int = -1
-    #: None: "uniform" when num_negatives is set, else "in_batch".
-    sampling_strategy: Literal["uniform", "in_batch"] | None = None
-    temperature: float = 0.05
-    l2_norm_eps: float = 1e-6
-    eval_metrics: tuple[str, ...] = ("HR@10", "NDCG@10")
-    #: Leave items of the user's whole history out of the ranking.
-    filter_seen: bool = True
-
-    def validate(self) -> None:
-        self.require_positive("temperature", "l2_norm_eps")
-        if self.num_negatives != -1:
-            self.require_positive("num_negatives")
-        if self.sampling_strategy == "uniform" and self.num_negatives == -1:
-            raise self.error("num_negatives", "must be set when RetrievalArgs.sampling_strategy = 'uniform'")
-        for metric in self.eval_metrics:
-            name, _, k = metric.partition("@")
-            if not (name in ("HR", "NDCG") and k.isdigit() and int(k) > 0) and metric != "MRR":
-                raise self.error("eval_metrics", "must be made of HR@k, NDCG@k and MRR, such as 'HR@10'")
-        if not self.eval_metrics:
-            raise self.error("eval_metrics", "must name at least one metric")
-
-    @property
-    def negatives(self) -> Literal["all", "uniform", "in_batch"]:
-        """The sampling strategy that applies."""
-        if self.loss == "full_softmax":
-            return "all"
-        return self.sampling_strategy or ("in_batch" if self.num_negatives == -1 else "uniform")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,8 @@ class Preprocess(nn.Module):
         item: Item feature.
         action: Action feature, or None.
         contexts: Context features, in token order.
-        layout: ``"interleave"`` (two tokens an event), ``"add"`` (their sum) or ``"item"``.
+        layout: ``"interleave"`` (two tokens an event), ``"add"`` (their sum), ``"concat"`` (side by side through a
+            matrix; of a candidate, zeros stand beside the item) or ``"item"``.
         positions: Encoder of the finished stream.
     """
 
@@ -34,7 +35,7 @@ class Preprocess(nn.Module):
         item: str,
         action: str | None,
         contexts: tuple[str, ...],
-        layout: Literal["interleave", "add", "item"],
+        layout: Literal["interleave", "add", "concat", "item"],
         positions: PositionEncoder,
     ) -> None:
         super().__init__()
@@ -46,6 +47,7 @@ class Preprocess(nn.Module):
                 if width != hidden_size
             }
         )
+        self.merge = nn.Linear(2 * hidden_size, hidden_size) if layout == "concat" else None
         self.positions = positions
 
     @property
@@ -102,7 +104,10 @@ class Preprocess(nn.Module):
             return interleave_jagged(items, item_offsets, actions, action_offsets)
         sequence = sequence_ids(action_offsets, actions.shape[0])
         rows = item_offsets[sequence] + positions_in_sequence(action_offsets, actions.shape[0])
-        return items.index_add(0, rows, actions.to(items.dtype)), item_offsets
+        if self.merge is None:
+            return items.index_add(0, rows, actions.to(items.dtype)), item_offsets
+        beside = torch.zeros_like(items).index_copy(0, rows, actions.to(items.dtype))
+        return self.merge(torch.cat([items, beside], 1)), item_offsets
 
     def _event_rows(
         self,

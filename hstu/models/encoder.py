@@ -178,6 +178,6 @@ class Encoder(nn.Module):
         """Return the tokens that ``batch`` makes, without asking the device."""
         sizes = dict(zip(batch.features.keys(), batch.features.length_per_key(), strict=True))
         action = self.preprocess.action
-        if action is not None and self.preprocess.layout == "add":
+        if action is not None and self.preprocess.layout in ("add", "concat"):
             sizes.pop(action)
         return sum(sizes[name] for name in self.features if name in sizes)

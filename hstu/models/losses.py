@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-_CHUNK_ELEMENTS = 1 << 24  # scores held at once, 64 MB in float32
+from hstu.layers.similarity import DotProduct, MixtureOfLogits, mutual_information
+from hstu.ops import pool_cross_entropy
+
+_CHUNK_ELEMENTS = 1 << 24  # gates of a mixture held at once, 64 MB in float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,64 +52,136 @@ def action_bits(actions: Tensor, num_tasks: int) -> Tensor:
     return (actions[:, None] >> torch.arange(num_tasks, device=actions.device)).bitwise_and(1).float()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Contest:
+    """Label tokens, and the pool of items that each is to be told apart from.
+
+    Attributes:
+        query: [L, ..], as the similarity makes them.
+        positive: [L, ..], items likewise.
+        positive_ids: [L] int64.
+        pool: [P, ..], items likewise.
+        pool_ids: [P] int64.
+        columns: [L, K] int64, the places in the pool of each token's negatives; None takes all of it.
+        log_q: Logarithms of the probabilities with which positives [L] and pool [P] are drawn as negatives, to be
+            taken off their scores; None: no correction.
+    """
+
+    query: Tensor
+    positive: Tensor
+    positive_ids: Tensor
+    pool: Tensor
+    pool_ids: Tensor
+    columns: Tensor | None = None
+    log_q: tuple[Tensor, Tensor] | None = None
+
+    def rows(self, start: int, stop: int) -> Contest:
+        """Return the label tokens [start, stop) alone."""
+        chosen = slice(start, stop)
+        return replace(
+            self,
+            query=self.query[chosen],
+            positive=self.positive[chosen],
+            positive_ids=self.positive_ids[chosen],
+            columns=None if self.columns is None else self.columns[chosen],
+            log_q=None if self.log_q is None else (self.log_q[0][chosen], self.log_q[1]),
+        )
+
+
 def softmax_loss(
-    query: Tensor,
-    positive: Tensor,
-    positive_ids: Tensor,
-    pool: Tensor,
-    pool_ids: Tensor,
+    contest: Contest,
+    similarity: DotProduct | MixtureOfLogits,
     *,
     temperature: float,
-    columns: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    mutual_information_weight: float = 0.0,
 ) -> LossSum:
     """Cross-entropy of the positive against negatives from a pool that all label tokens share.
 
-    Scores come from one matrix product with the pool, so that [tokens, negatives, D] never exists. A
-    negative whose id is the positive's takes no part. With the whole catalogue as pool and no
-    ``columns`` this is the full softmax.
+    With scores s, the loss of a token is ``lse - (1 - e) s+ - e mean(s)``, lse over the positive and its negatives
+    and e the smoothing, whose mean is over the pool. A negative whose id is the positive's takes no part, so that
+    the whole catalogue as pool and no ``columns`` is the full softmax.
 
     Args:
-        query: [L, D].
-        positive: [L, D].
-        positive_ids: [L] int64.
-        pool: [P, D].
-        pool_ids: [P] int64, distinct.
+        contest: Label tokens and pool.
+        similarity: What made its vectors.
         temperature: Divides scores.
-        columns: [L, K] int64, the places in the pool of each token's negatives; None takes all of it.
+        label_smoothing: e; needs the whole catalogue as pool.
+        mutual_information_weight: Of the mutual information between gate and item, taken off the loss (MoL).
     """
-    if query.shape[0] == 0:  # keeps the graph, so that every rank runs the same backward, but moves nothing
-        nothing = 0.0 * (query.sum() + positive.sum() + pool.sum())
-        return LossSum(total=nothing, count=0, live_negatives=query.new_zeros(()))
-    step = max(1, _CHUNK_ELEMENTS // max(1, pool.shape[0]))
+    x = contest
+    if x.query.shape[0] == 0:  # keeps the graph, so that every rank runs the same backward, but moves nothing
+        weights = sum((p.sum() for p in similarity.parameters()), x.query.sum() + x.positive.sum() + x.pool.sum())
+        return LossSum(total=0.0 * weights, count=0, live_negatives=x.query.new_zeros(()))
+    assert not label_smoothing or x.columns is None
+    if isinstance(similarity, DotProduct):
+        losses, live = _dot_rows(x, temperature, label_smoothing)
+        return LossSum(total=losses.sum(), count=x.query.shape[0], live_negatives=live.sum().to(losses.dtype))
+    per_row = (x.pool.shape[0] if x.columns is None else x.columns.shape[1]) * similarity.query_groups
+    step = max(1, _CHUNK_ELEMENTS // max(1, per_row * similarity.item_groups))
     totals, lives = [], []
-    for start in range(0, query.shape[0], step):
-        rows = slice(start, start + step)
-        args = (query[rows], positive[rows], positive_ids[rows], pool, pool_ids, temperature)
-        chosen = None if columns is None else columns[rows]
-        if step >= query.shape[0]:
-            total, live = _softmax_rows(*args, chosen)
-        else:
-            total, live = checkpoint(_softmax_rows, *args, chosen, use_reentrant=False)
+    for start in range(0, x.query.shape[0], step):
+        options = (similarity, temperature, label_smoothing, mutual_information_weight)
+        # Gates are many times the scores: the backward pass computes them again.
+        total, live = checkpoint(_mixture_rows, x.rows(start, start + step), *options, use_reentrant=False)
         totals.append(total)
         lives.append(live)
-    return LossSum(total=torch.stack(totals).sum(), count=query.shape[0], live_negatives=torch.stack(lives).sum())
+    return LossSum(total=torch.stack(totals).sum(), count=x.query.shape[0], live_negatives=torch.stack(lives).sum())
 
 
-def _softmax_rows(
-    query: Tensor,
-    positive: Tensor,
-    positive_ids: Tensor,
-    pool: Tensor,
-    pool_ids: Tensor,
-    temperature: float,
-    columns: Tensor | None,
+def _dot_rows(x: Contest, temperature: float, smoothing: float) -> tuple[Tensor, Tensor]:
+    query, positive, pool = x.query, x.positive, x.pool
+    if x.log_q is not None:  # one more channel, in which the query is the temperature and an item its -log q
+        query = torch.cat([query, torch.full_like(query[:, :1], temperature)], 1)
+        positive, pool = (
+            torch.cat([items, -log_q[:, None].to(items.dtype)], 1)
+            for items, log_q in zip((positive, pool), x.log_q, strict=True)
+        )
+    losses, live = pool_cross_entropy(
+        query, positive, x.positive_ids, pool, x.pool_ids, temperature=temperature, columns=x.columns
+    )
+    if smoothing:
+        losses = losses + smoothing * (query * (positive - pool.mean(0))).sum(-1) / temperature
+    return losses, live
+
+
+def _mixture_rows(
+    x: Contest, similarity: MixtureOfLogits, temperature: float, smoothing: float, information_weight: float
 ) -> tuple[Tensor, Tensor]:
-    query = query / temperature
-    right = (query * positive).sum(-1, keepdim=True)
-    scores = query @ pool.T
-    same = pool_ids[None, :] == positive_ids[:, None]
-    if columns is not None:
-        scores, same = scores.gather(1, columns), pool_ids[columns] == positive_ids[:, None]
-    scores = scores.masked_fill(same, float("-inf"))
-    total = torch.cat([right, scores], dim=1).logsumexp(1).sum() - right.sum()
-    return total, (~same).sum().to(total.dtype)
+    items, same = x.pool[None], x.pool_ids[None, :] == x.positive_ids[:, None]
+    if x.columns is not None:
+        items, same = x.pool[x.columns], x.pool_ids[x.columns] == x.positive_ids[:, None]
+    scores, gates = similarity.mix(x.query, items)
+    right, scores = similarity.mix(x.query, x.positive[:, None])[0] / temperature, scores / temperature
+    if x.log_q is not None:
+        log_q = x.log_q[1][None, :] if x.columns is None else x.log_q[1][x.columns]
+        right, scores = right - x.log_q[0][:, None], scores - log_q
+    losses = torch.cat([right, scores.masked_fill(same, -torch.inf)], 1).logsumexp(1) - right[:, 0]
+    if smoothing:
+        losses = losses + smoothing * (right[:, 0] - scores.mean(1))
+    if information_weight:
+        losses = losses - information_weight * mutual_information(gates)
+    return losses.sum(), (~same).sum().to(losses.dtype)
+
+
+def binary_loss(
+    contest: Contest, live: Tensor, similarity: DotProduct | MixtureOfLogits, *, temperature: float
+) -> LossSum:
+    """Binary cross-entropy of the positive and of one negative (https://arxiv.org/abs/1808.09781, section III-E).
+
+    Args:
+        contest: Label tokens, with one column each.
+        live: [L] bool, whether there is a negative.
+        similarity: What made its vectors.
+        temperature: Divides scores.
+    """
+    x = contest
+    assert x.columns is not None and x.columns.shape[1] == 1
+    pair = torch.stack([x.positive, x.pool[x.columns[:, 0]]], 1)
+    if isinstance(similarity, DotProduct):
+        scores = torch.einsum("ld,lnd->ln", x.query, pair)
+    else:
+        scores = similarity.mix(x.query, pair)[0]
+    right, wrong = (scores / temperature).unbind(1)
+    total = F.softplus(-right).sum() + (F.softplus(wrong) * live).sum()
+    return LossSum(total=total, count=x.query.shape[0], live_negatives=live.sum().to(total.dtype))

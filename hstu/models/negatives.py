@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from hstu.data.reader import SequenceDataset
+from hstu.data.splits import Split
+
 POOL_SIZE = 8192
-"""Uniform negatives are drawn from a pool of at most this many items, new for each step."""
+"""Negatives of a larger catalogue are drawn from a pool of at most this many items, new for each step."""
 
 
 def _mix(x: Tensor) -> Tensor:
@@ -30,31 +35,44 @@ class NegativeSampler:
 
     Args:
         strategy: ``"all"``: the pool is the catalogue. ``"uniform"``: items with equal probability.
-            ``"in_batch"``: the distinct labels of the global batch.
-        num_items: Size of the catalogue.
+            ``"log_uniform"``: the item of popularity rank r (from 0) with probability
+            log((r + 2) / (r + 1)) / log(n + 1). ``"in_batch"``: the distinct labels of the global batch.
+        num_items: Size of the catalogue, n.
         num_negatives: Per label token; -1: the whole pool.
         seed: Of the run.
     """
 
     def __init__(
-        self, strategy: Literal["all", "uniform", "in_batch"], num_items: int, num_negatives: int, seed: int
+        self,
+        strategy: Literal["all", "uniform", "log_uniform", "in_batch"],
+        num_items: int,
+        num_negatives: int,
+        seed: int,
     ) -> None:
-        self.strategy, self.num_items, self.num_negatives, self.seed = (
-            strategy,
-            num_items,
-            num_negatives,
-            seed,
-        )
+        self.strategy, self.num_items, self.num_negatives, self.seed = strategy, num_items, num_negatives, seed
         #: Joins the label ids of all ranks; ``parallelize`` sets it.
         self.gather: Callable[[Tensor], Tensor] = lambda ids: ids
+        self.counts: Tensor | None = None
+
+    def set_counts(self, counts: Tensor) -> None:
+        """Tell how often each item is a label in training, [n] int64; needed for ``log_uniform`` and ``log_q``."""
+        self.counts = counts
+        self.by_popularity = counts.argsort(descending=True, stable=True)
+        self.rank = self.by_popularity.argsort()
 
     def pool(self, labels: Tensor, step: int) -> Tensor:
-        """Return the ids of the pool of global batch ``step``, [P] int64, distinct, the same on every rank."""
+        """Return the ids of the pool of global batch ``step``, [P] int64, the same on every rank.
+
+        They are distinct, unless drawn log-uniformly from a large catalogue.
+        """
         if self.strategy == "in_batch":
             return self.gather(labels).unique()
         if self.strategy == "all" or self.num_items <= POOL_SIZE:
             return torch.arange(self.num_items, device=labels.device)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        if self.strategy == "log_uniform":
+            uniform = torch.rand(POOL_SIZE, generator=generator, dtype=torch.float64)
+            return self._log_uniform(uniform.to(labels.device))
         drawn = torch.randint(self.num_items, (POOL_SIZE,), generator=generator)
         return drawn.unique().to(labels.device)
 
@@ -67,4 +85,58 @@ class NegativeSampler:
         """
         if self.num_negatives == -1 or self.strategy == "all":
             return None
+        if self.strategy == "log_uniform" and self.num_items <= POOL_SIZE:
+            return self._log_uniform(random_columns(keys, self.num_negatives, 2**53, self.seed).double() / 2**53)
         return random_columns(keys, self.num_negatives, pool_size, self.seed)
+
+    def log_q(self, ids: Tensor) -> Tensor:
+        """Return the logarithm of how probable items ``ids`` are as negatives, up to a constant, float32."""
+        assert self.counts is not None, "set_counts was not called"
+        if self.strategy == "log_uniform":
+            return torch.log1p(1 / (self.rank[ids].double() + 1)).log().float()
+        assert self.strategy == "in_batch", "other strategies draw all items with one probability"
+        return self.counts[ids].clamp(min=1).double().log().float()
+
+    def _log_uniform(self, uniform: Tensor) -> Tensor:
+        """Turn numbers in [0, 1) into item ids."""
+        assert self.counts is not None, "set_counts was not called"
+        rank = torch.exp(uniform * math.log(self.num_items + 1)).long() - 1
+        return self.by_popularity[rank.clamp(0, self.num_items - 1)]
+
+
+def count_items(dataset: SequenceDataset, split: Split) -> Tensor:
+    """Return how often each item occurs in the samples of ``split``, [items] int64."""
+    counts = np.zeros(dataset.schema.item.vocab_size or 0, np.int64)
+    for start in range(0, len(split), POOL_SIZE):
+        users, stop = split.users[start : start + POOL_SIZE], split.stop[start : start + POOL_SIZE]
+        counts += np.bincount(dataset.gather(users, np.zeros_like(stop), stop).items, minlength=counts.size)
+    return torch.from_numpy(counts)
+
+
+def other_item(
+    keys: Tensor, samples: Tensor, items: Tensor, owner: Tensor, num_items: int, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Draw for each label token an item that its sample does not hold, all of them with one probability.
+
+    Args:
+        keys: [L] int64, an identity of each label token that does not depend on the rank.
+        samples: [L] int64, the sample of each label token.
+        items: [E] int64, what the samples hold.
+        owner: [E] int64, the sample of each of ``items``.
+        num_items: Size of the catalogue.
+        seed: Of the run.
+
+    Returns:
+        Ids [L] int64, and whether there is such an item [L] bool.
+    """
+    held = (owner * num_items + items).unique()
+    owner, items = held // num_items, held % num_items
+    starts = torch.searchsorted(owner, samples)
+    # Free items below the i-th held one, x_i: x_i - i. The u-th free item comes after all held ones with that <= u.
+    free_below = items - (torch.arange(owner.numel(), device=owner.device) - torch.searchsorted(owner, owner))
+    num_held = torch.searchsorted(owner, samples, right=True) - starts
+    free = num_items - num_held
+    drawn = random_columns(keys, 1, 2**62, seed).squeeze(1) % free.clamp(min=1)
+    width = num_items + 1
+    below = torch.searchsorted(owner * width + free_below, samples * width + drawn, right=True) - starts
+    return (drawn + below).clamp(max=num_items - 1), free > 0

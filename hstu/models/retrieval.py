@@ -1,65 +1,94 @@
-"""Generative retrieval: the next item, by softmax over sampled or all items."""
+"""Generative retrieval: the next item, told apart from sampled or all items."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor
 
-from hstu.config import Config
+from hstu.config import Config, RetrievalArgs
 from hstu.data.batch import POOL, Batch
 from hstu.data.schema import Schema
-from hstu.layers.postprocess import l2_normalize
+from hstu.layers.mlp import initialize
+from hstu.layers.similarity import DotProduct, MixtureOfLogits
 from hstu.models.encoder import Encoder
-from hstu.models.losses import LossSum, softmax_loss
-from hstu.models.negatives import NegativeSampler
+from hstu.models.losses import Contest, LossSum, binary_loss, softmax_loss
+from hstu.models.negatives import NegativeSampler, other_item
 from hstu.ops import lengths_to_offsets, positions_in_sequence, sequence_ids
 
 
 class RetrievalModel(Encoder):
-    """Embeddings (of the batch and of the pool of negatives), preprocess, backbone, postprocess, softmax loss."""
+    """Embeddings (of the batch and of the pool of negatives), preprocess, backbone, postprocess, similarity, loss."""
 
     def __init__(self, config: Config, schema: Schema, *, allocate_tables: bool = True) -> None:
         super().__init__(config, schema, allocate_tables=allocate_tables)
         assert config.retrieval is not None
-        args = config.retrieval
+        self.args, self.seed = config.retrieval, config.trainer.seed
         self.item = schema.item.name
         self.num_items = schema.item.vocab_size or 0
-        self.temperature, self.eps = args.temperature, args.l2_norm_eps
-        self.normalize_items = self.postprocess.norm == "l2"
-        self.sampler = NegativeSampler(args.negatives, self.num_items, args.num_negatives, config.trainer.seed)
+        self.similarity = make_similarity(self.args, config.network.hidden_size, self.postprocess.norm)
+        initialize(self.similarity, "xavier_uniform", 0.0)
+        self.sampler = NegativeSampler(self.args.negatives, self.num_items, self.args.num_negatives, self.seed)
         width = self.embeddings.widths[self.item]
         if width != config.network.hidden_size:
             raise config.network.error("item_embedding_dim", "retrieval scores hidden states against items: use -1")
 
     def forward(self, batch: Batch) -> LossSum:
         """Return the loss of the labelled events."""
-        pool_ids = self.sampler.pool(batch.labels, batch.step)
+        keys, live = self._keys(batch), None
+        if self.args.loss == "bce":
+            drawn, live = self._other_item(batch, keys)
+            pool_ids, places = drawn.unique(return_inverse=True)
+            columns: Tensor | None = places[:, None]
+        else:
+            pool_ids = self.sampler.pool(batch.labels, batch.step)
+            columns = self.sampler.columns(keys, pool_ids.numel())
         embedded = self.embeddings(batch.with_pool(pool_ids).features)
-        query = self.encode(embedded, batch)
+        query = self.similarity.queries(self.encode(embedded, batch))
         # The item after a labelled event is its label, and its embedding is already at hand.
         following = batch.label_mask.nonzero().squeeze(1) + 1
-        return softmax_loss(
-            query,
-            self.item_vectors(embedded[self.item][following]),
-            batch.labels,
-            self.item_vectors(embedded[POOL]),
-            pool_ids,
-            temperature=self.temperature,
-            columns=self.sampler.columns(self._keys(batch), pool_ids.numel()),
+        contest = Contest(
+            query=query,
+            positive=self.item_vectors(embedded[self.item][following]),
+            positive_ids=batch.labels,
+            pool=self.item_vectors(embedded[POOL]),
+            pool_ids=pool_ids,
+            columns=columns,
         )
+        return self._loss(contest, live)
 
     def queries(self, batch: Batch) -> Tensor:
-        """Return the vector that scores the item after each labelled event, [L, D] float32."""
+        """Return what scores the item after each labelled event, [L, ..] float32."""
         embedded = self.embeddings(batch.with_pool(batch.labels[:0]).features)
-        return self.encode(embedded, batch)
+        out: Tensor = self.similarity.queries(self.encode(embedded, batch))
+        return out
 
     def item_vectors(self, embedded: Tensor) -> Tensor:
-        """Return items as training and evaluation score them, [n, D] float32."""
-        embedded = embedded.float()
-        return l2_normalize(embedded, self.eps) if self.normalize_items else embedded
+        """Return items as training and evaluation score them, [n, ..] float32."""
+        out: Tensor = self.similarity.items(embedded.float())
+        return out
 
     def catalogue_vectors(self, batch: Batch, ids: Tensor) -> Tensor:
-        """Return the vectors of items ``ids`` [n], [n, D] float32; ``batch`` lends its features."""
+        """Return items ``ids`` [n] as they are scored, [n, ..] float32; ``batch`` lends its features."""
         return self.item_vectors(self.embeddings(batch.with_pool(ids).features)[POOL])
+
+    def scores(self, queries: Tensor, items: Tensor) -> Tensor:
+        """Score ``queries`` [L, ..] against ``items`` [n, ..]: [L, n] float32."""
+        return self.similarity.scores(queries, items)
+
+    def _loss(self, contest: Contest, live: Tensor | None) -> LossSum:
+        if live is not None:
+            return binary_loss(contest, live, self.similarity, temperature=self.args.temperature)
+        if self.args.logq_correction:
+            log_q = self.sampler.log_q(contest.positive_ids), self.sampler.log_q(contest.pool_ids)
+            contest = replace(contest, log_q=log_q)
+        return softmax_loss(
+            contest,
+            self.similarity,
+            temperature=self.args.temperature,
+            label_smoothing=self.args.label_smoothing,
+            mutual_information_weight=self.args.mol_mutual_information,
+        )
 
     def _keys(self, batch: Batch) -> Tensor:
         """Return an identity of each label token that no layout of ranks changes, [L] int64."""
@@ -68,3 +97,24 @@ class RetrievalModel(Encoder):
         sample = batch.sample_ids[sequence_ids(offsets, total)]
         keys = sample * 2**20 + positions_in_sequence(offsets, total)
         return keys[batch.label_mask]
+
+    def _other_item(self, batch: Batch, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Draw one item for each label token that is not in its sample."""
+        owner = sequence_ids(lengths_to_offsets(batch.lengths(self.item)), batch.label_mask.numel())
+        return other_item(keys, owner[batch.label_mask], batch.ids(self.item), owner, self.num_items, self.seed)
+
+
+def make_similarity(args: RetrievalArgs, hidden_size: int, output_norm: str) -> DotProduct | MixtureOfLogits:
+    """Return the similarity of ``args``; items follow the norm of the hidden rows in a dot product."""
+    if args.similarity == "mol":
+        return MixtureOfLogits(
+            hidden_size,
+            query_groups=args.mol_query_groups,
+            item_groups=args.mol_item_groups,
+            channels=args.mol_channels,
+            gate_channels=args.mol_gate_channels,
+            dropout=args.mol_dropout,
+            eps=args.l2_norm_eps,
+        )
+    cosine = args.similarity == "cosine"
+    return DotProduct(normalize_queries=cosine, normalize_items=cosine or output_norm == "l2", eps=args.l2_norm_eps)

@@ -73,6 +73,9 @@ def model_identity(config: Config, schema: Schema) -> dict[str, Any]:
     }
     if config.ranking is not None:
         identity["RankingArgs.prediction_head_arch"] = config.ranking.prediction_head_arch
+    if config.retrieval is not None:
+        shape = ("similarity", "mol_query_groups", "mol_item_groups", "mol_channels", "mol_gate_channels")
+        identity |= {f"RetrievalArgs.{name}": getattr(config.retrieval, name) for name in shape}
     loaded: dict[str, Any] = json.loads(json.dumps(identity))
     return loaded
 

@@ -103,7 +103,7 @@ def _retrieval(model: RetrievalModel, loader: BatchLoader, mesh: Mesh, config: C
             rows = slice(start, start + block)
             targets = batch.labels[rows]
             seen = _seen(loader, samples[rows], targets) if filter_seen else None
-            ranks = target_ranks(queries[rows] @ catalogue.T, targets, seen).cpu()
+            ranks = target_ranks(model.scores(queries[rows], catalogue), targets, seen).cpu()
             sums += torch.stack([*(per_user_metric(name, ranks).sum() for name in names), ranks.new_tensor(len(ranks))])
     *totals, count = mesh.sum(sums).tolist()
     return {

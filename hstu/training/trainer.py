@@ -15,7 +15,8 @@ from hstu.data.batch import Batch
 from hstu.data.loader import BatchLoader
 from hstu.data.reader import SequenceDataset
 from hstu.data.splits import make_splits
-from hstu.models import build_model, make_collator
+from hstu.models import RetrievalModel, build_model, make_collator
+from hstu.models.negatives import count_items
 from hstu.parallel import Mesh, parallelize
 from hstu.parallel.balance import deal, sample_costs
 from hstu.training.checkpoint import Checkpointer, Progress, find_checkpoint, model_identity
@@ -69,6 +70,9 @@ class Trainer:
         }
         self.total_steps = self._total_steps()
         model = build_model(config, dataset.schema, allocate_tables=False)
+        if config.retrieval is not None and config.retrieval.needs_item_counts:
+            assert isinstance(model, RetrievalModel)
+            model.sampler.set_counts(count_items(dataset, self.loaders["train"].split).to(mesh.device))
         self.parallel = parallelize(model, mesh, config)
         self.model = self.parallel.model
         self.optimizer = Optimizer(self.parallel, config.optimizer, self.total_steps)

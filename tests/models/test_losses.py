@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from hstu.layers.similarity import DotProduct, MixtureOfLogits, mutual_information
 from hstu.models import losses
-from hstu.models.losses import action_bits, ranking_loss, softmax_loss
+from hstu.models.losses import Contest, LossSum, action_bits, binary_loss, ranking_loss
+from hstu.models.losses import softmax_loss as softmax_loss_of
 
 L, P, D = 7, 9, 4
+
+
+DOT = DotProduct(normalize_queries=False, normalize_items=False, eps=1e-6)
+
+
+def softmax_loss(*, temperature: float, columns: Tensor | None = None, **x: Tensor) -> LossSum:
+    return softmax_loss_of(Contest(**x, columns=columns), DOT, temperature=temperature)
 
 
 def inputs(seed: int = 0) -> dict[str, Tensor]:
@@ -58,11 +68,7 @@ COLUMNS[0] = 0  # every negative of the first token is its positive: none is liv
 
 @pytest.mark.parametrize("temperature", [1.0, 0.3])
 @pytest.mark.parametrize("columns", [None, COLUMNS], ids=["whole_pool", "columns"])
-@pytest.mark.parametrize("chunk", [1 << 24, 3 * P, 1])
-def test_softmax_loss_and_gradients(
-    temperature: float, columns: Tensor | None, chunk: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(losses, "_CHUNK_ELEMENTS", chunk)
+def test_softmax_loss_and_gradients(temperature: float, columns: Tensor | None) -> None:
     assert_is_the_definition(inputs(), temperature, columns)
 
 
@@ -126,3 +132,95 @@ def test_ranking_loss_of_nothing_is_zero(multiclass: bool) -> None:
     loss = ranking_loss(logits, torch.zeros(0, dtype=torch.int64), multiclass=multiclass)
     loss.total.backward()
     assert float(loss.total.detach()) == 0.0 and loss.count == 0
+
+
+# Options of the softmax, and the other similarities
+
+
+def mixture() -> MixtureOfLogits:
+    torch.manual_seed(0)
+    shape = dict(query_groups=2, item_groups=2, channels=3, gate_channels=4)
+    return MixtureOfLogits(D, **shape, dropout=0.0, eps=1e-6).double()  # type: ignore[arg-type]
+
+
+def scores_of(x: dict[str, Tensor], similarity: DotProduct | MixtureOfLogits) -> tuple[Tensor, Tensor]:
+    """Scores of the positives [L] and of the pool [L, P]."""
+    query, pool = similarity.queries(x["query"]), similarity.items(x["pool"])
+    return similarity.scores(query, similarity.items(x["positive"])).diagonal(), similarity.scores(query, pool)
+
+
+def contest_of(x: dict[str, Tensor], similarity: DotProduct | MixtureOfLogits, **more: Any) -> Contest:
+    made = {"query": similarity.queries, "positive": similarity.items, "pool": similarity.items}
+    return Contest(**{name: made[name](value) if name in made else value for name, value in x.items()}, **more)
+
+
+@pytest.mark.parametrize("chunk", [1 << 24, 1])
+@pytest.mark.parametrize("log_q", [False, True])
+@pytest.mark.parametrize("columns", [None, COLUMNS], ids=["whole_pool", "columns"])
+@pytest.mark.parametrize("kind", ["dot", "mol"])
+def test_softmax_of_any_similarity_with_correction(
+    kind: str, columns: Tensor | None, log_q: bool, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(losses, "_CHUNK_ELEMENTS", chunk)
+    x, similarity = inputs(), DOT if kind == "dot" else mixture()
+    right, scores = (part / 0.3 for part in scores_of(x, similarity))
+    correction = None
+    if log_q:
+        correction = torch.randn(L, dtype=torch.float64), torch.randn(P, dtype=torch.float64)
+        right, scores = right - correction[0], scores - correction[1]
+    total, live = torch.zeros((), dtype=torch.float64), 0
+    for t in range(L):
+        terms = [right[t]]
+        for p in range(P) if columns is None else columns[t].tolist():
+            if int(x["pool_ids"][p]) != int(x["positive_ids"][t]):
+                terms.append(scores[t, p])
+                live += 1
+        total = total + torch.stack(terms).logsumexp(0) - right[t]
+    loss = softmax_loss_of(contest_of(x, similarity, columns=columns, log_q=correction), similarity, temperature=0.3)
+    torch.testing.assert_close(loss.total, total)
+    assert float(loss.live_negatives) == live  # type: ignore[arg-type]
+    leaves = [x["query"], x["positive"], x["pool"], *similarity.parameters()]
+    truth = torch.autograd.grad(total, leaves)
+    for a, b in zip(torch.autograd.grad(loss.total, leaves), truth, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("kind", ["dot", "mol"])
+def test_label_smoothing_is_that_of_the_full_softmax(kind: str) -> None:
+    x, similarity, targets = inputs(), DOT if kind == "dot" else mixture(), torch.tensor([0, 3, 8, 1, 1, 5, 2])
+    x |= {"positive": x["pool"][targets], "positive_ids": x["pool_ids"][targets]}
+    loss = softmax_loss_of(contest_of(x, similarity), similarity, temperature=0.3, label_smoothing=0.2)
+    scores = scores_of(x, similarity)[1] / 0.3
+    expected = torch.nn.functional.cross_entropy(scores, targets, label_smoothing=0.2, reduction="sum")
+    torch.testing.assert_close(loss.total, expected)
+    leaves = [x["query"], x["pool"]]
+    for a, b in zip(torch.autograd.grad(loss.total, leaves), torch.autograd.grad(expected, leaves), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_mutual_information_is_taken_off_the_loss() -> None:
+    x, similarity = inputs(), mixture()
+    plain, rewarded = (
+        softmax_loss_of(contest_of(x, similarity), similarity, temperature=0.3, mutual_information_weight=weight).total
+        for weight in (0.0, 0.5)
+    )
+    gates = similarity.mix(similarity.queries(x["query"]), similarity.items(x["pool"])[None])[1]
+    torch.testing.assert_close(plain - rewarded, 0.5 * mutual_information(gates).sum())
+
+
+@pytest.mark.parametrize("kind", ["dot", "mol"])
+def test_binary_loss(kind: str) -> None:
+    x, similarity = inputs(), DOT if kind == "dot" else mixture()
+    columns, live = COLUMNS[:, :1], torch.tensor([True, False, True, True, True, True, True])
+    right, scores = scores_of(x, similarity)
+    total = torch.zeros((), dtype=torch.float64)
+    for t in range(L):
+        total = total - torch.sigmoid(right[t] / 0.5).log()
+        if live[t]:
+            total = total - (1 - torch.sigmoid(scores[t, columns[t, 0]] / 0.5)).log()
+    loss = binary_loss(contest_of(x, similarity, columns=columns), live, similarity, temperature=0.5)
+    torch.testing.assert_close(loss.total, total)
+    assert (loss.count, float(loss.live_negatives)) == (L, 6)  # type: ignore[arg-type]
+    for leaf in (x["query"], x["positive"], x["pool"]):
+        truth = torch.autograd.grad(total, leaf, retain_graph=True)
+        torch.testing.assert_close(torch.autograd.grad(loss.total, leaf, retain_graph=True), truth)

@@ -144,7 +144,7 @@ def test_retrieval_loss(dataset: SequenceDataset, strategy: str, name: str, norm
 
 @torch.no_grad()
 def assert_evaluation_scores_what_training_trained(model: RetrievalModel, batch: Batch) -> None:
-    scores = model.queries(batch) @ model.catalogue_vectors(batch, torch.arange(30)).T / model.temperature
+    scores = model.queries(batch) @ model.catalogue_vectors(batch, torch.arange(30)).T / model.args.temperature
     expected = torch.nn.functional.cross_entropy(scores, batch.labels, reduction="sum")
     torch.testing.assert_close(model(batch).total, expected, rtol=1e-5, atol=1e-4)
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from hstu.models.negatives import POOL_SIZE, NegativeSampler, random_columns
+from hstu.data import leave_one_out
+from hstu.models.negatives import POOL_SIZE, NegativeSampler, count_items, other_item, random_columns
+from tests.samples import make_dataset
 
 CHI_SQUARE_999 = {9: 27.9, 99: 148.2, 499: 602.0}  # quantile 0.999 by degrees of freedom
 
@@ -96,3 +101,62 @@ def test_uniform_negatives_of_a_large_catalogue_are_uniform_over_it() -> None:
         assert columns is not None
         drawn.append(pool[columns])
     assert_uniform(torch.stack(drawn) * 10 // items, 10)
+
+
+# Popularity, and items that the user has not
+
+COUNTS = torch.tensor([5, 0, 40, 7, 7, 100, 1, 2, 30, 3])
+
+
+@pytest.mark.parametrize("num_items", [10, POOL_SIZE + 2000])
+def test_log_uniform_negatives_follow_the_rank_of_popularity(num_items: int) -> None:
+    popular = sampler("log_uniform", num_items=num_items, num_negatives=100)
+    counts = torch.zeros(num_items, dtype=torch.int64)
+    counts[-10:] = COUNTS + 1
+    popular.set_counts(counts)
+    drawn = []
+    for step in range(8):
+        pool = popular.pool(LABELS, step)
+        columns = popular.columns(torch.arange(400) + 1000 * step, pool.numel())
+        assert columns is not None
+        drawn.append(pool[columns])
+    share = torch.bincount(torch.cat(drawn).flatten(), minlength=num_items).double() / torch.cat(drawn).numel()
+    order = [num_items - 10 + i for i in (5, 2, 8, 3, 4, 0, 9, 7, 6, 1)]  # of two as popular, the lower id
+    wanted = [math.log((r + 2) / (r + 1)) / math.log(num_items + 1) for r in range(10)]
+    assert share[order].tolist() == pytest.approx(wanted, abs=0.006)
+    log_q = popular.log_q(torch.tensor(order))
+    assert (log_q - log_q[0]).tolist() == pytest.approx([math.log(w / wanted[0]) for w in wanted], abs=1e-5)
+
+
+def test_in_batch_negatives_are_as_probable_as_labels_are_frequent() -> None:
+    batch = sampler("in_batch", num_items=10)
+    batch.set_counts(COUNTS)
+    log_q = batch.log_q(torch.tensor([5, 2, 1]))
+    assert log_q.exp().tolist() == pytest.approx([100, 40, 1])
+
+
+def test_items_are_counted_over_the_samples_of_a_split(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path / "small", [5, 3, 7], num_items=6)
+    events = dataset.gather(np.arange(3), np.zeros(3, np.int64), np.array([5, 3, 7])).items
+    train = np.concatenate([events[:3], events[5:6], events[8:13]])
+    found = count_items(dataset, leave_one_out(dataset.lengths)["train"])
+    assert found.tolist() == np.bincount(train, minlength=6).tolist()
+
+
+def test_the_one_negative_is_any_item_but_the_users_own() -> None:
+    own = [[3, 0, 3, 9, 4], [], list(range(10)), list(range(9)), [7]]
+    items = torch.tensor([i for sample in own for i in sample])
+    owner = torch.tensor([b for b, sample in enumerate(own) for _ in sample])
+    samples = torch.arange(5).repeat_interleave(4000)
+    keys = torch.arange(20_000)
+    drawn, live = other_item(keys, samples, items, owner, 10, seed=3)
+    for b, held in enumerate(own):
+        free = sorted(set(range(10)) - set(held))
+        counts = torch.bincount(drawn[samples == b], minlength=10).tolist()
+        assert bool((live[samples == b] == bool(free)).all())
+        if free:
+            assert [i for i, count in enumerate(counts) if count] == free
+            assert max(abs(counts[i] - 4000 / len(free)) for i in free) < 5 * (4000 / len(free)) ** 0.5
+    again = other_item(keys[5:9], samples[5:9], items, owner, 10, seed=3)[0]
+    assert torch.equal(again, drawn[5:9])
+    assert other_item(keys[:0], samples[:0], items[:0], owner[:0], 10, seed=3)[0].numel() == 0

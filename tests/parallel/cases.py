@@ -35,6 +35,15 @@ SGD = ("OptimizerArgs.optimizer_str='sgd'", "OptimizerArgs.learning_rate=0.02")
 FAST_TABLES = ("OptimizerArgs.sparse_learning_rate=0.02",)
 IN_BATCH = ("RetrievalArgs.num_negatives=-1", "RetrievalArgs.sampling_strategy='in_batch'")
 FULL = ("RetrievalArgs.loss='full_softmax'",)
+LLAMA_BCE = ("NetworkArgs.backbone='llama'", "RetrievalArgs.loss='bce'", "RetrievalArgs.num_negatives=1")
+SASREC_MOL = (
+    "NetworkArgs.backbone='sasrec'",
+    "RetrievalArgs.similarity='mol'",
+    "RetrievalArgs.mol_dropout=0.0",
+    "RetrievalArgs.mol_mutual_information=0.1",
+    "RetrievalArgs.sampling_strategy='log_uniform'",
+    "RetrievalArgs.logq_correction=True",
+)
 WIDTHS = ("NetworkArgs.item_embedding_dim=22", "NetworkArgs.action_embedding_dim=6")
 
 
@@ -95,6 +104,8 @@ CASES = {
             (*SGD, *FULL, *sharding("row_wise", segment="data_parallel")),
             data="short",
         ),
+        Case("retrieval-sgd-llama-bce", "retrieval", (*SGD, *LLAMA_BCE), plain_steps=0),
+        Case("retrieval-sgd-sasrec-mol-short", "retrieval", (*SGD, *SASREC_MOL), data="short", plain_steps=0),
         Case(
             "retrieval-rowwise-adagrad",
             "retrieval",

@@ -1,0 +1,86 @@
+"""Knobs of retrieval: the loss, its negatives, and how users are scored against items."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from hstu.config.base import Args
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalArgs(Args):
+    """Next-item training against sampled or all items, and its evaluation on the whole catalogue.
+
+    ``mol_*`` are those of ``similarity = "mol"`` (https://arxiv.org/abs/2306.04039): a mixture of the dot products
+    of ``mol_query_groups`` x ``mol_item_groups`` vectors of ``mol_channels``.
+    """
+
+    #: "bce": binary cross-entropy of the next item and of one item that is not in the sample.
+    loss: Literal["sampled_softmax", "full_softmax", "bce"] = "sampled_softmax"
+    #: Negatives per label; -1 takes every negative there is in the batch (in_batch only).
+    num_negatives: int = -1
+    #: "log_uniform": by rank of popularity in training. None: "uniform" when num_negatives is set, else "in_batch".
+    sampling_strategy: Literal["uniform", "log_uniform", "in_batch"] | None = None
+    #: Take the logarithm of how often an item is drawn as a negative off its score in training.
+    logq_correction: bool = False
+    #: Share of the target that full_softmax spreads over all items.
+    label_smoothing: float = 0.0
+    #: "dot": items follow NetworkArgs.output_norm. "cosine": both sides of length one. "mol": see above.
+    similarity: Literal["dot", "cosine", "mol"] = "dot"
+    mol_query_groups: int = 4
+    mol_item_groups: int = 4
+    mol_channels: int = 16
+    mol_gate_channels: int = 64
+    mol_dropout: float = 0.1
+    #: Weight of the mutual information of gate and item, a reward for gates that differ between items.
+    mol_mutual_information: float = 0.0
+    temperature: float = 0.05
+    l2_norm_eps: float = 1e-6
+    eval_metrics: tuple[str, ...] = ("HR@10", "NDCG@10")
+    #: Leave items of the user's whole history out of the ranking.
+    filter_seen: bool = True
+
+    def validate(self) -> None:
+        self.require_positive("temperature", "l2_norm_eps")
+        self.require_positive("mol_query_groups", "mol_item_groups", "mol_channels", "mol_gate_channels")
+        self.require_range("mol_dropout", 0, 1)
+        self.require_range("mol_mutual_information", 0, float("inf"))
+        self.require_range("label_smoothing", 0, 1)
+        if self.num_negatives != -1:
+            self.require_positive("num_negatives")
+        self._validate_loss()
+        for metric in self.eval_metrics:
+            name, _, k = metric.partition("@")
+            if not (name in ("HR", "NDCG") and k.isdigit() and int(k) > 0) and metric != "MRR":
+                raise self.error("eval_metrics", "must be made of HR@k, NDCG@k and MRR, such as 'HR@10'")
+        if not self.eval_metrics:
+            raise self.error("eval_metrics", "must name at least one metric")
+
+    def _validate_loss(self) -> None:
+        strategy = self.sampling_strategy
+        if strategy in ("uniform", "log_uniform") and self.num_negatives == -1:
+            raise self.error("num_negatives", f"must be set when RetrievalArgs.sampling_strategy = {strategy!r}")
+        if self.loss == "bce" and strategy is not None:
+            raise self.error("sampling_strategy", "bce draws one item that the user has not; leave it unset")
+        if self.loss == "bce" and self.num_negatives not in (-1, 1):
+            raise self.error("num_negatives", "bce has one negative; use 1, or sampled_softmax for more")
+        if self.label_smoothing and self.loss != "full_softmax":
+            raise self.error("label_smoothing", "spreads over all items, which only full_softmax scores")
+        if self.logq_correction and (self.loss != "sampled_softmax" or self.negatives == "uniform"):
+            raise self.error("logq_correction", "changes nothing where all items are as probable; use it with in_batch "
+                             "or log_uniform negatives")  # fmt: skip
+        if self.mol_mutual_information and (self.similarity != "mol" or self.loss == "bce"):
+            raise self.error("mol_mutual_information", "needs similarity = 'mol' and a softmax loss")
+
+    @property
+    def negatives(self) -> Literal["all", "uniform", "log_uniform", "in_batch"]:
+        """The sampling strategy that applies."""
+        if self.loss == "full_softmax":
+            return "all"
+        return self.sampling_strategy or ("in_batch" if self.num_negatives == -1 else "uniform")
+
+    @property
+    def needs_item_counts(self) -> bool:
+        """Whether negatives depend on how often items are labels."""
+        return self.logq_correction or (self.loss == "sampled_softmax" and self.negatives == "log_uniform")

@@ -1,0 +1,148 @@
+"""Similarities, losses and negatives in the retrieval model: one similarity, ranks, learning, refusals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hstu.config import Config, ConfigError
+from hstu.data import SequenceDataset, leave_one_out
+from hstu.models.negatives import count_items
+from tests.models.test_backbones import learnt, planted_chain
+from tests.models.test_models import (
+    LENGTHS,
+    assert_evaluation_scores_what_training_trained,
+    assert_rows_see_only_what_is_before_them,
+    batch_of,
+    build,
+    totals,
+)
+from tests.samples import make_config, make_dataset
+
+FULL = ("RetrievalArgs.loss='full_softmax'", "RetrievalArgs.num_negatives=-1")
+MOL_SHAPE = {"query_groups": 3, "item_groups": 2, "channels": 4, "gate_channels": 5, "dropout": 0.0}
+MOL = ("RetrievalArgs.similarity='mol'", *(f"RetrievalArgs.mol_{name}={value}" for name, value in MOL_SHAPE.items()))
+BCE = ("RetrievalArgs.loss='bce'", "RetrievalArgs.num_negatives=1", "RetrievalArgs.temperature=0.5")
+POPULAR = ("RetrievalArgs.sampling_strategy='log_uniform'",)
+LOG_Q = ("RetrievalArgs.logq_correction=True",)
+IN_BATCH = ("RetrievalArgs.num_negatives=-1",)
+OBJECTIVES = {
+    "mol": MOL,
+    "mol_full": (*MOL, *FULL, "RetrievalArgs.mol_mutual_information=0.1"),
+    "mol_bce": (*MOL, *BCE),
+    "bce": BCE,
+    "smooth": (*FULL, "RetrievalArgs.label_smoothing=0.1"),
+    "popular": (*POPULAR, *LOG_Q),
+    "in_batch_log_q": (*IN_BATCH, *LOG_Q),
+    "mol_in_batch_log_q": (*MOL, *IN_BATCH, *LOG_Q),
+}
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> SequenceDataset:
+    return make_dataset(tmp_path_factory.mktemp("data") / "small", LENGTHS, num_items=30)
+
+
+def built(dataset: SequenceDataset, config: Config) -> Any:
+    model = build(dataset, config)
+    model.sampler.set_counts(count_items(dataset, leave_one_out(dataset.lengths)["train"]))
+    return model
+
+
+@pytest.mark.parametrize("norm", ["l2", "none"])
+@pytest.mark.parametrize("similarity", ["dot", "cosine", "mol"])
+def test_training_and_evaluation_use_one_similarity(dataset: SequenceDataset, similarity: str, norm: str) -> None:
+    lines = (*MOL, *FULL, f"RetrievalArgs.similarity='{similarity}'", f"NetworkArgs.output_norm='{norm}'")
+    config = make_config("retrieval", *lines)
+    model, batch = built(dataset, config), batch_of(dataset, config)
+    scores = model.scores(model.queries(batch), model.catalogue_vectors(batch, torch.arange(30)))
+    expected = torch.nn.functional.cross_entropy(scores / model.args.temperature, batch.labels, reduction="sum")
+    torch.testing.assert_close(model(batch).total, expected, rtol=1e-5, atol=1e-4)
+    if similarity == "cosine":
+        assert float(scores.detach().abs().max()) <= 1 + 1e-6
+    if similarity != "mol":
+        assert_evaluation_scores_what_training_trained(model, batch)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@torch.no_grad()
+def test_loss_does_not_depend_on_the_number_of_ranks(
+    dataset: SequenceDataset, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config("retrieval", *OBJECTIVES[name])
+    monkeypatch.setattr("tests.models.test_models.build", built)
+    expected = totals(dataset, config, 1, monkeypatch)
+    for world in (2, 4):
+        assert totals(dataset, config, world, monkeypatch) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_gradients_reach_every_parameter_and_nothing_moves_none(dataset: SequenceDataset, name: str) -> None:
+    config = make_config("retrieval", *OBJECTIVES[name])
+    for rows in (None, []):
+        model = built(dataset, config)
+        model(batch_of(dataset, config, rows=rows)).total.backward()
+        for parameter_name, parameter in model.named_parameters():
+            assert parameter.grad is not None and bool(torch.isfinite(parameter.grad).all()), parameter_name
+            assert rows is None or not parameter.grad.any(), parameter_name
+
+
+@torch.no_grad()
+def test_the_binary_loss_never_takes_an_item_of_the_sample(dataset: SequenceDataset) -> None:
+    config = make_config("retrieval", *BCE)
+    model, batch = built(dataset, config), batch_of(dataset, config)
+    drawn, live = model._other_item(batch, model._keys(batch))
+    owner = torch.repeat_interleave(batch.lengths("item"))
+    for item, sample in zip(drawn.tolist(), owner[batch.label_mask].tolist(), strict=True):
+        assert item not in batch.ids("item")[owner == sample].tolist()
+    assert bool(live.all()) and drawn.numel() == batch.labels.numel()
+
+
+LEARN = {"mol": (*MOL, *FULL), "bce": (*BCE, "RetrievalArgs.temperature=0.2"), "popular": POPULAR,
+         "in_batch_log_q": (*IN_BATCH, *LOG_Q)}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LEARN)
+def test_learns_what_follows_what(name: str, tmp_path: Path) -> None:
+    dataset = planted_chain(tmp_path / "chain")
+    counts = count_items(dataset, leave_one_out(dataset.lengths)["train"])
+    network = ("NetworkArgs.backbone='gru'", "NetworkArgs.hidden_size=16", "RetrievalArgs.temperature=0.1")
+    config = make_config("retrieval", *network, *LEARN[name])
+    assert learnt(dataset, config, 0, counts) < 0.3
+    assert learnt(dataset, config, 40 if name == "mol" else 100, counts) > 0.7
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("task", ["ranking", "retrieval"])
+def test_rating_beside_its_item(dataset: SequenceDataset, task: str, split: str) -> None:
+    lines = ["NetworkArgs.token_layout='concat'", "NetworkArgs.action_embedding_dim=5"]
+    if task == "ranking":
+        lines += ["DatasetArgs.max_num_candidates=3", "RankingArgs.prediction_head_act_type='gelu'"]
+    config = make_config(task, *lines)
+    model, batch = build(dataset, config), batch_of(dataset, config, split, [0, 2, 3])
+    assert_rows_see_only_what_is_before_them(model, batch)
+    events = int(batch.lengths("item").sum() + batch.lengths("country").sum() + batch.lengths("age").sum())
+    assert model.num_tokens(batch) == events
+
+
+REFUSED = [
+    ("RetrievalArgs.sampling_strategy='log_uniform'", IN_BATCH, "must be set"),
+    ("RetrievalArgs.sampling_strategy='uniform'", BCE, "one item that the user has not"),
+    ("RetrievalArgs.num_negatives=2", BCE, "bce has one negative"),
+    ("RetrievalArgs.label_smoothing=0.1", (), "only full_softmax"),
+    ("RetrievalArgs.logq_correction=True", (), "as probable"),
+    ("RetrievalArgs.logq_correction=True", FULL, "as probable"),
+    ("RetrievalArgs.mol_mutual_information=0.1", (), "needs similarity = 'mol'"),
+    ("RetrievalArgs.mol_dropout=1", MOL, "below 1"),
+    ("RetrievalArgs.similarity='euclid'", (), "one of 'dot', 'cosine', 'mol'"),
+]
+
+
+@pytest.mark.parametrize(("line", "others", "reason"), REFUSED)
+def test_what_makes_no_sense_is_refused_with_a_reason(line: str, others: tuple[str, ...], reason: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        make_config("retrieval", *others, line)
+    assert reason in str(caught.value) and "\n" not in str(caught.value)
