@@ -11,6 +11,7 @@ evaluation held out, which is then in the column `target` (a ranking run: `item`
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -19,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from hstu.cli.command import open_trained, run_on_mesh
 from hstu.cli.flags import underscore_flags
+
+logger = logging.getLogger("hstu.cli")
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -107,6 +110,7 @@ def predict(args: argparse.Namespace, mesh: Mesh) -> None:
     with ParquetOutput(args.output, mesh, about) as output:
         for columns in _answers(args, trainer, questions, mesh):
             output.write(columns)
+    logger.info("%d rows: %s", output.rows, args.output)
 
 
 def _answers(args: argparse.Namespace, trainer: Any, questions: Questions, mesh: Mesh) -> Iterator[dict[str, pa.Array]]:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from torch import Tensor
 
 from hstu.parallel import Mesh
-
-logger = logging.getLogger(__name__)
 
 
 class ParquetOutput(contextlib.AbstractContextManager):
@@ -52,7 +51,6 @@ class ParquetOutput(contextlib.AbstractContextManager):
             raise ValueError(f"{self.path}: not written, there is nobody to answer: no user has a history")
         self.writer.close()
         os.replace(self.partial, self.path)
-        logger.info("%d rows: %s", self.rows, self.path)
 
     def __exit__(self, kind: Any, *_: Any) -> None:
         if kind is None:
@@ -60,3 +58,9 @@ class ParquetOutput(contextlib.AbstractContextManager):
         elif self.writer is not None:
             self.writer.close()
             self.partial.unlink(missing_ok=True)
+
+
+def vector_column(vectors: Tensor) -> pa.Array:
+    """Return [n, D] as one column of lists of D float32."""
+    flat = np.ascontiguousarray(vectors.float().cpu().numpy()).reshape(-1)
+    return pa.FixedSizeListArray.from_arrays(pa.array(flat), vectors.shape[1])

@@ -35,7 +35,7 @@ def recommend(
         k: Items per sample.
         filter_seen: Leave out everything in the history, however long ago.
     """
-    chunks = catalogue_part(model, loader, mesh)
+    chunks = _catalogue_part(model, loader, mesh)
     for rows, queries in user_vectors(model, loader, mesh):
         if rows.numel() == 0:
             continue
@@ -68,20 +68,27 @@ def score_candidates(model: RankingModel, loader: BatchLoader, mesh: Mesh) -> It
 
 
 @torch.no_grad()
-def catalogue_part(model: RetrievalModel, loader: BatchLoader, mesh: Mesh) -> list[tuple[int, Tensor]]:
-    """Look up this rank's part of the catalogue: (first item id, vectors [n, D] float32) in ascending order."""
-    model.eval()
-    empty = loader.collate(loader.dataset, loader.split, np.empty(0, np.int64), np.empty(0, np.int64), 0)
-    empty = empty.to(mesh.device)
+def item_vectors(model: RetrievalModel, loader: BatchLoader, mesh: Mesh) -> Iterator[tuple[int, Tensor]]:
+    """Yield (first item id, vectors [n, D] float32) of the whole catalogue in ascending order, on every rank."""
+    yield from _look_up(model, loader, mesh, 0, model.num_items)
+
+
+def _catalogue_part(model: RetrievalModel, loader: BatchLoader, mesh: Mesh) -> list[tuple[int, Tensor]]:
+    """Look up this rank's part of the catalogue."""
     share = -(-model.num_items // mesh.world_size)
-    bounds = [min(part * share, model.num_items) for part in (mesh.rank, mesh.rank + 1)]
-    chunks = []
-    # Lookups are collective: as many on every rank, even where its part has ended.
-    for start in range(bounds[0], bounds[0] + share, _LOOKUP_ROWS):
-        stop = min(start + _LOOKUP_ROWS, bounds[1])
-        ids = torch.arange(min(start, stop), stop, device=mesh.device)
-        chunks.append((start, model.catalogue_vectors(empty, ids)))
-    return chunks
+    return list(_look_up(model, loader, mesh, mesh.rank * share, share))
+
+
+def _look_up(
+    model: RetrievalModel, loader: BatchLoader, mesh: Mesh, first: int, count: int
+) -> Iterator[tuple[int, Tensor]]:
+    model.eval()
+    nobody = np.empty(0, np.int64)
+    batch = loader.collate(loader.dataset, loader.split, nobody, nobody, 0).to(mesh.device)
+    for start in range(first, first + count, _LOOKUP_ROWS):
+        # Lookups are collective: as many on every rank, even where the catalogue ends before its part does.
+        stop = min(start + _LOOKUP_ROWS, first + count, model.num_items)
+        yield start, model.catalogue_vectors(batch, torch.arange(start, max(start, stop), device=mesh.device))
 
 
 def _split(vectors: Tensor) -> Iterator[tuple[int, Tensor]]:

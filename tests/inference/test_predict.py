@@ -1,0 +1,267 @@
+"""Recommendations out: what predict and export write is what evaluation scored, in the ids that went in."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+from hstu.cli import export, predict
+from hstu.data.interactions import preprocess_interactions
+from hstu.data.synthetic import SyntheticConfig, generate
+from hstu.metrics.ranking import ranking_scores
+from tests import launch
+from tests.tiny import BINDINGS
+
+COLUMNS = ("--user_column", "who", "--item_column", "what", "--time_column", "when", "--action_column", "did")
+
+
+def planted_log() -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Events and users with string ids whose order is not that of the planted ones."""
+    data = generate(SyntheticConfig(num_users=90, num_items=60, num_clusters=6, min_seqlen=4, max_seqlen=20))
+    who = np.repeat(np.arange(90), data.lengths)
+    events = pl.DataFrame(
+        {
+            "who": [f"u-{(37 * user) % 90:02d}" for user in who],
+            "what": [f"sku {(7 * item) % 60}" for item in data.events["item_id"]],
+            "when": data.events["timestamp"],
+            "did": data.events["action"],
+        }
+    )
+    users = events.select(pl.col("who").unique(maintain_order=True)).with_columns(
+        plan=pl.Series(["free" if user % 3 else "paid" for user in range(90)])
+    )
+    return events, users
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working directory with a data set, a retrieval and a ranking run."""
+    cwd = tmp_path_factory.mktemp("predict")
+    events, users = planted_log()
+    names = dict(user_column="who", item_column="what", time_column="when", action_column="did")
+    preprocess_interactions(events, data_dir=cwd / "tmp_data", users=users, name="synthetic", **names)
+    events.write_csv(cwd / "log.csv")
+    more = {
+        "retrieval": ("RetrievalArgs.eval_metrics=('HR@10', 'NDCG@10')", "NetworkArgs.preset='research'"),
+        "ranking": ("RankingArgs.eval_metrics=('AUC',)", "DatasetArgs.max_num_candidates=2",
+                    "RankingArgs.prediction_head_arch=[8, 2]"),
+    }  # fmt: skip
+    for task, bindings in BINDINGS.items():
+        (cwd / f"{task}.gin").write_text("\n".join((*bindings, *more[task], "TrainerArgs.max_train_iters=20",
+                                                    "TrainerArgs.eval_interval=10")))  # fmt: skip
+        done = launch.entrypoint()(task, "--gin-config-file", f"{task}.gin", "--run-dir", task, cwd=cwd)
+        assert done.code == 0, done.err
+    return cwd
+
+
+@pytest.fixture(autouse=True)
+def in_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.chdir(home)
+    log = logging.getLogger("hstu")
+    kept = log.handlers[:], log.propagate, log.level
+    yield
+    log.handlers, log.propagate, log.level = kept
+
+
+def answers(path: Path, *flags: str, task: str = "retrieval") -> pl.DataFrame:
+    assert predict.main(["--run-dir", task, "--output", str(path), *flags]) == 0
+    return pl.read_parquet(path)
+
+
+def result(task: str) -> dict[str, float]:
+    return json.loads(Path(task, "eval.json").read_text())["metrics"]
+
+
+def last_events(events: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """All events but each user's last, and the last ones."""
+    last = pl.int_range(pl.len()).over("who") == pl.len().over("who") - 1
+    return events.filter(~last), events.filter(last)
+
+
+def test_the_reported_score_can_be_computed_from_the_file(tmp_path: Path):
+    found = answers(tmp_path / "test.parquet", "--split", "test", "--top-k", "25")
+    hits = found.filter((pl.col("item") == pl.col("target")) & (pl.col("rank") <= 10))
+    gain = (1 / np.log2(hits["rank"].to_numpy() + 1)).sum()
+    assert result("retrieval") == {"HR@10": hits.height / 90, "NDCG@10": pytest.approx(gain / 90, abs=1e-12)}
+    assert 0 < hits.height < 90
+    _, last = last_events(planted_log()[0])
+    targets = dict(zip(last["who"], last["what"], strict=True))
+    assert all(targets[user] == target for user, target in found.select("user", "target").iter_rows())
+    about = json.loads(pl.read_parquet_metadata(tmp_path / "test.parquet")["hstu"])
+    assert about["split"] == "test" and about["protocol"] == "leave_one_out" and about["filter_seen"] is True
+
+
+def test_validation_is_scored_alike(tmp_path: Path):
+    found = answers(tmp_path / "valid.parquet", "--split", "valid", "--checkpoint", "20")
+    hits = found.filter(pl.col("item") == pl.col("target")).height
+    records = [json.loads(line) for line in Path("retrieval/metrics.jsonl").read_text().splitlines()]
+    (record,) = [r for r in records if r.get("split") == "valid" and r["step"] == 20]
+    assert record["metrics"]["HR@10"] == hits / 90
+
+
+def test_the_future_holds_no_seen_item_and_is_sorted(tmp_path: Path):
+    events, _ = planted_log()
+    found = answers(tmp_path / "future.parquet", "--top-k", "60")
+    assert found.columns == ["user", "rank", "item", "score"]
+    seen = set(events.select("who", "what").iter_rows())
+    recommended = set(found.select("user", "item").iter_rows())
+    assert not seen & recommended and len(seen | recommended) == 90 * 60, "all that is left is ranked"
+    for _, rows in found.group_by("user", maintain_order=True):
+        assert rows["rank"].to_list() == list(range(1, rows.height + 1)) and rows["score"].is_sorted(descending=True)
+
+
+def test_a_truncated_history_from_a_file_gives_what_evaluation_scored(tmp_path: Path):
+    history, _ = last_events(planted_log()[0])
+    renamed = history.with_columns(pl.col("who") + " again").sample(fraction=1.0, shuffle=True, seed=1)
+    users = planted_log()[1].with_columns(pl.col("who") + " again")
+    renamed.join(users, on="who").write_parquet(tmp_path / "new.parquet")
+    from_file = answers(tmp_path / "a.parquet", "--users", str(tmp_path / "new.parquet"), *COLUMNS)
+    scored = answers(tmp_path / "b.parquet", "--split", "test").with_columns(pl.col("user") + " again")
+    both = from_file.join(scored, on=["user", "rank"], suffix="_test")
+    assert both.height == from_file.height == scored.height
+    assert both["item"].equals(both["item_test"], check_names=False)
+    assert np.allclose(both["score"], both["score_test"], atol=1e-6)
+
+
+def test_users_of_the_data_set_by_name(tmp_path: Path):
+    Path(tmp_path / "some.csv").write_text("who\nu-07\nu-41\nu-07\n")
+    some = answers(tmp_path / "some.parquet", "--users", str(tmp_path / "some.csv"), "--user_column", "who")
+    every = answers(tmp_path / "every.parquet")
+    assert some["user"].unique(maintain_order=True).to_list() == ["u-07", "u-41"]
+    assert (
+        some.drop("score")
+        .sort("user", "rank")
+        .equals(every.filter(pl.col("user").is_in(["u-07", "u-41"])).drop("score").sort("user", "rank"))
+    )
+
+
+def test_unknown_items_are_refused_or_dropped(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    lines = ["who,what,when,plan", "x,sku 1,5,free", "x,sku none,6,free", "y,sku none,7,paid", "x,sku 2,8,free"]
+    (tmp_path / "h.csv").write_text("\n".join(lines))
+    flags = ["--run-dir", "retrieval", "--users", str(tmp_path / "h.csv"), "--output", str(tmp_path / "o.parquet")]
+    assert predict.main([*flags, *COLUMNS]) == 2
+    assert "1 items are not in the catalogue that the model was trained on ('sku none')" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*o.parquet*"))
+    dropped = answers(tmp_path / "o.parquet", *flags[2:4], *COLUMNS, "--unknown-items", "drop")
+    out = capsys.readouterr().out
+    assert "dropped 2 events of 1 unknown items" in out and "1 users have no known item" in out
+    (tmp_path / "h.csv").write_text("\n".join([lines[0], lines[1], lines[4]]))
+    kept = answers(tmp_path / "k.parquet", *flags[2:4], *COLUMNS)
+    assert dropped["user"].unique().to_list() == ["x"] and dropped.equals(kept)
+
+
+def test_a_ranking_run_scores_held_out_events_and_candidates_alike(tmp_path: Path):
+    held_out = answers(tmp_path / "test.parquet", "--split", "test", task="ranking")
+    values = held_out.select("score_0", "score_1").to_numpy()
+    assert np.allclose(values.sum(1), 1)
+    scores = ranking_scores(("AUC",), values, held_out["action_id"].to_numpy(), np.arange(90), multiclass=True)
+    assert scores.metrics["AUC"] == pytest.approx(result("ranking")["AUC"], abs=1e-12)
+    history, last = last_events(planted_log()[0])
+    history.join(planted_log()[1], on="who").write_parquet(tmp_path / "history.parquet")
+    last.select("who", "what").write_csv(tmp_path / "pairs.csv")
+    files = ["--users", str(tmp_path / "history.parquet"), "--candidates", str(tmp_path / "pairs.csv")]
+    asked = answers(tmp_path / "asked.parquet", *files, *COLUMNS, task="ranking")
+    both = asked.join(held_out, on=["user", "item"], suffix="_test")
+    assert both.height == 90 and np.allclose(both["score_1"], both["score_1_test"], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("task", "flags", "complaint"),
+    [
+        ("nowhere", [], "holds no run"),
+        ("retrieval", ["--checkpoint", "7"], "no finished checkpoint"),
+        ("retrieval", ["--top-k", "0"], "--top_k = 0"),
+        ("retrieval", ["--candidates", "log.csv", *COLUMNS], "ranks the whole catalogue"),
+        ("retrieval", ["--split", "test", "--users", "log.csv", *COLUMNS], "no held-out events"),
+        ("retrieval", ["--split", "test", "--request-time", "now"], "asks about the future"),
+        ("retrieval", ["--request-time", "soon"], "is no time"),
+        ("retrieval", ["--request-time", "5"], "lies before the last event"),
+        ("retrieval", ["--users", "absent.csv"], "absent.csv: cannot be read"),
+        ("retrieval", ["--users", "log.csv"], "column 'user_id' is missing"),
+        ("retrieval", ["--users", "log.csv", *COLUMNS], "column 'plan' is missing"),
+        ("retrieval", ["--output", "log.csv/x.parquet"], "cannot be written"),
+        ("ranking", [], "--candidates: is required"),
+    ],
+)
+def test_mistakes_end_in_one_line(task: str, flags: list[str], complaint: str, capsys: pytest.CaptureFixture[str]):
+    assert predict.main(["--run-dir", task, "--output", "out.parquet", *flags]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and complaint in error and error.count("\n") == 1
+    assert not Path("out.parquet").exists()
+
+
+def test_ranks_write_the_same_file(home: Path, tmp_path: Path):
+    flags = ["--run-dir", "retrieval", "--split", "test", "--gin-bindings", "TrainerArgs.eval_batch_size=7"]
+    command = launch.torchrun_command(
+        2, Path("-m"), "hstu.cli.predict", *flags, "--output", str(tmp_path / "two.parquet")
+    )
+    done = launch.run(command, timeout=120, cwd=home)
+    assert done.code == 0, done.err
+    one, two = answers(tmp_path / "one.parquet", *flags[2:]), pl.read_parquet(tmp_path / "two.parquet")
+    assert one.drop("score").equals(two.drop("score"))
+    assert np.allclose(one["score"], two["score"], atol=1e-6)
+
+
+def test_exported_vectors_give_the_predicted_scores(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    flags = ["--run-dir", "retrieval", "--output", str(tmp_path / "out")]
+    installed = importlib.util.find_spec("faiss") is not None
+    assert export.main([*flags, "--faiss"]) == (0 if installed else 2)
+    if not installed:
+        assert "pip install" in capsys.readouterr().err and not (tmp_path / "out").exists()
+        assert export.main(flags) == 0
+    items, users = (pl.read_parquet(tmp_path / "out" / f"{name}.parquet") for name in ("items", "users"))
+    assert items.height == 60 and users.height == 90
+    scores = np.stack(users["vector"].to_numpy()) @ np.stack(items["vector"].to_numpy()).T
+    found = answers(tmp_path / "future.parquet")
+    row = {user: place for place, user in enumerate(users["user"])}
+    column = {item: place for place, item in enumerate(items["item"])}
+    expected = [scores[row[user], column[item]] for user, item in found.select("user", "item").iter_rows()]
+    assert np.allclose(found["score"], expected, atol=1e-6)
+    assert export.main(flags) == 2 and "is there already" in capsys.readouterr().err
+    if installed:
+        import faiss
+
+        best = faiss.read_index(str(tmp_path / "out" / "items.faiss")).search(np.stack(users["vector"].to_numpy()), 3)
+        assert np.allclose(best[0], -np.sort(-scores)[:, :3], atol=1e-6)
+
+
+def test_exported_weights_are_those_of_the_checkpoint(tmp_path: Path):
+    from safetensors.numpy import load_file
+
+    assert export.main(["--run-dir", "ranking", "--output", str(tmp_path / "out")]) == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["dense.safetensors", "export.json"]
+    weights = load_file(tmp_path / "out" / "dense.safetensors")
+    saved: dict[str, np.ndarray] = {}
+    for path in Path("ranking/checkpoints/best").resolve().glob("*.safetensors"):
+        saved |= {k.removeprefix("dense/"): v for k, v in load_file(path).items() if k.startswith("dense/")}
+    assert weights.keys() == saved.keys() and len(weights) > 5
+    assert all(np.array_equal(weights[name], saved[name]) for name in weights)
+
+
+def test_a_run_is_scored_from_its_directory_alone(home: Path, tmp_path: Path):
+    run = str(home / "retrieval")
+    done = launch.entrypoint()("retrieval", "--run-dir", run, "--mode", "eval", "--checkpoint", "20", cwd=tmp_path)
+    assert done.code == 0, done.err
+    record = json.loads((home / "retrieval" / "eval_step_000000020.json").read_text())
+    assert record["step"] == 20 and record["split"] == "test"
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_the_entrypoint_of_another_task_is_refused(mode: str, home: Path):
+    done = launch.entrypoint()("ranking", "--run-dir", "retrieval", "--mode", mode, cwd=home)
+    assert done.code == 2 and "holds a retrieval run; use pretrain_gr_retrieval.py" in done.err
+
+
+def test_the_operative_config_is_a_config(home: Path):
+    from hstu.config import load_config
+
+    for task in ("retrieval", "ranking"):
+        path = home / task / "operative.gin"
+        assert load_config(task, [str(path)]).operative == path.read_text()  # type: ignore[arg-type]
