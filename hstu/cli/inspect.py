@@ -1,0 +1,88 @@
+"""`python -m hstu.cli.inspect PATH [--output FILE.png]`: what a preprocessed data set holds, and what looks wrong."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hstu.data.overview import Overview, examples, overview
+from hstu.data.picture import draw_overview, sketch_overview
+from hstu.data.reader import SequenceDataset
+
+
+def report(dataset: SequenceDataset, found: Overview) -> str:
+    """The text that the command prints."""
+    schema, lengths = dataset.schema, found.lengths
+    lines = [f"{schema.name}  ({dataset.path})", ""]
+    lines += [f"  {'users':16} {dataset.num_users:>14,}", f"  {'events':16} {dataset.num_events:>14,}"]
+    lines.append(f"  {'events a user':16} {_spread(lengths)}")
+    lines.append(f"  {'events an item':16} {_spread(found.popularity)}")
+    if schema.time is not None:
+        first, last = (_date(second) for second in dataset.time_range())
+        lines.append(f"  {'time':16} {first} to {last}")
+    lines += ["", "features"]
+    for feature in schema.features:
+        size = "seconds" if feature.vocab_size is None else f"{feature.vocab_size:,} values"
+        lines.append(f"  {feature.name:24} {feature.role:8} {size:>16}  {feature.action_type or ''}".rstrip())
+    lines += ["", sketch_overview(found), "", "examples, with the newest events last"]
+    lines += [_example(user) for user in examples(dataset)]
+    lines += ["", "warnings", *(f"  {warning}" for warning in found.warnings or ["none"])]
+    return "\n".join(lines)
+
+
+def _spread(counts: np.ndarray) -> str:
+    low, middle, high = np.quantile(counts, [0, 0.5, 1], method="nearest")
+    return f"{low:,} to {high:,}, median {middle:,}, mean {counts.mean():,.1f}"
+
+
+def _date(second: int) -> str:
+    try:
+        return f"{datetime.fromtimestamp(int(second), UTC):%Y-%m-%d %H:%M:%S}"
+    except (ValueError, OverflowError, OSError):  # before year 1 or after 9999: no calendar time
+        return str(second)
+
+
+def _example(user: dict[str, Any]) -> str:
+    contexts = "".join(f" {name}={value}" for name, value in user["contexts"].items())
+    lines = [f"  user {user['user']}: {user['length']:,} events{contexts}"]
+    for item, action, time in user["events"]:
+        shown = "" if action is None else f"  action {action}"
+        lines.append(f"      {'' if time is None else _date(time):20} item {item}{shown}")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the report; 2 if there is no data set or the picture cannot be written."""
+    parser = argparse.ArgumentParser(prog="python -m hstu.cli.inspect", description=__doc__)
+    parser.add_argument("path", type=Path, help="directory of a data set, as tmp_data/ml-1m")
+    parser.add_argument("--output", type=Path, metavar="FILE.png", help="where to draw the distributions")
+    arguments = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        dataset = SequenceDataset.open(arguments.path)
+        found = overview(dataset)
+        print(report(dataset, found))
+        if arguments.output is not None:
+            _draw(found, dataset.schema.name, arguments.output)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _draw(found: Overview, name: str, output: Path) -> None:
+    try:
+        draw_overview(found, name, output)
+    except OSError as error:
+        raise ValueError(f"--output = {str(output)!r}: cannot be written ({error.strerror})") from None
+    print(f"\npicture: {output}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,134 @@
+"""What there is to know of a data set at a glance: distributions, example users, and what looks wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from hstu.data.reader import SequenceDataset, Sequences
+
+COLD_EVENTS = 5
+EXAMPLES = 10
+_EVENTS_AT_ONCE = 1 << 21
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overview:
+    """Counts of a data set.
+
+    Attributes:
+        lengths: Events of each user, int64 [U].
+        popularity: Events of each item, int64 [items].
+        actions: Events of each action id, int64 [actions], or None.
+        ties: Events at the time of the one before; None without times.
+        repeats: Events at the time of the one before with its item and action; without times, with its item
+            and action alone.
+        warnings: What deserves a look, a line each.
+    """
+
+    lengths: np.ndarray
+    popularity: np.ndarray
+    actions: np.ndarray | None
+    ties: int | None
+    repeats: int
+    warnings: list[str] = field(default_factory=list)
+
+
+def overview(dataset: SequenceDataset) -> Overview:
+    """Read a data set once, some users at a time."""
+    schema = dataset.schema
+    popularity = np.zeros(schema.item.vocab_size or 0, np.int64)
+    actions = None if schema.action is None else np.zeros(schema.action.vocab_size or 0, np.int64)
+    ties = repeats = 0
+    for events in _all_users(dataset):
+        np.add.at(popularity, events.items, 1)
+        if actions is not None and events.actions is not None:
+            np.add.at(actions, events.actions, 1)
+        # Both belong to one user.
+        inside = np.ones(events.items.size, bool)
+        inside[(np.cumsum(events.lengths) - events.lengths)[events.lengths > 0]] = False
+        tied = inside & _same(events.times)
+        ties += int(tied.sum())
+        repeats += int((tied & _same(events.items) & _same(events.actions)).sum())
+    found = Overview(
+        lengths=dataset.lengths,
+        popularity=popularity,
+        actions=actions,
+        ties=None if schema.time is None else ties,
+        repeats=repeats,
+    )
+    found.warnings.extend(_warnings(found))
+    return found
+
+
+def examples(dataset: SequenceDataset, count: int = EXAMPLES, newest: int = 5) -> list[dict[str, Any]]:
+    """Return ``count`` users from the shortest sequence to the longest, with the original values of their ids.
+
+    Each is ``user``, ``contexts`` (name -> value), ``length``, and ``events``: the ``newest``, oldest of them
+    first, each (item, action, time) with None for what the data set lacks.
+    """
+    order = np.argsort(dataset.lengths, kind="stable")
+    chosen = order[np.unique(np.linspace(0, len(order) - 1, min(count, len(order))).astype(np.int64))]
+    stop = dataset.lengths[chosen]
+    events = dataset.gather(chosen, np.maximum(stop - newest, 0), stop)
+    users = _originals(dataset, dataset.schema.user.name, chosen)
+    contexts = {name: _originals(dataset, name, ids) for name, ids in events.contexts.items()}
+    nothing = np.full(events.items.size, None)
+    action, times = dataset.schema.action, nothing if events.times is None else events.times
+    actions = nothing
+    if action is not None and events.actions is not None:
+        actions = _originals(dataset, action.name, events.actions)
+    table = list(zip(_originals(dataset, dataset.schema.item.name, events.items), actions, times, strict=True))
+    ends = np.cumsum(events.lengths)
+    return [
+        {
+            "user": users[b],
+            "contexts": {name: values[b] for name, values in contexts.items()},
+            "length": int(stop[b]),
+            "events": table[ends[b] - events.lengths[b] : ends[b]],
+        }
+        for b in range(len(chosen))
+    ]
+
+
+def _all_users(dataset: SequenceDataset) -> Iterator[Sequences]:
+    """Yield the whole sequences of all users, about ``_EVENTS_AT_ONCE`` events at once."""
+    chunk = np.cumsum(dataset.lengths) // _EVENTS_AT_ONCE
+    for users in np.split(np.arange(dataset.num_users), np.flatnonzero(np.diff(chunk)) + 1):
+        yield dataset.gather(users, np.zeros_like(users), dataset.lengths[users])
+
+
+def _same(values: np.ndarray | None) -> np.ndarray | bool:
+    """Return where a value equals the one before it, [T]; True where there are none to differ."""
+    return True if values is None else np.concatenate([[False], values[1:] == values[:-1]])[: values.size]
+
+
+def _originals(dataset: SequenceDataset, feature: str, ids: np.ndarray) -> np.ndarray:
+    """Return original values; ids stand for themselves where there is no vocabulary, as of bit masks."""
+    try:
+        return dataset.vocabulary(feature)[ids]
+    except ValueError:
+        return ids
+
+
+def _warnings(found: Overview) -> list[str]:
+    events, users = int(found.lengths.sum()), len(found.lengths)
+    cold = int(((found.popularity > 0) & (found.popularity < COLD_EVENTS)).sum())
+    unseen = int((found.popularity == 0).sum())
+    constant = None if found.actions is None else int((found.actions > 0).sum()) < 2
+    share = f"{found.repeats:,} of {events:,} events"
+    kinds = [
+        (found.repeats, f"duplicates: {share} repeat the one before them in every column"
+         if found.ties is not None else f"repeats: {share} repeat the item before them"),
+        (found.ties, f"ties: {found.ties or 0:,} events have the time of the one before them; the order of the input "
+         "decides which of them is held out"),
+        (cold, f"cold items: {cold:,} of {len(found.popularity):,} items have fewer than {COLD_EVENTS} events"),
+        (unseen, f"unseen items: {unseen:,} of {len(found.popularity):,} items have no event"),
+        (int((found.lengths < 3).sum()), f"short users: {int((found.lengths < 3).sum()):,} of {users:,} have fewer "
+         "than 3 events, which leave_one_out refuses"),
+        (constant, "one action: all events have the same action, so that there is nothing to rank"),
+    ]  # fmt: skip
+    return [text for number, text in kinds if number]

@@ -1,0 +1,51 @@
+"""The command that shows a data set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hstu.cli.inspect import main
+from tests.samples import make_dataset
+
+
+def test_the_report_shows_what_there_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_dataset(tmp_path / "small", [3, 4, 12])
+    assert main([str(tmp_path / "small"), "--output", str(tmp_path / "picture.png")]) == 0
+    out = capsys.readouterr().out
+    for expected in (
+        "users                         3",
+        "events                       19",
+        "3 to 12, median 4, mean 6.3",
+    ):
+        assert expected in out
+    for feature, role, size in (("user", "user", "3"), ("country", "context", "7"), ("item", "item", "50")):
+        assert f"  {feature:24} {role:8} {size + ' values':>16}" in out
+    assert "user 2: 12 events country=" in out and "2001-09-" in out and "cold items" in out
+    assert str(tmp_path / "picture.png") in out and (tmp_path / "picture.png").is_file()
+
+
+def test_data_without_actions_times_and_contexts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_dataset(tmp_path / "bare", [3, 4], num_actions=None, with_time=False, contexts=())
+    assert main([str(tmp_path / "bare")]) == 0
+    out = capsys.readouterr().out
+    assert "  action" not in out and "picture" not in out and "time  " not in out
+
+
+def test_times_beyond_the_calendar_are_shown_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import numpy as np
+
+    make_dataset(tmp_path / "far", [3], times=np.array([0, 10**15, 2 * 10**17]))
+    assert main([str(tmp_path / "far")]) == 0
+    assert "1970-01-01 00:00:00 to 200000000000000000" in capsys.readouterr().out
+
+
+def test_mistakes_end_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "is no data set" in error
+    make_dataset(tmp_path / "small", [3, 4])
+    (tmp_path / "file").write_text("")
+    assert main([str(tmp_path / "small"), "--output", str(tmp_path / "file" / "picture.png")]) == 2
+    assert "--output = " in capsys.readouterr().err
