@@ -1,7 +1,8 @@
 """`python -m hstu.cli.export`: what other systems need of a run, as plain files in a new directory.
 
 items.parquet (item, vector), users.parquet (user, vector after the whole history), both in original ids: the dot
-product of two vectors is the score that evaluation ranks by. dense.safetensors: every weight but the sharded
+product of two vectors is the score that evaluation ranks by (with a mixture of logits, the vectors are what the
+similarity module combines: its vectors and its gate, side by side). dense.safetensors: every weight but the sharded
 tables. items.faiss, with --faiss: an exact inner-product index, whose position i is row i of items.parquet.
 export.json: what all this is. A ranking run has no vectors, only dense weights.
 """
@@ -56,11 +57,12 @@ def export(args: argparse.Namespace, mesh: Mesh) -> None:
     if args.faiss and importlib.util.find_spec("faiss") is None:
         raise ValueError('--faiss: FAISS is not installed; pip install "hstu[faiss]" (or faiss-cpu)')
     trainer, step = open_trained(args.run_dir, args.checkpoint, args.gin_bindings, mesh)
-    if args.faiss and trainer.config.retrieval is None:
-        raise ValueError("--faiss: a ranking run has no item vectors; leave it out, or give a retrieval run")
+    retrieval = trainer.config.retrieval
+    if args.faiss and (retrieval is None or retrieval.similarity == "mol"):
+        raise ValueError("--faiss: needs a retrieval run that scores by dot product or cosine; leave it out")
     about = {"run": Path(args.run_dir).name, "task": trainer.config.task, "step": step}
     with _new_directory(args.output, mesh) as folder, torch.no_grad():
-        if trainer.config.retrieval is not None:
+        if retrieval is not None:
             _write_vectors(args, trainer, mesh, folder, about)
         mesh.on_main(lambda: _write_weights(trainer, folder, about))
     logger.info("%s: %s", args.output, ", ".join(sorted(path.name for path in args.output.iterdir())))
@@ -99,9 +101,8 @@ def _write_weights(trainer: Trainer, folder: Path, about: dict[str, Any]) -> Non
     dense = trainer.parallel.dense.ddp.module.state_dict()
     weights = {name: value.detach().cpu().clone().contiguous() for name, value in dense.items()}
     save_file(weights, folder / "dense.safetensors", {name: str(value) for name, value in about.items()})
-    if trainer.config.retrieval is not None:
-        similarity = "dot product" if trainer.model.postprocess.norm != "l2" else "dot product of vectors of length 1"
-        about = about | {"similarity": similarity, "filter_seen": trainer.config.retrieval.filter_seen}
+    if (retrieval := trainer.config.retrieval) is not None:
+        about = about | {"similarity": retrieval.similarity, "filter_seen": retrieval.filter_seen}
     (folder / "export.json").write_text(json.dumps(about, indent=1) + "\n")
 
 

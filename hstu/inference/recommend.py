@@ -41,12 +41,13 @@ def recommend(
             continue
         seen = seen_before(loader.dataset, loader.split, rows) if filter_seen else None
         parts = ((first + start, part) for first, vectors in chunks for start, part in _split(vectors))
-        yield rows, top_k(queries, parts, k, seen=seen, gather=mesh.gather if mesh.world_size > 1 else None)
+        gather = mesh.gather if mesh.world_size > 1 else None
+        yield rows, top_k(queries, parts, k, seen=seen, score=model.scores, gather=gather)
 
 
 @torch.no_grad()
 def user_vectors(model: RetrievalModel, loader: BatchLoader, mesh: Mesh) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield, batch by batch, rows of ``loader.split`` [Q] in ascending order and their vectors [Q, D] float32."""
+    """Yield, batch by batch, rows of ``loader.split`` [Q] in ascending order and what scores items, [Q, ..]."""
     model.eval()
     for batch in loader.epoch(0):
         batch = batch.to(mesh.device)
@@ -69,7 +70,7 @@ def score_candidates(model: RankingModel, loader: BatchLoader, mesh: Mesh) -> It
 
 @torch.no_grad()
 def item_vectors(model: RetrievalModel, loader: BatchLoader, mesh: Mesh) -> Iterator[tuple[int, Tensor]]:
-    """Yield (first item id, vectors [n, D] float32) of the whole catalogue in ascending order, on every rank."""
+    """Yield (first item id, vectors [n, ..] float32) of the whole catalogue in ascending order, on every rank."""
     yield from _look_up(model, loader, mesh, 0, model.num_items)
 
 

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from hstu.config import Config
 from hstu.data.batch import Batch
 from hstu.data.loader import BatchLoader
+from hstu.data.requests import seen_before
 from hstu.metrics.ranking import LOWER_IS_BETTER, ranking_scores
 from hstu.metrics.retrieval import per_user_metric, target_ranks
 from hstu.models import RankingModel, RetrievalModel
@@ -95,6 +96,7 @@ def _retrieval(model: RetrievalModel, loader: BatchLoader, mesh: Mesh, config: C
     names, filter_seen = config.eval_metrics, config.retrieval.filter_seen
     sums = torch.zeros(len(names) + 1, dtype=torch.float64)
     block = max(1, _SCORE_ELEMENTS // catalogue.shape[0])
+    assert not loader.shuffle, "the first epoch of an unshuffled split numbers samples by their rows"
     scored = []
     for batch in _batches(loader, config, mesh.device):
         queries, samples = model.queries(batch), _of_labels(batch, batch.sample_ids)
@@ -102,7 +104,7 @@ def _retrieval(model: RetrievalModel, loader: BatchLoader, mesh: Mesh, config: C
         for start in range(0, queries.shape[0], block):
             rows = slice(start, start + block)
             targets = batch.labels[rows]
-            seen = _seen(loader, samples[rows], targets) if filter_seen else None
+            seen = seen_before(loader.dataset, loader.split, samples[rows]) if filter_seen else None
             ranks = target_ranks(model.scores(queries[rows], catalogue), targets, seen).cpu()
             sums += torch.stack([*(per_user_metric(name, ranks).sum() for name in names), ranks.new_tensor(len(ranks))])
     *totals, count = mesh.sum(sums).tolist()
@@ -127,15 +129,6 @@ def _of_labels(batch: Batch, values: Tensor) -> Tensor:
     """Return the value [B] of the sample that each label belongs to, [L]."""
     sample = torch.repeat_interleave(batch.lengths(batch.item))
     return values[sample[batch.label_mask]]
-
-
-def _seen(loader: BatchLoader, samples: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the rows and items of everything each user had before the target, however long ago."""
-    assert not loader.shuffle, "the first epoch of an unshuffled split numbers samples by their rows"
-    split, rows = loader.split, samples.cpu().numpy()
-    events = loader.dataset.gather(split.users[rows], np.zeros_like(rows), split.stop[rows] - 1)
-    owner = np.repeat(np.arange(rows.size), events.lengths)
-    return torch.from_numpy(owner).to(targets.device), torch.from_numpy(events.items).to(targets.device)
 
 
 def best_possible(

@@ -1,0 +1,68 @@
+"""A request is a history and one event more, whatever window is cut out of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from hstu.data.reader import SequenceDataset
+from hstu.data.requests import Requests, seen_before
+from tests.tiny import write_tiny
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> SequenceDataset:
+    return SequenceDataset.open(write_tiny(tmp_path_factory.mktemp("requests") / "tiny", num_users=30))
+
+
+def test_windows_are_those_of_the_longer_sequence(dataset: SequenceDataset):
+    rng = np.random.default_rng(0)
+    users, asked = rng.integers(30, size=50), rng.integers(120, size=50)
+    late = dataset.time_range()[1] + 5
+    requests = Requests(dataset, users, asked, late)
+    assert np.array_equal(requests.lengths, dataset.lengths[users] + 1)
+    rows = rng.integers(50, size=400)
+    start = rng.integers(requests.lengths[rows] + 1)
+    stop = start + rng.integers(requests.lengths[rows] - start + 1)
+    found = requests.gather(rows, start, stop)
+    ends = np.cumsum(found.lengths)
+    assert np.array_equal(found.lengths, stop - start) and np.array_equal(found.users, rows)
+    assert found.actions is not None and found.times is not None
+    for sample, row in enumerate(rows):
+        user = users[[row]]
+        whole = dataset.gather(user, np.zeros(1, int), dataset.lengths[user])
+        here = slice(ends[sample] - found.lengths[sample], ends[sample])
+        window = slice(start[sample], stop[sample])
+        for values, history, extra in (
+            (found.items, whole.items, asked[row]),
+            (found.actions, whole.actions, 0),
+            (found.times, whole.times, late),
+        ):
+            assert np.array_equal(values[here], np.append(history, extra)[window])
+        assert found.contexts["segment"][sample] == whole.contexts["segment"][0]
+
+
+def test_without_a_time_each_request_follows_its_users_last_event(dataset: SequenceDataset):
+    users = np.array([3, 0])
+    found = Requests(dataset, users).gather(np.arange(2), dataset.lengths[users], dataset.lengths[users] + 1)
+    last = dataset.gather(users, dataset.lengths[users] - 1, dataset.lengths[users])
+    assert np.array_equal(found.times, last.times) and found.items.tolist() == [0, 0]
+
+
+def test_a_request_before_an_event_is_refused(dataset: SequenceDataset):
+    latest = dataset.time_range()[1]
+    users = np.arange(30)
+    Requests(dataset, users, time=latest)
+    with pytest.raises(ValueError, match=f"the request time {latest - 1} lies before"):
+        Requests(dataset, users, time=latest - 1)
+
+
+def test_seen_is_the_whole_history_before_the_target(dataset: SequenceDataset):
+    requests = Requests(dataset, np.array([4, 7]))
+    rows, items = seen_before(requests, requests.split, torch.tensor([1, 0]))
+    for place, user in enumerate((7, 4)):
+        history = dataset.gather(np.array([user]), np.zeros(1, int), dataset.lengths[[user]]).items
+        assert items[rows == place].tolist() == history.tolist()
