@@ -32,6 +32,9 @@ def run_on_mesh(action: Callable[[Mesh], None]) -> int:
         configure_logging(None, is_main=mesh.is_main)
         try:
             action(mesh)
+        except KeyboardInterrupt:  # before the first step, or a second one while the first is obeyed
+            print("interrupted", file=sys.stderr)
+            return 130
         except (ValueError, TrainingError) as error:
             logger.debug("traceback", exc_info=True)
             if mesh.is_main:

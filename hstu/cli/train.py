@@ -27,6 +27,8 @@ def define_flags() -> None:
     flags.DEFINE_string("checkpoint", None, "latest, best, a step, or a path. Default: latest to train, best to score.")
     flags.DEFINE_enum("resume", "auto", ["auto", "never", "must"], "Whether to go on from the run directory.")
     flags.DEFINE_string("run_dir", None, "Where results go. Default: runs/<config>-<time>.")
+    for flag in FLAGS.flags_by_module_dict()[__name__]:
+        FLAGS.register_key_flag_for_module(sys.argv[0], flag)  # --help lists those of the script alone
 
 
 def main(task: Literal["ranking", "retrieval"]) -> None:
@@ -34,7 +36,9 @@ def main(task: Literal["ranking", "retrieval"]) -> None:
     define_flags()
     app.define_help_flags()
     try:  # app.run would also send every library's notices to the terminal
-        FLAGS(underscore_flags(sys.argv))
+        _, *rest = FLAGS(underscore_flags(sys.argv))
+        if rest:
+            raise flags.Error(f"{rest[0]!r} belongs to no flag")
     except flags.Error as error:
         print(f"error: {error} (--help lists the flags)".replace("\n", " "), file=sys.stderr)
         sys.exit(2)
@@ -56,18 +60,20 @@ def _run(task: Literal["ranking", "retrieval"], mesh: Any) -> None:
         raise ValueError(f"--run-dir = {str(run.path)!r}: holds a run, and --resume=never; choose another directory")
     choice = FLAGS.checkpoint or ("latest" if training else "best")
     checkpoint = mesh.broadcast(mesh.on_main(lambda: find_checkpoint(run.checkpoints, choice)))
-    if checkpoint is None and (not training or FLAGS.resume == "must"):
+    if checkpoint is None and (not training or FLAGS.resume == "must" or FLAGS.checkpoint is not None):
         raise ValueError(f"--run-dir = {str(run.path)!r}: has no finished checkpoint {choice!r}; train first")
     trainer = Trainer(loaded.config, dataset, mesh, run)
     if not training:
         _score(trainer, checkpoint, choice)
         return
+    if checkpoint is not None:
+        trainer.resume(checkpoint)
     mesh.on_main(run.create)
     configure_logging(run.path / "train.log", is_main=mesh.is_main)
     for note in loaded.notes:
         logger.info("note: %s", note)
     if checkpoint is not None:
-        trainer.resume(checkpoint)
+        logger.info("resumed from %s at step %d", checkpoint, trainer.progress.step)
     record = {"command": sys.argv, "dataset": dataset_record(loaded.config.dataset, path)}
     mesh.on_main(lambda: run.describe(loaded, environment.describe() | record))
     trainer.train()
@@ -77,6 +83,7 @@ def _score(trainer: Any, checkpoint: Path, choice: str) -> None:
     from hstu.training.logging import format_metrics
 
     records = trainer.evaluate(checkpoint)
+    trainer.mesh.on_main(trainer.run.create)
     name = "eval.json" if choice == "best" else f"eval_{checkpoint.name}.json"
     trainer.mesh.on_main(lambda: trainer.run.write_json(name, records[-1]))
     for record in records:

@@ -72,7 +72,8 @@ def model_identity(config: Config, schema: Schema) -> dict[str, Any]:
         "tables": {feature.name: feature.vocab_size for feature in schema.features},
     }
     if config.ranking is not None:
-        identity["RankingArgs.prediction_head_arch"] = config.ranking.prediction_head_arch
+        head = ("prediction_head_arch", "prediction_head_act_type", "num_tasks")
+        identity |= {f"RankingArgs.{name}": getattr(config.ranking, name) for name in head}
     if config.retrieval is not None:
         shape = ("similarity", "mol_query_groups", "mol_item_groups", "mol_channels", "mol_gate_channels")
         identity |= {f"RetrievalArgs.{name}": getattr(config.retrieval, name) for name in shape}

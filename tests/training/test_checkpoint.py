@@ -22,6 +22,7 @@ MODEL = {
     "DatasetArgs.max_history_seqlen": ("DatasetArgs.max_history_seqlen=12",),
     "DatasetArgs.contextual_feature_names": ("DatasetArgs.contextual_feature_names=()",),
     "RankingArgs.prediction_head_arch": ("RankingArgs.prediction_head_arch=[8, 1]",),
+    "RankingArgs.prediction_head_act_type": ("RankingArgs.prediction_head_act_type='gelu'",),
     "OptimizerArgs.optimizer_str": ("OptimizerArgs.optimizer_str='sgd'",),
     "OptimizerArgs.sparse_optimizer_str": ("OptimizerArgs.sparse_optimizer_str='adagrad'",),
 }
