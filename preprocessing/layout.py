@@ -14,7 +14,7 @@ import polars as pl
 
 from preprocessing.raw_files import readable
 
-_CHUNK = 1 << 25  # bytes
+_CHUNK = 1 << 24  # bytes; blocks of less than 32 MiB are given back to the allocator, not to the system
 _LONGEST_LINE = 1 << 20  # bytes
 _REMEDY = "replace the file by the published one"
 
@@ -177,23 +177,17 @@ def whole_lines(stream: BinaryIO, place: str, digest: Digest) -> Iterator[bytes]
     Raises:
         ValueError: If it cannot be read or holds a line of more than a MiB.
     """
-    rest = b""
     while True:
         with readable(place):
             chunk = stream.read(_CHUNK)
-        digest.update(chunk)
+            rest = stream.readline(_LONGEST_LINE) if chunk else b""
         if not chunk:
-            break
-        end = chunk.rfind(b"\n") + 1
-        if end:
-            yield rest + chunk[:end]
-            rest = chunk[end:]
-        else:
-            rest += chunk
-        if len(rest) > _LONGEST_LINE:
+            return
+        if len(rest) == _LONGEST_LINE and not rest.endswith(b"\n"):
             raise ValueError(f"{place}: holds a line of more than {_LONGEST_LINE:,} bytes; {_REMEDY}")
-    if rest:
-        yield rest + b"\n"
+        chunk += rest
+        digest.update(chunk)
+        yield chunk if chunk.endswith(b"\n") else chunk + b"\n"
 
 
 def ahead(items: Iterator[T]) -> Iterator[T]:

