@@ -142,7 +142,7 @@ class NetworkArgs(Args):
     kv_channels: int
     #: Width of the values of a head; None: kv_channels.
     value_channels: int | None = None
-    #: "hstu", "sasrec", "llama", "gru".
+    #: "hstu", "sasrec", "llama", "gru", or "bert", which predicts masked items from both sides (retrieval).
     backbone: str = "hstu"
     preset: Literal["research", "production"] = "production"
     relative_position_bias: bool | None = None
@@ -155,13 +155,14 @@ class NetworkArgs(Args):
     ffn_hidden_size: int | None = None
     #: Heads of keys and values (llama); None: num_attention_heads.
     num_query_groups: int | None = None
-    #: Norm before each sublayer or after it; None: "pre" for sasrec.
+    #: Norm before each sublayer or after it; None: "pre" for sasrec, "post" for bert.
     norm_placement: Literal["pre", "post"] | None = None
     hidden_dropout: float = 0.2
     #: Dropout of the embedded tokens; None: hidden_dropout.
     input_dropout: float | None = None
     norm_epsilon: float | None = None
-    is_causal: bool = True
+    #: None: what the backbone is trained for.
+    is_causal: bool | None = None
     max_attn_len: int | None = None
     context_attention: Literal["causal", "full"] = "causal"
     target_group_size: int = 1
@@ -205,6 +206,11 @@ class NetworkArgs(Args):
                 self.require_positive(name)
         self.require_positive("ffn_hidden_size", "num_query_groups")
         check_backbone(self)
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether the backbone is trained to predict masked items rather than what follows."""
+        return self.backbone == "bert"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -302,6 +308,11 @@ class Config:
     def __post_init__(self) -> None:
         assert (self.ranking is None) != (self.retrieval is None), "exactly one task"
         network = self.network
+        if network.is_masked and self.retrieval is None:
+            raise network.error("backbone", "predicts masked items, not actions; use another one for ranking")
+        if network.is_masked and self.layout != "item":
+            raise network.error("token_layout", "the action of an item to be predicted is unknown; use 'item' with "
+                                f"{network.backbone}")  # fmt: skip
         if self.retrieval is not None and self.dataset.max_num_candidates:
             raise self.dataset.error("max_num_candidates", "retrieval has no candidates; use 0")
         if self.dataset.max_num_candidates == 0:

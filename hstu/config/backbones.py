@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from hstu.config.args import NetworkArgs
 
-BACKBONES = ("hstu", "sasrec", "llama", "gru")
+BACKBONES = ("hstu", "sasrec", "llama", "bert", "gru")
 
 # Field: value when unset, backbones with a use for it, what it belongs to.
 _USES: dict[str, tuple[object, tuple[str, ...], str]] = {
@@ -16,10 +16,10 @@ _USES: dict[str, tuple[object, tuple[str, ...], str]] = {
     "gate": (None, ("hstu",), "gated attention output"),
     "value_channels": (None, ("hstu",), "heads whose values have a width of their own"),
     "scaling_seqlen": (-1, ("hstu",), "attention without softmax"),
-    "ffn_hidden_size": (None, ("sasrec", "llama"), "feed-forward layers"),
+    "ffn_hidden_size": (None, ("sasrec", "llama", "bert"), "feed-forward layers"),
     "num_query_groups": (None, ("llama",), "grouped-query attention"),
-    "norm_placement": (None, ("sasrec",), "a choice between pre- and post-norm"),
-    "num_position_buckets": (None, ("hstu", "sasrec"), "a position table"),
+    "norm_placement": (None, ("sasrec", "bert"), "a choice between pre- and post-norm"),
+    "num_position_buckets": (None, ("hstu", "sasrec", "bert"), "a position table"),
     "max_attn_len": (None, ("hstu", "sasrec", "llama"), "causal attention"),
     "target_group_size": (1, ("hstu", "sasrec", "llama"), "attention between candidates"),
     "context_attention": ("causal", ("hstu", "sasrec", "llama"), "causal attention"),
@@ -37,8 +37,9 @@ def check_backbone(network: NetworkArgs) -> None:
             raise network.error(field, f"belongs to {what} ({', '.join(users)}), which {name} does not have")
     if name != "hstu" and network.kernel_backend == "triton":
         raise network.error("kernel_backend", f"the Triton kernels are those of hstu; use 'auto' for {name}")
-    if not network.is_causal:
-        raise network.error("is_causal", f"{name} is trained to predict what follows; use True")
+    if network.is_causal is not None and network.is_causal == network.is_masked:
+        trained = "masked items from both sides" if network.is_masked else "what follows"
+        raise network.error("is_causal", f"{name} is trained to predict {trained}; leave it unset")
     if name == "llama":
         groups = network.num_query_groups or network.num_attention_heads
         if network.num_attention_heads % groups:

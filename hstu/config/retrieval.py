@@ -22,6 +22,10 @@ class RetrievalArgs(Args):
     num_negatives: int = -1
     #: "log_uniform": by rank of popularity in training. None: "uniform" when num_negatives is set, else "in_batch".
     sampling_strategy: Literal["uniform", "log_uniform", "in_batch"] | None = None
+    #: Backbones that predict masked items: share of the events that are masked in training.
+    mask_probability: float = 0.2
+    #: Share of the training samples of which the last event alone is masked, as in evaluation.
+    mask_last_probability: float = 0.1
     #: Take the logarithm of how often an item is drawn as a negative off its score in training.
     logq_correction: bool = False
     #: Share of the target that full_softmax spreads over all items.
@@ -47,6 +51,9 @@ class RetrievalArgs(Args):
         self.require_range("mol_dropout", 0, 1)
         self.require_range("mol_mutual_information", 0, float("inf"))
         self.require_range("label_smoothing", 0, 1)
+        for name in ("mask_probability", "mask_last_probability"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise self.error(name, "must be at least 0 and at most 1")
         if self.num_negatives != -1:
             self.require_positive("num_negatives")
         self._validate_loss()

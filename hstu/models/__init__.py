@@ -3,6 +3,7 @@
 from hstu.config import Config
 from hstu.data.schema import Schema
 from hstu.models.encoder import Encoder, make_collator
+from hstu.models.masked import MaskedRetrievalModel
 from hstu.models.ranking import RankingModel
 from hstu.models.retrieval import RetrievalModel
 
@@ -13,7 +14,8 @@ def build_model(config: Config, schema: Schema, *, allocate_tables: bool = True)
     """Build the model of ``config.task`` for data sets of ``schema``, dense weights drawn from the run's seed."""
     import torch
 
-    cls = RankingModel if config.task == "ranking" else RetrievalModel
+    masked = MaskedRetrievalModel if config.network.is_masked else RetrievalModel
+    cls = RankingModel if config.task == "ranking" else masked
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.trainer.seed)
         return cls(config, schema, allocate_tables=allocate_tables)

@@ -67,9 +67,9 @@ def _hstu_config(network: NetworkArgs, max_tokens: int) -> HSTUConfig:
     )
 
 
-def _visibility(network: NetworkArgs, *, causal: bool = True) -> Visibility:
+def _visibility(network: NetworkArgs) -> Visibility:
     return Visibility(
-        causal=causal,
+        causal=not network.is_masked,
         context_attention=network.context_attention,
         max_attn_len=network.max_attn_len,
         candidate_group_size=network.target_group_size,
@@ -77,13 +77,15 @@ def _visibility(network: NetworkArgs, *, causal: bool = True) -> Visibility:
 
 
 def _transformer_config(network: NetworkArgs) -> TransformerConfig:
+    # Kang & McAuley 2018 and Sun et al. 2019 differ in these.
+    bert = network.backbone == "bert"
     return TransformerConfig(
         hidden_size=network.hidden_size,
         num_heads=network.num_attention_heads,
         head_channels=network.kv_channels,
-        ffn_size=network.ffn_hidden_size or network.hidden_size,
-        activation="relu",
-        norm=network.norm_placement or "pre",
+        ffn_size=network.ffn_hidden_size or (4 if bert else 1) * network.hidden_size,
+        activation="gelu" if bert else "relu",
+        norm=network.norm_placement or ("post" if bert else "pre"),
         visibility=_visibility(network),
         dropout=network.hidden_dropout,
         norm_eps=network.norm_epsilon or 1e-5,

@@ -35,6 +35,7 @@ class RetrievalModel(Encoder):
 
     def forward(self, batch: Batch) -> LossSum:
         """Return the loss of the labelled events."""
+        batch, targets = self.training_targets(batch)
         keys, live = self._keys(batch), None
         if self.args.loss == "bce":
             drawn, live = self._other_item(batch, keys)
@@ -44,12 +45,10 @@ class RetrievalModel(Encoder):
             pool_ids = self.sampler.pool(batch.labels, batch.step)
             columns = self.sampler.columns(keys, pool_ids.numel())
         embedded = self.embeddings(batch.with_pool(pool_ids).features)
-        query = self.similarity.queries(self.encode(embedded, batch))
-        # The item after a labelled event is its label, and its embedding is already at hand.
-        following = batch.label_mask.nonzero().squeeze(1) + 1
         contest = Contest(
-            query=query,
-            positive=self.item_vectors(embedded[self.item][following]),
+            query=self.similarity.queries(self.rows(embedded, batch, targets)),
+            # Labels are items of the batch: their embeddings are already at hand.
+            positive=self.item_vectors(embedded[self.item][targets]),
             positive_ids=batch.labels,
             pool=self.item_vectors(embedded[POOL]),
             pool_ids=pool_ids,
@@ -60,8 +59,16 @@ class RetrievalModel(Encoder):
     def queries(self, batch: Batch) -> Tensor:
         """Return what scores the item after each labelled event, [L, ..] float32."""
         embedded = self.embeddings(batch.with_pool(batch.labels[:0]).features)
-        out: Tensor = self.similarity.queries(self.encode(embedded, batch))
+        out: Tensor = self.similarity.queries(self.rows(embedded, batch, following(batch)))
         return out
+
+    def training_targets(self, batch: Batch) -> tuple[Batch, Tensor]:
+        """Return the batch with what training predicts as labels, and the events that are predicted, [L] int64."""
+        return batch, following(batch)
+
+    def rows(self, embedded: dict[str, Tensor], batch: Batch, targets: Tensor) -> Tensor:
+        """Return the hidden rows that predict the events ``targets`` [L], [L, D] float32."""
+        return self.encode(embedded, batch)
 
     def item_vectors(self, embedded: Tensor) -> Tensor:
         """Return items as training and evaluation score them, [n, ..] float32."""
@@ -102,6 +109,11 @@ class RetrievalModel(Encoder):
         """Draw one item for each label token that is not in its sample."""
         owner = sequence_ids(lengths_to_offsets(batch.lengths(self.item)), batch.label_mask.numel())
         return other_item(keys, owner[batch.label_mask], batch.ids(self.item), owner, self.num_items, self.seed)
+
+
+def following(batch: Batch) -> Tensor:
+    """Return the event after each labelled one, whose item is its label: [L] int64."""
+    return batch.label_mask.nonzero().squeeze(1) + 1
 
 
 def make_similarity(args: RetrievalArgs, hidden_size: int, output_norm: str) -> DotProduct | MixtureOfLogits:

@@ -138,7 +138,7 @@ MISTAKES = [
     ("OptimizerArgs.min_learning_rate = 2", ["OptimizerArgs.min_learning_rate = 2.0", "learning_rate"]),
     ("RankingArgs.num_tasks = 3", ["RankingArgs.num_tasks = 3", "last width"]),
     ("TensorModelParallelArgs.tensor_model_parallel_size = 2", ["tensor_model_parallel_size = 2", "only 1"]),
-    ("NetworkArgs.is_causal = False", ["NetworkArgs.is_causal = False", "use True"]),
+    ("NetworkArgs.is_causal = False", ["NetworkArgs.is_causal = False", "leave it unset"]),
     ("NetworkArgs.context_attention = 'full'", ["context_attention = 'full'", "max_num_candidates above 0"]),
     ("NetworkArgs.num_time_buckets = 9", ["num_time_buckets = 9", "max_num_candidates above 0"]),
     ("NetworkArgs.token_layout = 'add'", ["NetworkArgs.token_layout = 'add'", "'interleave'"]),
@@ -313,6 +313,7 @@ def test_operative_and_given_texts_load_to_an_equal_config(task: str, tmp_path: 
         "OptimizerArgs.learning_rate=1e-7",
         "DatasetArgs.contextual_feature_names=('a b', \"it's\")",
         "EmbeddingArgs.table_sharding_types={'item': 'table_wise'}",
+        "DatasetArgs.actions_without_loss=(1, 2.5, 'a')",
         "TrainerArgs.loggers=()",
         "TrainerArgs.max_epochs=None",
     )

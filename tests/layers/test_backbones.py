@@ -191,6 +191,20 @@ def test_a_changed_token_changes_the_rows_that_may_read_it_and_no_bit_of_others(
             assert bool(same[i]) != may, (b, place[i], place[j])
 
 
+@pytest.mark.parametrize("kind", ["pre", "post"])
+def test_without_order_every_token_reads_its_whole_sample(kind: str) -> None:
+    block: Any = make(kind, causal=False)
+    tokens = make_tokens((6, 0, 1, 9), (2, 0, 0, 1), dtype=torch.float64)
+    expected = []
+    for x in tokens.values.split([6, 1, 9]):
+        for layer in block.layers:
+            x = naive_transformer(layer, x, [list(range(len(x)))] * len(x))
+        if kind == "pre":
+            x = norm(x, 1e-5, block.final_norm.weight, block.final_norm.bias)
+        expected.append(x)
+    torch.testing.assert_close(block(tokens), torch.cat(expected), rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_other_samples_change_nothing(kind: str) -> None:

@@ -139,7 +139,12 @@ REFUSED = [
     ("llama", "NetworkArgs.kv_channels=3", "even number"),
     ("llama", "NetworkArgs.num_position_buckets=99", "position table"),
     ("sasrec", "NetworkArgs.kernel_backend='triton'", "those of hstu"),
-    ("gru", "NetworkArgs.is_causal=False", "use True"),
+    ("gru", "NetworkArgs.is_causal=False", "trained to predict what follows"),
+    ("bert", "NetworkArgs.is_causal=True", "trained to predict masked items"),
+    ("bert", "NetworkArgs.token_layout='add'", "action of an item to be predicted is unknown"),
+    ("bert", "NetworkArgs.target_group_size=2", "between candidates"),
+    ("bert", "NetworkArgs.context_attention='full'", "causal attention"),
+    ("bert", "RetrievalArgs.mask_probability=1.5", "at most 1"),
 ]
 
 

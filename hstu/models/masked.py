@@ -1,0 +1,64 @@
+"""Retrieval by masked items: BERT4Rec, trained on items hidden anywhere, asked for the one after the history."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from hstu.config import Config
+from hstu.data.batch import Batch
+from hstu.data.schema import Schema
+from hstu.models.negatives import random_columns
+from hstu.models.retrieval import RetrievalModel, following
+from hstu.ops import lengths_to_offsets, positions_in_sequence, sequence_ids
+
+
+class MaskedRetrievalModel(RetrievalModel):
+    """Predicts items that a learned vector stands for, from what is on both sides (https://arxiv.org/abs/1904.06690).
+
+    Evaluation hides the one event after the history, so that rows see what those of a causal model see. Training
+    hides only events that a causal model would be trained to predict.
+    """
+
+    def __init__(self, config: Config, schema: Schema, *, allocate_tables: bool = True) -> None:
+        super().__init__(config, schema, allocate_tables=allocate_tables)
+        #: The vector that stands for an item to be predicted.
+        self.mask_token = nn.Embedding(1, config.network.hidden_size)
+        nn.init.normal_(self.mask_token.weight, std=config.network.embedding_initializer_std)
+
+    def training_targets(self, batch: Batch) -> tuple[Batch, Tensor]:
+        """Hide each event with ``mask_probability``, or the last one of its sample alone."""
+        hidden = self._hidden(batch)
+        return replace(batch, label_mask=hidden, labels=batch.ids(self.item)[hidden]), hidden.nonzero().squeeze(1)
+
+    def rows(self, embedded: dict[str, Tensor], batch: Batch, targets: Tensor) -> Tensor:
+        """Return the hidden rows of ``targets`` [L], whose items nobody sees: [L, D] float32."""
+        items = embedded[self.item]
+        hidden = torch.zeros_like(batch.label_mask).index_fill(0, targets, True)
+        seen = torch.where(hidden[:, None], self.mask_token.weight.to(items.dtype), items)
+        return self.encode(embedded | {self.item: seen}, replace(batch, label_mask=hidden))
+
+    def queries(self, batch: Batch) -> Tensor:
+        """Return what scores the item after the one labelled event of each sample, [L, ..] float32."""
+        assert batch.labels.numel() <= batch.num_samples, "of several events at once each would miss the others"
+        return super().queries(batch)
+
+    def _hidden(self, batch: Batch) -> Tensor:
+        """Return which events are hidden, [E] bool: a function of the seed and the samples, not of the rank."""
+        total = batch.label_mask.numel()
+        offsets = lengths_to_offsets(batch.lengths(self.item))
+        owner, index = sequence_ids(offsets, total), torch.arange(total, device=offsets.device)
+        allowed = torch.zeros_like(batch.label_mask).index_fill(0, following(batch), True)
+        keys = batch.sample_ids[owner] * 2**20 + positions_in_sequence(offsets, total)
+        drawn = allowed & (self._uniform(keys, 1) < self.args.mask_probability)
+        some = torch.zeros_like(batch.sample_ids).index_add(0, owner, drawn.long()) > 0
+        none = torch.full_like(batch.sample_ids, -1)
+        last = none.scatter_reduce(0, owner, torch.where(allowed, index, -1), "amax")
+        last_alone = ~some | (self._uniform(batch.sample_ids, 2) < self.args.mask_last_probability)
+        return torch.where(last_alone[owner], index == last[owner], drawn)
+
+    def _uniform(self, keys: Tensor, purpose: int) -> Tensor:
+        """Draw a number in [0, 1) for each key; another ``purpose`` draws others, none those of the negatives."""
+        return random_columns(keys, 1, 2**53, self.seed + purpose * 2**40).squeeze(1).double() / 2**53
