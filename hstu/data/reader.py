@@ -151,7 +151,7 @@ class SequenceDataset:
         if not originals:
             return ()
         if action is None:
-            raise ValueError(f"{self.path}: data set {self.schema.name!r} has no actions to leave out")
+            raise ValueError(f"DatasetArgs.actions_without_loss = {originals!r}: {self.schema.name!r} has no actions")
         bitmask = action.action_type == "bitmask"
         known = np.arange(action.vocab_size or 0) if bitmask else self.vocabulary(action.name)
         found = np.zeros(known.size, bool)
@@ -159,7 +159,10 @@ class SequenceDataset:
             same = known == value
             if not same.any():
                 some = ", ".join(repr(original) for original in known[:20].tolist())
-                raise ValueError(f"{self.path}: no action {value!r} in {self.schema.name!r}; there are: {some}")
+                raise ValueError(
+                    f"DatasetArgs.actions_without_loss = {originals!r}: no action {value!r} in {self.schema.name!r}; "
+                    f"there are: {some}"
+                )
             found |= known & known[same] == value if bitmask and value != 0 else same
         return tuple(np.flatnonzero(found).tolist())
 
