@@ -139,12 +139,16 @@ def time_quantile(dataset: SequenceDataset, share: float) -> int:
 
 
 def _one_sample_per_event(name: Literal["valid", "test"], start: np.ndarray, stop: np.ndarray) -> Split:
-    """Make a sample of each event in ``[start, stop)`` of each user, but of a user's first."""
+    """Make a sample of each event in ``[start, stop)`` of each user, but of a user's first.
+
+    Their order is random and always the same, so that a shortened evaluation takes a fair sample of them.
+    """
     start = np.minimum(np.maximum(start, 1), stop)
     counts = stop - start
     shift = start - (np.cumsum(counts) - counts)
     targets = np.arange(counts.sum()) + np.repeat(shift, counts)
-    return Split(name=name, users=np.repeat(np.arange(len(stop)), counts), stop=targets + 1)
+    order = np.random.default_rng(0).permutation(len(targets))
+    return Split(name=name, users=np.repeat(np.arange(len(stop)), counts)[order], stop=targets[order] + 1)
 
 
 def _require_events(lengths: np.ndarray) -> None:

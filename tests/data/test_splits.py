@@ -43,7 +43,7 @@ def timed(folder: Path, largest: int, seed: int = 0) -> tuple[SequenceDataset, l
 
 
 def samples(split: Split) -> list[tuple[int, int]]:
-    return list(zip(split.users.tolist(), split.stop.tolist(), strict=True))
+    return sorted(zip(split.users.tolist(), split.stop.tolist(), strict=True))
 
 
 def expected_temporal(per_user: list[list[int]], valid_from: int, test_from: int) -> dict[str, list[tuple[int, int]]]:
@@ -69,6 +69,14 @@ def test_temporal_equals_its_definition_with_ties(tmp_path: Path, largest: int, 
     trained = {(user, place) for user, stop in samples(splits["train"]) for place in range(stop)}
     targets = [(user, stop - 1) for name in ("valid", "test") for user, stop in samples(splits[name])]
     assert len(targets) == len(set(targets)) and not trained & set(targets)
+
+
+def test_a_shortened_evaluation_takes_a_fair_sample_of_the_targets(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path / "long", [200] * 20)
+    test, again = (make_splits(args(protocol="temporal"), dataset)["test"] for _ in range(2))
+    assert np.array_equal(test.users, again.users) and np.array_equal(test.stop, again.stop)
+    quarter = len(test) // 4
+    assert np.unique(test.users[:quarter]).size > 15 > np.unique(np.sort(test.users)[:quarter]).size
 
 
 @pytest.mark.parametrize("largest", [2, 7, 10**9])
