@@ -120,9 +120,12 @@ def _make(name: str | None) -> None:
     if name in DATASETS:
         schema, directory = _make_published(name)
     else:
-        dataset = _encode(name)
-        schema, directory = dataset.schema, Path(FLAGS.data_dir) / dataset.schema.name
-        write_dataset(dataset, directory)
+        try:
+            dataset = _encode(name)
+            schema, directory = dataset.schema, Path(FLAGS.data_dir) / dataset.schema.name
+            write_dataset(dataset, directory)
+        except KeyboardInterrupt as interrupt:
+            raise KeyboardInterrupt(f"while making {name}: {FLAGS.data_dir} is as it was") from interrupt
     print(summary(schema, directory))
 
 

@@ -90,7 +90,7 @@ def clean_times(column: pl.Series, file: str) -> tuple[pl.Series, pl.Series]:
     dates, UTC unless they name a zone.
 
     Raises:
-        ValueError: For a missing, non-finite or unparsable value, or another type.
+        ValueError: For a missing, non-finite or unparsable value, values of several units, or another type.
     """
     column = _present(column, file, "give every row a time or remove the row")
     if column.dtype == pl.String:
@@ -105,12 +105,13 @@ def clean_times(column: pl.Series, file: str) -> tuple[pl.Series, pl.Series]:
     elif column.dtype.is_float():
         _refuse(column, ~column.is_finite(), file, "is not finite; remove or replace it")
     else:
-        raise ValueError(
-            f"{file}: column {column.name!r} is {column.dtype}; times are numbers, dates or ISO strings"
-        )
+        raise ValueError(f"{file}: column {column.name!r} is {column.dtype}; times are numbers, dates or ISO strings")
     largest = np.abs(column.to_numpy()).max()
     factor, unit = next(((factor, unit) for bound, factor, unit in _UNITS if largest < bound), _NANOSECONDS)
     if factor > 1:
+        # Seconds among milliseconds, say: no date after 1970-04-26 is so small in the unit of the largest.
+        small = (column != 0) & (column.abs() < 10**7 * factor)
+        _refuse(column, small, file, f"is no time in {unit}, as the largest is; give all rows one unit")
         logger.info("%s: column %r is taken as %s, judged by its size", file, column.name, unit)
     seconds = column // factor if column.dtype == pl.Int64 else (column / factor).floor()
     return column, seconds.cast(pl.Int64)

@@ -127,6 +127,9 @@ def test_dates_beyond_2262_do_not_wrap() -> None:
         (["1.5", "2", "inf"], "row 3: value inf is not finite"),
         ([1, None], "row 2: value None is missing"),
         ([True], "is Boolean; times are"),
+        ([NOON * 1000, NOON], f"row 2: value {NOON} is no time in milliseconds, as the largest is"),
+        ([NOON * 10**9, NOON * 10**6, NOON], f"row 2: value {NOON * 10**6} is no time in nanoseconds"),
+        ([float(NOON), NOON * 1e3], "row 1: value 1717157400.0 is no time in milliseconds"),
     ],
 )
 def test_wrong_times_are_refused(values: list, message: str) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,9 @@ def test_published_counts_are_checked(tmp_path: Path) -> None:
     write_kuairand(tmp_path, "kuairand-27k", ROWS)
     with pytest.raises(ValueError, match="6 users, the published data set has 27,285"):
         make("kuairand-27k", tmp_path, check_counts=True)
+    known = replace(DATASETS["kuairand-27k"], log_counts={"users": (5, 6), "events": 120})
+    with pytest.raises(ValueError, match="user_features_27k.csv: 6 users, the published file has 27,285"):
+        make("kuairand-27k", tmp_path, known=known, check_counts=True)
 
 
 @pytest.mark.parametrize(
