@@ -46,7 +46,7 @@ class Progress:
         text = self._text(now, events, share)
         if sys.stderr.isatty():
             self._bar = self._bar or tqdm(
-                total=1.0, desc=f"{self.name}: {what}", bar_format="{desc} {percentage:3.0f}%|{bar}| {postfix}"
+                total=1.0, desc=f"{self.name}: {what}", bar_format="{desc} {percentage:3.0f}%|{bar}|{postfix}"
             )
             self._bar.n = min(1.0, share)
             self._bar.set_postfix_str(text)
