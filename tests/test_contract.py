@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "megatron": r"hstu\.(parallel|training\.optimizer)(\.|$)",
     "triton": r"hstu\.ops\.(\w+\.)*triton\w*(\.|$)",
     "gin": r"hstu\.config(\.|$)",
+    "transformers": r"hstu\.layers\.huggingface$",
 }
 OPS_MAY_IMPORT = {"torch", "triton"}
 

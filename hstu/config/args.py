@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from hstu.config.backbones import check_backbone
+from hstu.config.backbones import HUGGING_FACE, check_backbone
 from hstu.config.base import Args, ConfigError
 from hstu.config.retrieval import RetrievalArgs
 
@@ -142,7 +142,8 @@ class NetworkArgs(Args):
     kv_channels: int
     #: Width of the values of a head; None: kv_channels.
     value_channels: int | None = None
-    #: "hstu", "sasrec", "llama", "gru", or "bert", which predicts masked items from both sides (retrieval).
+    #: "hstu", "sasrec", "llama", "gru", or "bert", which predicts masked items from both sides (retrieval), or any
+    #: HuggingFace model under our mask: "hf:gpt2" (a type, shaped by these fields) or "hf:DIRECTORY" (a config.json).
     backbone: str = "hstu"
     preset: Literal["research", "production"] = "production"
     relative_position_bias: bool | None = None
@@ -161,7 +162,7 @@ class NetworkArgs(Args):
     #: Dropout of the embedded tokens; None: hidden_dropout.
     input_dropout: float | None = None
     norm_epsilon: float | None = None
-    #: None: what the backbone is trained for.
+    #: None: what the backbone is trained for; of "hf:", False trains on masked items.
     is_causal: bool | None = None
     max_attn_len: int | None = None
     context_attention: Literal["causal", "full"] = "causal"
@@ -210,7 +211,12 @@ class NetworkArgs(Args):
     @property
     def is_masked(self) -> bool:
         """Whether the backbone is trained to predict masked items rather than what follows."""
-        return self.backbone == "bert"
+        return self.backbone == "bert" or (self.is_hugging_face and self.is_causal is False)
+
+    @property
+    def is_hugging_face(self) -> bool:
+        """Whether the backbone comes from the transformers library."""
+        return self.backbone.startswith(HUGGING_FACE)
 
 
 @dataclass(frozen=True, kw_only=True)

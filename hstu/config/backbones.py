@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from hstu.config.args import NetworkArgs
 
-BACKBONES = ("hstu", "sasrec", "llama", "bert", "gru")
+BACKBONES = ("hstu", "sasrec", "llama", "bert", "gru", "hf:<config>")
+HUGGING_FACE = "hf:"
 
 # Field: value when unset, backbones with a use for it, what it belongs to.
 _USES: dict[str, tuple[object, tuple[str, ...], str]] = {
@@ -16,20 +17,20 @@ _USES: dict[str, tuple[object, tuple[str, ...], str]] = {
     "gate": (None, ("hstu",), "gated attention output"),
     "value_channels": (None, ("hstu",), "heads whose values have a width of their own"),
     "scaling_seqlen": (-1, ("hstu",), "attention without softmax"),
-    "ffn_hidden_size": (None, ("sasrec", "llama", "bert"), "feed-forward layers"),
+    "ffn_hidden_size": (None, ("sasrec", "llama", "bert", "hf"), "feed-forward layers"),
     "num_query_groups": (None, ("llama",), "grouped-query attention"),
     "norm_placement": (None, ("sasrec", "bert"), "a choice between pre- and post-norm"),
     "num_position_buckets": (None, ("hstu", "sasrec", "bert"), "a position table"),
-    "max_attn_len": (None, ("hstu", "sasrec", "llama"), "causal attention"),
-    "target_group_size": (1, ("hstu", "sasrec", "llama"), "attention between candidates"),
-    "context_attention": ("causal", ("hstu", "sasrec", "llama"), "causal attention"),
+    "max_attn_len": (None, ("hstu", "sasrec", "llama", "hf"), "causal attention"),
+    "target_group_size": (1, ("hstu", "sasrec", "llama", "hf"), "attention between candidates"),
+    "context_attention": ("causal", ("hstu", "sasrec", "llama", "hf"), "causal attention"),
 }
 
 
 def check_backbone(network: NetworkArgs) -> None:
     """Raise ``ConfigError`` for an unknown backbone, or a field that it has no use for."""
-    name = network.backbone
-    if name not in BACKBONES:
+    name = "hf" if network.is_hugging_face else network.backbone
+    if name != "hf" and name not in BACKBONES[:-1]:
         raise network.error("backbone", f"must be one of {', '.join(map(repr, BACKBONES))}")
     for field, (unset, users, what) in _USES.items():
         value = getattr(network, field)
@@ -40,6 +41,9 @@ def check_backbone(network: NetworkArgs) -> None:
     if network.is_causal is not None and network.is_causal == network.is_masked:
         trained = "masked items from both sides" if network.is_masked else "what follows"
         raise network.error("is_causal", f"{name} is trained to predict {trained}; leave it unset")
+    if network.is_masked and (network.max_attn_len is not None or network.context_attention == "full"):
+        field = "context_attention" if network.max_attn_len is None else "max_attn_len"
+        raise network.error(field, "belongs to causal attention; masked items are predicted from both sides")
     if name == "llama":
         groups = network.num_query_groups or network.num_attention_heads
         if network.num_attention_heads % groups:

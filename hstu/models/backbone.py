@@ -5,8 +5,10 @@ from __future__ import annotations
 from torch import nn
 
 from hstu.config import NetworkArgs
+from hstu.config.backbones import HUGGING_FACE
 from hstu.layers.gru import GRUBlock
 from hstu.layers.hstu import HSTUBlock, HSTUConfig, hstu_preset
+from hstu.layers.huggingface import HuggingFaceBlock
 from hstu.layers.llama import LLaMABlock, LLaMAConfig, swiglu_size
 from hstu.layers.transformer import TransformerBlock, TransformerConfig
 from hstu.layers.visibility import Visibility
@@ -18,6 +20,9 @@ def make_backbone(network: NetworkArgs, max_tokens: int) -> nn.Module:
     Args:
         network: The knobs.
         max_tokens: Tokens of the longest sample.
+
+    Raises:
+        ConfigError: for a HuggingFace model that cannot be built.
     """
     if network.backbone == "hstu":
         return HSTUBlock(_hstu_config(network, max_tokens), network.num_layers)
@@ -25,12 +30,14 @@ def make_backbone(network: NetworkArgs, max_tokens: int) -> nn.Module:
         return LLaMABlock(_llama_config(network), network.num_layers)
     if network.backbone == "gru":
         return GRUBlock(network.hidden_size, network.num_layers, network.hidden_dropout)
+    if network.is_hugging_face:
+        return _hugging_face(network, max_tokens)
     return TransformerBlock(_transformer_config(network), network.num_layers)
 
 
 def has_position_table(network: NetworkArgs) -> bool:
     """Whether the backbone reads positions from a table rather than knowing them itself."""
-    return network.backbone not in ("llama", "gru")
+    return network.backbone not in ("llama", "gru") and not network.is_hugging_face
 
 
 def uses_time_bias(network: NetworkArgs) -> bool:
@@ -90,6 +97,22 @@ def _transformer_config(network: NetworkArgs) -> TransformerConfig:
         dropout=network.hidden_dropout,
         norm_eps=network.norm_epsilon or 1e-5,
     )
+
+
+def _hugging_face(network: NetworkArgs, max_tokens: int) -> nn.Module:
+    try:
+        return HuggingFaceBlock(
+            network.backbone.removeprefix(HUGGING_FACE),
+            hidden_size=network.hidden_size,
+            num_layers=network.num_layers,
+            num_heads=network.num_attention_heads,
+            ffn_size=network.ffn_hidden_size or 4 * network.hidden_size,
+            max_tokens=max_tokens,
+            dropout=network.hidden_dropout,
+            visibility=_visibility(network),
+        )
+    except ValueError as error:
+        raise network.error("backbone", str(error)) from None
 
 
 def _llama_config(network: NetworkArgs) -> LLaMAConfig:

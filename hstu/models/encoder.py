@@ -161,7 +161,8 @@ class Encoder(nn.Module):
         self.postprocess = Postprocess(network.hidden_size, norm, eps, last_token=config.task == "retrieval")
         self.features = (*inputs.contexts, inputs.item, *([inputs.action] if inputs.action else []))
         self.autocast_dtype = torch.bfloat16 if network.dtype_str == "bfloat16" else None
-        for part in (self.preprocess, self.backbone):
+        own = (self.preprocess,) if network.is_hugging_face else (self.preprocess, self.backbone)
+        for part in own:
             initialize(part, network.dense_initializer_type, network.dense_initializer_normal_std)
 
     def encode(self, embedded: dict[str, Tensor], batch: Batch) -> Tensor:

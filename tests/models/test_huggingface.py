@@ -1,0 +1,131 @@
+"""HuggingFace models as backbones: a decoder and an encoder of toy size, causal and masked."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hstu.config import Config, ConfigError
+from hstu.data import SequenceDataset
+from hstu.layers.huggingface import HuggingFaceBlock
+from hstu.models import build_model
+from tests.models.test_backbones import FULL, learnt, planted_chain
+from tests.models.test_masked import assert_evaluation_is_prediction
+from tests.models.test_models import LENGTHS, RANKING, assert_rows_see_only_what_is_before_them, batch_of, build
+from tests.samples import make_config, make_dataset
+
+needs_transformers = pytest.mark.skipif(
+    importlib.util.find_spec("transformers") is None, reason="transformers is an extra: pip install 'hstu[hf]'"
+)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> SequenceDataset:
+    return make_dataset(tmp_path_factory.mktemp("data") / "small", LENGTHS, num_items=30)
+
+
+def config_of(name: str, task: str = "retrieval", *lines: str) -> Config:
+    smooth = ("RankingArgs.prediction_head_act_type='gelu'",) if task == "ranking" else ()
+    return make_config(task, f"NetworkArgs.backbone='hf:{name}'", *smooth, *lines)
+
+
+@needs_transformers
+@pytest.mark.parametrize("task", ["ranking", "retrieval"])
+@pytest.mark.parametrize("name", ["gpt2", "bert"])
+def test_rows_see_only_what_is_before_them(dataset: SequenceDataset, name: str, task: str) -> None:
+    lines = RANKING["candidates"] if task == "ranking" else ()
+    config = config_of(name, task, *lines)
+    model: Any = build(dataset, config, spread=False)
+    model.embeddings.weights["item"].data.normal_()
+    for split in ("train", "test"):
+        assert_rows_see_only_what_is_before_them(model, batch_of(dataset, config, split, [0, 2, 3]))
+
+
+@needs_transformers
+def test_an_encoder_trained_on_masked_items_sees_in_evaluation_what_a_causal_model_sees(
+    dataset: SequenceDataset,
+) -> None:
+    config = config_of("bert", "retrieval", "NetworkArgs.is_causal=False")
+    model: Any = build(dataset, config, spread=False)
+    model.embeddings.weights["item"].data.normal_()
+    assert_evaluation_is_prediction(model, batch_of(dataset, config, "test"))
+
+
+@needs_transformers
+@pytest.mark.parametrize("name", ["gpt2", "bert"])
+def test_gradients_reach_every_parameter_and_nothing_moves_none(dataset: SequenceDataset, name: str) -> None:
+    config = config_of(name)
+    for rows in (None, []):
+        model: Any = build(dataset, config, spread=False)
+        model(batch_of(dataset, config, rows=rows)).total.backward()
+        for parameter_name, parameter in model.named_parameters():
+            assert parameter.grad is not None and bool(torch.isfinite(parameter.grad).all()), parameter_name
+            assert rows is None or not parameter.grad.any(), parameter_name
+
+
+@needs_transformers
+@torch.no_grad()
+def test_other_samples_change_nothing(dataset: SequenceDataset) -> None:
+    config = config_of("gpt2")
+    model: Any = build(dataset, config, spread=False)
+    whole = model.queries(batch_of(dataset, config))
+    single = torch.cat([model.queries(batch_of(dataset, config, rows=[row])) for row in range(len(LENGTHS))])
+    torch.testing.assert_close(whole, single, rtol=1e-5, atol=1e-5)
+
+
+@needs_transformers
+def test_a_decoder_learns_what_follows_what(tmp_path: Path) -> None:
+    dataset = planted_chain(tmp_path / "chain")
+    config = config_of("gpt2", "retrieval", *FULL, "NetworkArgs.hidden_size=16", "RetrievalArgs.temperature=0.1")
+    assert learnt(dataset, config, steps=0) < 0.3
+    assert learnt(dataset, config) > 0.7
+
+
+@needs_transformers
+def test_a_directory_names_the_shape(dataset: SequenceDataset, tmp_path: Path) -> None:
+    from transformers import GPT2Config
+
+    GPT2Config(n_embd=8, n_layer=1, n_head=1, n_positions=16, vocab_size=1).save_pretrained(tmp_path)
+    model: Any = build_model(config_of(str(tmp_path)), dataset.schema)
+    assert len(model.backbone.model.h) == 1  # NetworkArgs.num_layers is 2
+    with pytest.raises(ConfigError, match="has hidden_size 8"):
+        build_model(config_of(str(tmp_path), "retrieval", "NetworkArgs.hidden_size=10"), dataset.schema)
+    with pytest.raises(ConfigError, match="has 16 positions; a sample can have 33"):
+        build_model(config_of(str(tmp_path), "retrieval", "DatasetArgs.max_history_seqlen=30"), dataset.schema)
+
+
+@needs_transformers
+@pytest.mark.parametrize(
+    ("name", "lines", "reason"),
+    [
+        ("no-such-model", (), "cannot be built"),
+        ("gpt2", ("NetworkArgs.gate='mul'",), "which hf does not have"),
+        ("bert", ("NetworkArgs.is_causal=False", "NetworkArgs.max_attn_len=3"), "belongs to causal attention"),
+    ],
+)
+def test_what_does_not_fit_is_refused(dataset: SequenceDataset, name: str, lines: tuple[str, ...], reason: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        build_model(config_of(name, "retrieval", *lines), dataset.schema)
+    assert reason in str(caught.value) and "\n" not in str(caught.value)
+
+
+@needs_transformers
+@pytest.mark.parametrize("wrong", [torch.ones_like, lambda seen: torch.ones_like(seen).tril()], ids=["none", "own"])
+def test_a_model_with_a_mask_of_its_own_is_refused(
+    dataset: SequenceDataset, wrong: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = HuggingFaceBlock._run
+    monkeypatch.setattr(HuggingFaceBlock, "_run", lambda self, x, seen, p: honest(self, x, wrong(seen), p))
+    with pytest.raises(ConfigError, match="does not obey the attention mask"):
+        build_model(config_of("bert"), dataset.schema)
+
+
+def test_without_transformers_the_remedy_is_named(dataset: SequenceDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ConfigError, match=r"pip install 'hstu\[hf\]'"):
+        build_model(config_of("gpt2"), dataset.schema)
