@@ -83,7 +83,7 @@ class RawFiles:
         paths = [path for name in self.names if (path := self.path / name).is_file()]
         total, before = sum(path.stat().st_size for path in paths), 0
         for path in paths:
-            with path.open("rb") as stream:
+            with readable(path), path.open("rb") as stream:
                 yield OpenFile(path.name, str(path), stream, _share(stream, before, total))
             before += path.stat().st_size
 

@@ -26,7 +26,7 @@ _STATE_FILE = "state"
 
 def work_directory(target: Path) -> Path:
     """Where a run prepares the data set ``target``."""
-    target = target.absolute()
+    target = target.resolve()  # beside the directory itself, not a link to it: renames stay within one file system
     return target.parent / f".{target.name}.partial"
 
 

@@ -152,9 +152,11 @@ def encode_stream(
     folder = writer.work / "runs"
     folder.mkdir()
     log = _Log(Runs(folder, options.events_per_run))
-    for source, block in blocks:
-        log.spill(source, block)
-    log.runs.close()
+    try:
+        for source, block in blocks:
+            log.spill(source, block)
+    finally:
+        log.runs.close()
     if not log.runs.rows:
         raise ValueError(f"{spec.file}: has no rows; give a file with at least one")
     user_counts, item_counts = log.users.counts(), log.items.counts()

@@ -92,3 +92,11 @@ def test_two_runs_at_once_are_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="no such file"):
             SequenceDataset.open(tmp_path / "tiny")
         raise RuntimeError
+
+
+def test_a_link_to_another_place(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere" / "store").mkdir(parents=True)
+    (tmp_path / "tiny").symlink_to(tmp_path / "elsewhere" / "store")
+    assert work_directory(tmp_path / "tiny").parent == tmp_path / "elsewhere"
+    write_dataset(tiny(1), tmp_path / "tiny")
+    assert holds(tmp_path / "elsewhere" / "store", tiny(1)) and (tmp_path / "tiny").is_symlink()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -119,6 +120,28 @@ def test_one_user_and_no_users(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="interactions: has no rows"):
         stream(tmp_path / "b", [(0, frame.clear())])
     assert not (tmp_path / "b").exists()
+
+
+def test_a_failure_leaves_nothing_behind(tmp_path: Path) -> None:
+    def blocks() -> Iterator[tuple[int, pl.DataFrame]]:
+        for start in range(0, 600, 60):
+            yield 0, table()[start : start + 60]
+        raise ValueError("a bad line")
+
+    for _ in range(5):  # what a thread still writes must not outlive the run
+        with pytest.raises(ValueError, match="a bad line"):
+            stream(tmp_path / "a", blocks(), events_per_run=50)
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("hstu.data.runs._write_run", full)
+    with pytest.raises(ValueError, match=r"a: cannot be written \(No space left on device\); choose another"):
+        stream(tmp_path / "a", [(0, table())])
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_runs_hold_every_row_once(tmp_path: Path) -> None:
