@@ -94,14 +94,15 @@ class _TerminalHandler(logging.StreamHandler):
 
 
 def configure_logging(log_file: Path | None, *, is_main: bool) -> None:
-    """Send the library's log to the terminal (rank 0) and to ``log_file``; other ranks report errors only."""
+    """Send the log to the terminal and, with tracebacks, to ``log_file``; ranks other than 0 report errors only."""
     root = logging.getLogger("hstu")
     for handler in list(root.handlers):
         root.removeHandler(handler)
         handler.close()
     root.propagate = False
-    root.setLevel(logging.INFO if is_main else logging.ERROR)
+    root.setLevel(logging.DEBUG)
     terminal = _TerminalHandler()
+    terminal.setLevel(logging.INFO if is_main else logging.ERROR)
     terminal.setFormatter(logging.Formatter("%(message)s"))
     root.addHandler(terminal)
     if log_file is not None and is_main:
