@@ -16,7 +16,7 @@ from hstu.models import RankingModel, RetrievalModel
 from hstu.parallel import Mesh
 
 _LOOKUP_ROWS = 1 << 16  # items looked up at once
-_SCORED_ROWS = 1 << 14  # items scored at once
+_SCORED_ROWS = 1 << 16  # items scored at once
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _GROUP = 32  # neighbouring items that are looked at one by one only if the best of them could be among the k
-_SCORES_AT_ONCE = 1 << 24
+_SCORES_AT_ONCE = 1 << 25
 _LOW = 0xFFFFFFFF
 _NONE = torch.iinfo(torch.int64).min
 
