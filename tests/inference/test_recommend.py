@@ -59,3 +59,20 @@ def test_recommendations_are_what_evaluation_ranks_first(binding: str, dataset: 
     other = Requests(dataset, np.arange(30), np.full(30, 17))
     again = recommend(model, dataclasses.replace(loader, dataset=other), MESH, 5, filter_seen=True)  # type: ignore[arg-type]
     assert torch.equal(next(again)[1].items, best.items[:, :5]), "the item that is asked for is not looked at"
+
+
+@pytest.mark.parametrize(("query_time", "matters"), [("own", False), ("next", True)])
+def test_the_time_of_the_request(query_time: str, matters: bool, dataset: SequenceDataset):
+    bindings = ["NetworkArgs.preset='research'", f"NetworkArgs.bias_query_time={query_time!r}"]
+    config = load_config("retrieval", [], [*BINDINGS["retrieval"], *bindings]).config
+    model = build_model(config, dataset.schema).eval()
+    torch.nn.init.normal_(next(p for name, p in model.named_parameters() if "time" in name))
+    scores = []
+    for later in (1, 10**7):
+        requests = Requests(dataset, np.arange(30), time=dataset.time_range()[1] + later)
+        loader = BatchLoader(
+            dataset=requests, split=requests.split, collate=make_collator(config, dataset.schema), batch_size=30
+        )
+        ((_, best),) = recommend(model, loader, MESH, 5, filter_seen=True)  # type: ignore[arg-type]
+        scores.append(best.scores)
+    assert torch.equal(*scores) != matters
