@@ -51,9 +51,7 @@ def box(
     style = "round,pad=0,rounding_size=0.8"
     fill, edge = colour
     line = (0, (4, 3)) if dashed else "solid"
-    axes.add_patch(
-        FancyBboxPatch((x, y), width, height, boxstyle=style, fc=fill, ec=edge, lw=1.3, linestyle=line)
-    )
+    axes.add_patch(FancyBboxPatch((x, y), width, height, boxstyle=style, fc=fill, ec=edge, lw=1.3, linestyle=line))
     axes.text(
         x + width / 2,
         y + height / 2,
@@ -66,13 +64,9 @@ def box(
     )
 
 
-def note(
-    axes: Axes, x: float, y: float, text: str, *, size: float = 9.5, align: str = "left", **style: object
-) -> None:
+def note(axes: Axes, x: float, y: float, text: str, *, size: float = 9.5, align: str = "left", **style: object) -> None:
     """Small text, grey unless `style` says otherwise."""
-    axes.text(
-        x, y, text, fontsize=size, ha=align, **{"color": MUTED, "va": "center", "linespacing": 1.4} | style
-    )
+    axes.text(x, y, text, fontsize=size, ha=align, **{"color": MUTED, "va": "center", "linespacing": 1.4} | style)
 
 
 def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], **style: object) -> None:
@@ -139,9 +133,7 @@ def ranking_model() -> Figure:
     stage(82.7, "multi-task head", "one logit for each binary task,\nor one softmax")
     label(82.7, "MLP")
     arrow(axes, (middle, 89.7), (middle, 92.7))
-    stage(
-        92.7, "loss", "mean over the label tokens of all ranks;\nthe labels are the candidates' actions", LOSS
-    )
+    stage(92.7, "loss", "mean over the label tokens of all ranks;\nthe labels are the candidates' actions", LOSS)
     label(92.7, "cross-entropy")
     return figure
 

@@ -128,9 +128,7 @@ def version_misfits(found: Mapping[str, str | None], *, cuda: str | None, num_gp
     megatron = found.get("megatron-core")
     if megatron and _minor(megatron) != MEGATRON:
         misfits.append(
-            Misfit(
-                f"megatron-core {megatron} is not {MEGATRON}.x", f"pip install 'megatron-core=={MEGATRON}.*'"
-            )
+            Misfit(f"megatron-core {megatron} is not {MEGATRON}.x", f"pip install 'megatron-core=={MEGATRON}.*'")
         )
     if torch is None:
         return misfits
@@ -172,22 +170,16 @@ def _fbgemm_misfits(
         f"pip install 'fbgemm-gpu-cpu=={partner}.*'",
     )
     if shim and cpu is None:
-        misfits.append(
-            Misfit("fbgemm-gpu is the stand-in for a CPU build that is not installed", install_cpu)
-        )
+        misfits.append(Misfit("fbgemm-gpu is the stand-in for a CPU build that is not installed", install_cpu))
     if not shim and cpu is not None:
         remedy = f"pip uninstall -y fbgemm-gpu fbgemm-gpu-cpu; {install_cuda}"
         misfits.append(Misfit("the CUDA and the CPU build of FBGEMM overwrite each other's files", remedy))
     if not shim and cuda is None:
         remedy = "make venv (CPU), or a CUDA build of torch (docs/install.md)"
-        misfits.append(
-            Misfit(f"fbgemm-gpu {named} is a CUDA build, but torch {torch} is a CPU build", remedy)
-        )
+        misfits.append(Misfit(f"fbgemm-gpu {named} is a CUDA build, but torch {torch} is a CPU build", remedy))
     if shim and cuda is not None and num_gpus:
         remedy = f"pip uninstall -y fbgemm-gpu fbgemm-gpu-cpu; {install_cuda}"
-        misfits.append(
-            Misfit("torch sees a GPU, but FBGEMM is a CPU build: tables cannot be on the GPU", remedy)
-        )
+        misfits.append(Misfit("torch sees a GPU, but FBGEMM is a CPU build: tables cannot be on the GPU", remedy))
     for name, version in (("fbgemm-gpu", named), ("fbgemm-gpu-cpu", cpu)):
         if version and _minor(version) != partner:
             remedy = install_cpu if shim else install_cuda
@@ -240,7 +232,5 @@ def import_misfits(modules: Iterable[str]) -> list[Misfit]:
             importlib.import_module(name)
         except Exception as error:  # a broken binary can raise anything
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            misfits.append(
-                Misfit(f"import {name} fails: {reason}", "make clean venv, or see docs/install.md")
-            )
+            misfits.append(Misfit(f"import {name} fails: {reason}", "make clean venv, or see docs/install.md"))
     return misfits

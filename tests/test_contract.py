@@ -34,9 +34,7 @@ def library_violations(package_root: Path) -> list[str]:
         "json.dump([[m, sorted(graph.find_modules_directly_imported_by(m))]\n"
         "           for m in sorted(graph.modules) if m.split('.')[0] == 'hstu'], sys.stdout)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=package_root, capture_output=True, text=True, timeout=100
-    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=package_root, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     violations = []
     for module, imported in json.loads(done.stdout):
@@ -45,9 +43,7 @@ def library_violations(package_root: Path) -> list[str]:
             in_ops = re.match(r"hstu\.ops(\.|$)", module)
             foreign = library not in sys.stdlib_module_names and library != "hstu"
             allowed = MAY_IMPORT.get(library)
-            if (allowed and not re.match(allowed, module)) or (
-                in_ops and foreign and library not in OPS_MAY_IMPORT
-            ):
+            if (allowed and not re.match(allowed, module)) or (in_ops and foreign and library not in OPS_MAY_IMPORT):
                 violations.append(f"{module} imports {library}")
     return violations
 

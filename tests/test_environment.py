@@ -91,9 +91,7 @@ def install(path: Path, name: str, version: str, *requires: str) -> None:
     folder = path / f"{name.replace('-', '_')}-{version}.dist-info"
     folder.mkdir()
     lines = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}"]
-    (folder / "METADATA").write_text(
-        "\n".join(lines + [f"Requires-Dist: {line}" for line in requires]) + "\n"
-    )
+    (folder / "METADATA").write_text("\n".join(lines + [f"Requires-Dist: {line}" for line in requires]) + "\n")
 
 
 def test_requirements_are_followed(tmp_path: Path):
@@ -128,9 +126,7 @@ def test_broken_binaries_are_misfits(tmp_path: Path, monkeypatch: pytest.MonkeyP
     )
     monkeypatch.syspath_prepend(tmp_path)
     (misfit,) = environment.import_misfits(["json", "broken_binary"])
-    assert (
-        misfit.what == "import broken_binary fails: OSError: libcudart.so.13: cannot open shared object file"
-    )
+    assert misfit.what == "import broken_binary fails: OSError: libcudart.so.13: cannot open shared object file"
 
 
 @pytest.fixture
@@ -165,9 +161,8 @@ def test_command_fits(record: dict, capsys: pytest.CaptureFixture[str]):
 def test_command_says_what_to_do(record: dict, capsys: pytest.CaptureFixture[str]):
     record["versions"]["torchrec"] = "1.7.0"
     assert env.main([]) == 1
-    assert (
-        "torchrec 1.7.0 is not 1.8.x, as torch 2.13.0 needs\n    remedy: pip install 'torchrec==1.8.*'"
-        in (capsys.readouterr().out)
+    assert "torchrec 1.7.0 is not 1.8.x, as torch 2.13.0 needs\n    remedy: pip install 'torchrec==1.8.*'" in (
+        capsys.readouterr().out
     )
 
 

@@ -50,12 +50,8 @@ def test_other_warnings_and_records_pass(caplog):
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         silence_known_notices()
-        warnings.warn(
-            "full scope is deprecated. Use empty cuda_graph_scope to capture", UserWarning, stacklevel=1
-        )
-        warnings.warn(
-            "full scope is deprecated. Use empty cuda_graph_scope", DeprecationWarning, stacklevel=1
-        )
+        warnings.warn("full scope is deprecated. Use empty cuda_graph_scope to capture", UserWarning, stacklevel=1)
+        warnings.warn("full scope is deprecated. Use empty cuda_graph_scope", DeprecationWarning, stacklevel=1)
         warnings.warn("the table is not sharded", UserWarning, stacklevel=1)
     assert [(w.category, str(w.message)[:9]) for w in seen] == [
         (DeprecationWarning, "full scop"),

@@ -24,12 +24,8 @@ def test_scores_stand_beside_the_best_possible(tmp_path: Path, capsys: pytest.Ca
     assert rows == [["AUC", "0.7200", "0.7500", "96.0%"], ["HR@10", "0.2000"], ["MRR", "0.1000"]]
 
 
-@pytest.mark.parametrize(
-    ("record", "complaint"), [({"kind": "eval"}, "has no 'metrics'"), ([1], "has no 'metrics'")]
-)
-def test_a_wrong_record_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], record: object, complaint: str
-):
+@pytest.mark.parametrize(("record", "complaint"), [({"kind": "eval"}, "has no 'metrics'"), ([1], "has no 'metrics'")])
+def test_a_wrong_record_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], record: object, complaint: str):
     assert scores.main([write(tmp_path / "run", record)]) == 2
     assert complaint in capsys.readouterr().err
 

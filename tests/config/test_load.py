@@ -314,7 +314,6 @@ def test_operative_and_given_texts_load_to_an_equal_config(task: str, tmp_path: 
         "DatasetArgs.contextual_feature_names=('a b', \"it's\")",
         "EmbeddingArgs.table_sharding_types={'item': 'table_wise'}",
         "DatasetArgs.actions_without_loss=(1, 2.5, 'a')",
-        "DatasetArgs.actions_without_loss=(1, 2.5, 'a')",
         "TrainerArgs.loggers=()",
         "TrainerArgs.max_epochs=None",
     )
