@@ -63,6 +63,18 @@ def test_all_named_data_sets(command: Command, tmp_path: Path) -> None:
         assert SequenceDataset.open(tmp_path / "tmp_data" / name).num_users > 0
 
 
+def test_of_all_data_sets_those_that_can_be_made_are_made(command: Command, tmp_path: Path) -> None:
+    test_all_named_data_sets(command, tmp_path)
+    (tmp_path / "raw" / "ml-1m" / "ratings.dat").write_text("1::2::three::4\n")
+    (tmp_path / "raw" / "u.data").write_text("")
+    result = command("--dataset_name=all", "--raw_dir=raw", "--check_counts=false", "--data_dir=again", *TINY)
+    assert result.returncode == 2
+    errors = result.stderr.splitlines()
+    assert len(errors) == 2 and "u.data" in errors[0] and "ratings.dat" in errors[1]
+    made = {path.name for path in (tmp_path / "again").iterdir() if not path.name.startswith(".")}
+    assert made == {"synthetic", *DATASETS} - {"ml-100k", "ml-1m"}
+
+
 def test_filters_of_published_data_sets(command: Command, tmp_path: Path) -> None:
     write_ml_100k(tmp_path / "data" / "ml-100k", ratings())
     flags = ("--dataset-name=ml-100k", "--data-dir=data", "--check-counts=false")
