@@ -78,9 +78,9 @@ def test_gates_drop_out_only_while_training() -> None:
 def test_dot_product_and_cosine(queries: bool, items: bool) -> None:
     s, q, x = DotProduct(normalize_queries=queries, normalize_items=items, eps=1e-6), vectors(2), vectors(3, 2)
     found = s.scores(s.queries(q), s.items(x))
-    expected = sum(float(a) * float(b) for a, b in zip(q[1], x[2], strict=True))
+    expected = sum(a.item() * b.item() for a, b in zip(q[1], x[2], strict=True))
     expected /= (float(q[1].norm()) if queries else 1) * (float(x[2].norm()) if items else 1)
-    assert float(found[1, 2]) == pytest.approx(expected)
+    assert found[1, 2].item() == pytest.approx(expected)
 
 
 def test_mutual_information() -> None:
