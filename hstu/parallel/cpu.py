@@ -7,7 +7,7 @@ its gradient buffers and optimizers; nothing else is touched.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -55,9 +55,3 @@ def cuda_means_cpu() -> Iterator[None]:
         _CudaMeansCpu(),
     ):
         yield
-
-
-def run_on_cpu(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call ``function`` inside ``cuda_means_cpu``."""
-    with cuda_means_cpu():
-        return function(*args, **kwargs)
