@@ -175,6 +175,10 @@ class Encoder(nn.Module):
         rows: Tensor = self.postprocess(hidden, tokens, batch.label_mask)
         return rows
 
+    def num_labels(self, batch: Batch) -> int:
+        """Return the label tokens of the loss of ``batch``, before it is computed."""
+        return batch.labels.numel()
+
     def num_tokens(self, batch: Batch) -> int:
         """Return the tokens that ``batch`` makes, without asking the device."""
         sizes = dict(zip(batch.features.keys(), batch.features.length_per_key(), strict=True))

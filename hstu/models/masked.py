@@ -28,6 +28,10 @@ class MaskedRetrievalModel(RetrievalModel):
         self.mask_token = nn.Embedding(1, config.network.hidden_size)
         nn.init.normal_(self.mask_token.weight, std=config.network.embedding_initializer_std)
 
+    def num_labels(self, batch: Batch) -> int:
+        """Return the events that training hides."""
+        return int(self._hidden(batch).sum())
+
     def training_targets(self, batch: Batch) -> tuple[Batch, Tensor]:
         """Hide each event with ``mask_probability``, or the last one of its sample alone."""
         hidden = self._hidden(batch)

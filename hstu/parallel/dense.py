@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -38,6 +41,12 @@ class DenseParallel:
     def zero_grad(self) -> None:
         """Clear the gradient buffer before a step."""
         self.ddp.zero_grad_buffer()
+
+    @contextmanager
+    def accumulate(self, *, last: bool) -> Iterator[None]:
+        """Add the gradients of a backward pass inside to those before; ranks exchange them in the ``last`` one."""
+        with nullcontext() if last else self.ddp.no_sync():
+            yield
 
     def reduce_gradients(self) -> None:
         """Average gradients over ranks after the backward pass."""

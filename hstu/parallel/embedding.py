@@ -126,10 +126,12 @@ def _shard(
     sharder: Any = EmbeddingCollectionSharder(
         fused_params=dict(
             optimizer=_OPTIMIZERS[kind],
-            learning_rate=optimizer.sparse_learning_rate or optimizer.learning_rate,
+            learning_rate=optimizer.sparse_rate,
             eps=optimizer.adam_eps,
             beta1=optimizer.adam_beta1,
             beta2=optimizer.adam_beta2,
+            gradient_clipping=optimizer.sparse_max_gradient > 0,
+            max_gradient=optimizer.sparse_max_gradient,
         ),
         use_index_dedup=mesh.device.type == "cuda",
     )

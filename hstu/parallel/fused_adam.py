@@ -33,7 +33,8 @@ class HostAdamTables(SplitTableBatchedEmbeddingBagsCodegen):
     """FBGEMM's batched tables, except that Adam on host memory is done here.
 
     Only rows that were looked up move; their duplicates are summed first; the bias correction counts
-    steps of the table, not of the row; weight decay is decoupled (FBGEMM, ``EmbOptimType.ADAM``).
+    steps of the table, not of the row; weight decay is decoupled; clipping is of each gradient before duplicates
+    are summed (FBGEMM, ``EmbOptimType.ADAM``).
     """
 
     def __init__(
@@ -45,18 +46,22 @@ class HostAdamTables(SplitTableBatchedEmbeddingBagsCodegen):
         beta2: float = 0.999,
         eps: float = 1.0e-8,
         weight_decay: float = 0.0,
+        gradient_clipping: bool = False,
+        max_gradient: float = 1.0,
         **kwargs: Any,
     ) -> None:
         on_host = all(compute is ComputeDevice.CPU for _, _, _, compute in embedding_specs)
         self.adam_on_host = on_host and optimizer == EmbOptimType.ADAM
         engine = EmbOptimType.EXACT_SGD if self.adam_on_host else optimizer
         hyper: dict[str, float] = dict(beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay)
-        super().__init__(embedding_specs, *args, optimizer=engine, **hyper, **kwargs)
+        clipping: dict[str, Any] = dict(gradient_clipping=gradient_clipping, max_gradient=max_gradient)
+        super().__init__(embedding_specs, *args, optimizer=engine, **clipping, **hyper, **kwargs)
         if not self.adam_on_host:
             return
         rows, widths = [spec[0] for spec in embedding_specs], {spec[1] for spec in embedding_specs}
         assert self.pooling_mode == PoolingMode.NONE and len(widths) == 1, "sequence embeddings of one width"
         self.hyper, self.steps, self.width = hyper, 0, widths.pop()
+        self.limit = max_gradient if gradient_clipping else None
         self.table_starts = torch.tensor([0, *rows]).cumsum(0).tolist()
         for moment in ("exp_avg", "exp_avg_sq"):
             self.register_buffer(moment, torch.zeros(sum(rows), self.width), persistent=False)
@@ -85,7 +90,8 @@ class HostAdamTables(SplitTableBatchedEmbeddingBagsCodegen):
             return
         beta1, beta2, eps, decay = (self.hyper[name] for name in ("beta1", "beta2", "eps", "weight_decay"))
         touched, inverse = rows.unique(return_inverse=True)
-        gradient = torch.zeros(touched.numel(), self.width).index_add_(0, inverse, gradients.float())
+        gradients = gradients.float() if self.limit is None else gradients.float().clamp(-self.limit, self.limit)
+        gradient = torch.zeros(touched.numel(), self.width).index_add_(0, inverse, gradients)
         mean = self.exp_avg[touched].lerp_(gradient, 1 - beta1)
         square = self.exp_avg_sq[touched].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
         self.exp_avg[touched], self.exp_avg_sq[touched] = mean, square

@@ -36,7 +36,9 @@ class Progress:
     """Where a run stands: the step and what the choice of the best checkpoint needs.
 
     Attributes:
-        step: Steps taken.
+        step: Steps taken, skipped ones too.
+        dense_steps: Steps of the dense optimizer.
+        table_steps: Steps of the tables' optimizer.
         samples: Samples taken by all ranks; the data position follows from it, whatever their number.
         best_score: Best validation score so far.
         best_step: Its step.
@@ -46,6 +48,8 @@ class Progress:
     """
 
     step: int = 0
+    dense_steps: int = 0
+    table_steps: int = 0
     samples: int = 0
     best_score: float | None = None
     best_step: int | None = None
@@ -149,10 +153,11 @@ class Checkpointer:
             reason = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
             raise CheckpointError(f"checkpoint {path} cannot be read: {_first_line(reason)}") from error
         progress = Progress(**marker["progress"])
-        self.parallel.tables.set_step(progress.step)
+        self.parallel.tables.set_step(progress.table_steps)
         if optimizer:
             moments = {name: value for name, value in tensors.items() if name.startswith(_DENSE_OPTIMIZER)}
-            self.optimizer.load({name.removeprefix(_DENSE_OPTIMIZER): v for name, v in moments.items()}, progress.step)
+            moments = {name.removeprefix(_DENSE_OPTIMIZER): value for name, value in moments.items()}
+            self.optimizer.load(moments, progress.dense_steps)
         if same_ranks:
             _set_random_state({name: value for name, value in tensors.items() if name.startswith("rng/")})
         else:  # each rank had a random state of its own; another number of ranks starts new ones

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,9 +16,10 @@ class TrainingError(RuntimeError):
     """Training cannot go on: the loss is not finite, or there is nothing to learn from."""
 
 
-def not_finite(what: str, step: int) -> TrainingError:
+def not_finite(what: str, step: int, where: str = "") -> TrainingError:
     """Return the error for a loss or weight that is not a number any more."""
-    return TrainingError(f"{what} is not finite at step {step}: lower OptimizerArgs.learning_rate or set clip_grad")
+    remedy = "lower OptimizerArgs.learning_rate or set clip_grad"
+    return TrainingError(f"{what} is not finite at step {step}: {remedy}{where}")
 
 
 class Meter:
@@ -32,7 +32,7 @@ class Meter:
     def _reset(self) -> None:
         # Loss and live negatives gather on the device, so that no step waits for it.
         self.sums = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
-        self.labels = self.sequences = self.tokens = 0
+        self.labels = self.sequences = self.tokens = self.batches = self.skipped = 0
         self.start()
 
     def start(self) -> None:
@@ -40,7 +40,8 @@ class Meter:
         self.away, self.since = 0.0, time.perf_counter()
 
     def add(self, loss: LossSum, sequences: int, tokens: int) -> None:
-        """Count one step."""
+        """Count one batch that was trained on."""
+        self.batches += 1
         self.sums[0] += loss.total.detach()
         self.has_negatives = loss.live_negatives is not None
         if loss.live_negatives is not None:
@@ -56,16 +57,10 @@ class Meter:
         yield
         self.away += time.perf_counter() - start
 
-    def state(self, step: int) -> list[float]:
-        """Return loss, live negatives, labels, sequences and tokens since the last line, summed over all ranks.
-
-        Raises:
-            TrainingError: if the loss is not finite.
-        """
+    def state(self) -> list[float]:
+        """Return loss, live negatives, labels, sequences and tokens since the last line, summed over all ranks."""
         host = torch.tensor([self.labels, self.sequences, self.tokens], dtype=torch.float64, device=self.sums.device)
         totals: list[float] = self.mesh.sum(torch.cat([self.sums, host])).tolist()
-        if not math.isfinite(totals[0]):
-            raise not_finite("loss", step)
         return totals
 
     def restore(self, state: list[float]) -> None:
@@ -79,15 +74,17 @@ class Meter:
         """Return means since the last line, and start again.
 
         Raises:
-            TrainingError: if the loss is not finite, or a label has less than one negative on average.
+            TrainingError: if a label has less than one negative on average.
         """
-        loss, live, labels, sequences, tokens = self.state(step)
+        loss, live, labels, sequences, tokens = self.state()
         seconds = max(1e-9, time.perf_counter() - self.since - self.away)
         record = {
             "loss": loss / max(1.0, labels),
             "sequences_per_second": sequences / seconds,
             "tokens_per_second": tokens / seconds,
         }
+        if self.skipped:
+            record["skipped_steps"] = self.skipped
         if self.has_negatives:
             record["live_negatives"] = live / max(1.0, labels)
             if labels and record["live_negatives"] < 1:

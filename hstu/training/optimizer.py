@@ -43,7 +43,6 @@ class Optimizer:
 
     def __init__(self, parallel: Parallelized, args: OptimizerArgs, total_steps: int) -> None:
         self.parallel, self.args, self.total_steps = parallel, args, total_steps
-        self.sparse_rate = args.sparse_learning_rate or args.learning_rate
         config = OptimizerConfig(
             optimizer="sgd" if args.optimizer_str == "sgd" else "adam",
             decoupled_weight_decay=args.optimizer_str == "adamw",
@@ -57,7 +56,7 @@ class Optimizer:
             use_distributed_optimizer=args.use_distributed_optimizer,
         )
         # An explicit dict also turns off Megatron's own rule for weight decay, which no config shows.
-        overrides: dict[ParamKey, Any] = {ParamKey(name="*replicated.*"): {"max_lr": self.sparse_rate}}
+        overrides: dict[ParamKey, Any] = {ParamKey(name="*replicated.*"): {"max_lr": args.sparse_rate, "sparse": True}}
         with cuda_means_cpu():
             self.megatron = get_megatron_optimizer(config, [parallel.dense.ddp], config_overrides=overrides)
         self.engine = self.megatron.chained_optimizers[0]
@@ -69,11 +68,11 @@ class Optimizer:
         self.parallel.dense.zero_grad()
         # Megatron leaves .grad at the reduced gradient, on which the next backward pass would add.
         self.megatron.zero_grad()
-        factor = schedule_factor(self.args, step, self.total_steps)
+        dense, sparse = (schedule_factor(self.args, step, self.total_steps, sparse=of) for of in (False, True))
         for group in self.dense.param_groups:
-            group["lr"] = group["max_lr"] * factor
-        self.parallel.tables.set_learning_rate(self.sparse_rate * factor)
-        return self.args.learning_rate * factor
+            group["lr"] = group["max_lr"] * (sparse if group.get("sparse") else dense)
+        self.parallel.tables.set_learning_rate(self.args.sparse_rate * sparse)
+        return self.args.learning_rate * dense
 
     def step(self) -> None:
         """Average gradients over ranks, clip them and step the dense weights."""

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from hstu.config import Config, ConfigError
-from hstu.data.batch import Batch
 from hstu.data.loader import BatchLoader
 from hstu.data.reader import SequenceDataset
 from hstu.data.splits import make_splits
@@ -28,6 +27,7 @@ from hstu.training.optimizer import Optimizer
 from hstu.training.plot import draw_curves, sketch_curves
 from hstu.training.profile import profiler
 from hstu.training.run_directory import RunDirectory
+from hstu.training.step import Stepper
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +60,7 @@ class Trainer:
                 batch_size=args.train_batch_size if name == "train" else args.eval_batch_size,
                 rank=mesh.rank,
                 world_size=mesh.world_size,
+                micro_batches=args.gradient_accumulation_steps if name == "train" else 1,
                 seed=args.seed,
                 shuffle=config.dataset.shuffle and name == "train",
                 num_workers=config.dataset.num_workers,
@@ -84,6 +85,7 @@ class Trainer:
             args.keep_last_checkpoints,
         )
         self.meter = Meter(mesh)
+        self.stepper = Stepper(self.parallel, self.optimizer, self.meter, args, dataset)
         torch.manual_seed(args.seed + mesh.rank)
 
     def _deal(self, events: np.ndarray, ranks: int) -> list[np.ndarray]:
@@ -142,14 +144,14 @@ class Trainer:
         self.meter.start()
         while progress.step < self.total_steps and not progress.stopped_early:
             epoch, first = divmod(progress.samples, size)
-            for batch in loader.epoch(epoch, first):
-                rate = self._step(batch.to(self.mesh.device, non_blocking=True))
-                progress.step += 1
+            batches = loader.epoch(epoch, first)
+            for step_batches in zip(*[batches] * loader.micro_batches, strict=True):
+                rate = self.stepper.take(step_batches, progress)
                 progress.samples = min(progress.samples + loader.global_batch_size, (epoch + 1) * size)
                 profile.step()
                 log.tick()
                 done = progress.step == self.total_steps
-                if progress.step % args.log_interval == 0 or done:
+                if (progress.step % args.log_interval == 0 or done) and self.meter.batches:
                     log.train(self._train_record(epoch, rate))
                 self._after_step(log, done)
                 if done or progress.stopped_early:
@@ -158,18 +160,6 @@ class Trainer:
                     self._save()
                     return False
         return True
-
-    def _step(self, batch: Batch) -> float:
-        """Take one optimizer step; returns the learning rate."""
-        rate = self.optimizer.prepare(self.progress.step)
-        loss = self.model(batch)
-        count = torch.tensor(float(loss.count), device=self.mesh.device)
-        # Before the backward pass, in which the tables step; ranks average gradients, hence their number.
-        total = self.mesh.sum(count).clamp(min=1)
-        (loss.total * (self.mesh.world_size / total)).backward()
-        self.optimizer.step()
-        self.meter.add(loss, batch.num_samples, self.model.num_tokens(batch))
-        return rate
 
     def _after_step(self, log: RunLogger | _Silent, done: bool) -> None:
         """Validate and save when it is time to."""
@@ -200,7 +190,7 @@ class Trainer:
         return False
 
     def _save(self, *, best: bool = False) -> None:
-        self.progress.since_last_line = self.meter.state(self.progress.step)
+        self.progress.since_last_line = self.meter.state()
         # A finite loss says nothing of the step that came after it.
         if self.mesh.any(not all(bool(p.isfinite().all()) for p in self.model.parameters())):
             raise not_finite("a weight", self.progress.step)

@@ -44,6 +44,7 @@ SASREC_MOL = (
     "RetrievalArgs.sampling_strategy='log_uniform'",
     "RetrievalArgs.logq_correction=True",
 )
+ACCUMULATED = ("TrainerArgs.gradient_accumulation_steps=2",)
 WIDTHS = ("NetworkArgs.item_embedding_dim=22", "NetworkArgs.action_embedding_dim=6")
 
 
@@ -92,6 +93,25 @@ CASES = {
                 *sharding("row_wise", segment="data_parallel"),
             ),
         ),
+        # Two batches of each rank a step; nothing but dense weights, which step once.
+        Case(
+            "ranking-adam-accumulated",
+            "ranking",
+            (
+                *ACCUMULATED,
+                *FAST_TABLES,
+                "OptimizerArgs.use_distributed_optimizer=True",
+                "OptimizerArgs.overlap_grad_reduce=True",
+                "OptimizerArgs.clip_grad=0.05",
+                *sharding("data_parallel"),
+            ),
+        ),
+        Case(
+            "retrieval-sgd-accumulated-short",
+            "retrieval",
+            (*SGD, *ACCUMULATED, *FULL, *sharding("data_parallel")),
+            "short",
+        ),
         Case("ranking-adagrad", "ranking", ("OptimizerArgs.sparse_optimizer_str='adagrad'",), plain_steps=0),
         Case("retrieval-adam-uniform", "retrieval", ("NetworkArgs.preset='research'",)),
         Case("retrieval-sgd-uniform", "retrieval", (*SGD, *sharding("table_wise"))),
@@ -127,6 +147,7 @@ THREES = {
 
 def config_of(case: Case, world_size: int) -> Config:
     """Return the config of ``case`` on ``world_size`` ranks."""
-    batch = f"TrainerArgs.train_batch_size={case.global_batch // world_size}"
+    micro_batches = 2 if set(ACCUMULATED) <= set(case.bindings) else 1
+    batch = f"TrainerArgs.train_batch_size={case.global_batch // world_size // micro_batches}"
     limit = f"TrainerArgs.max_train_iters={case.steps}"
     return load_config(case.task, [], [*BINDINGS[case.task], batch, limit, *case.bindings]).config  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ ROWS, WIDTH, RATE = (7, 4), 4, 0.1
 BETAS, EPS = (0.8, 0.95), 1e-6
 
 
-def build(decay: float) -> HostAdamTables:
+def build(decay: float, limit: float | None = None) -> HostAdamTables:
     """Two tables; the first is shared by two features."""
     tables = HostAdamTables(
         [(rows, WIDTH, EmbeddingLocation.HOST, ComputeDevice.CPU) for rows in ROWS],
@@ -26,6 +26,8 @@ def build(decay: float) -> HostAdamTables:
         beta2=BETAS[1],
         eps=EPS,
         weight_decay=decay,
+        gradient_clipping=limit is not None,
+        max_gradient=limit or 0.0,
         device=torch.device("cpu"),
     )
     with torch.no_grad():
@@ -69,9 +71,9 @@ def flat(batch: tuple[list[list[int]], ...]) -> tuple[torch.Tensor, torch.Tensor
     return torch.tensor([i for bag in bags for i in bag], dtype=torch.int64), torch.tensor(offsets), rows
 
 
-@pytest.mark.parametrize("decay", [0.0, 0.3])
-def test_steps_follow_the_definition(decay: float) -> None:
-    tables, rng = build(decay), np.random.default_rng(1)
+@pytest.mark.parametrize(("decay", "limit"), [(0.0, None), (0.3, None), (0.0, 0.4)])
+def test_steps_follow_the_definition(decay: float, limit: float | None) -> None:
+    tables, rng = build(decay, limit), np.random.default_rng(1)
     naive = NaiveAdam(tables.flat_weights().double().numpy().copy(), decay)
     for batch in BATCHES:
         indices, offsets, rows = flat(batch)
@@ -79,7 +81,7 @@ def test_steps_follow_the_definition(decay: float) -> None:
         np.testing.assert_allclose(found.detach().numpy(), naive.weights[rows].reshape(-1, WIDTH), rtol=1e-5, atol=1e-6)
         gradients = rng.standard_normal((len(rows), WIDTH))
         found.backward(torch.tensor(gradients, dtype=torch.float32))
-        naive.step(rows, gradients)
+        naive.step(rows, gradients if limit is None else gradients.clip(-limit, limit))
         np.testing.assert_allclose(tables.flat_weights().numpy(), naive.weights, rtol=1e-5, atol=1e-6)
     state = tables.get_optimizer_state()
     assert [moments["exp_avg"].shape for moments in state] == [(rows, WIDTH) for rows in ROWS]
@@ -108,16 +110,19 @@ def test_state_is_shared_with_its_tensors_and_the_step_counts() -> None:
     assert not torch.allclose(other.flat_weights(), tables.flat_weights(), rtol=1e-3)
 
 
-def test_other_optimizers_stay_with_fbgemm() -> None:
+@pytest.mark.parametrize("limit", [None, 0.75])
+def test_other_optimizers_stay_with_fbgemm(limit: float | None) -> None:
     tables = HostAdamTables(
         [(5, WIDTH, EmbeddingLocation.HOST, ComputeDevice.CPU)],
         pooling_mode=PoolingMode.NONE,
         optimizer=EmbOptimType.EXACT_SGD,
         learning_rate=RATE,
+        gradient_clipping=limit is not None,
+        max_gradient=limit or 0.0,
         device=torch.device("cpu"),
     )
     assert not tables.adam_on_host
     before = tables.weights_host.detach().clone().view(5, WIDTH)
     tables(torch.tensor([1, 1]), torch.tensor([0, 2])).backward(torch.ones(2, WIDTH))
     moved = tables.weights_host.detach().view(5, WIDTH) - before
-    assert torch.allclose(moved[1], torch.tensor(-2 * RATE)) and not moved[[0, 2, 3, 4]].any()
+    assert torch.allclose(moved[1], torch.tensor(-2 * RATE * (limit or 1))) and not moved[[0, 2, 3, 4]].any()

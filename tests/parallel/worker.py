@@ -6,6 +6,7 @@ The request: {"data": directory, "cases": [[name, fault], ...], "plain": [name, 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import sys
 from collections.abc import Iterator
@@ -43,7 +44,7 @@ def fault(name: str | None, trainer: Trainer) -> Iterator[None]:
     """Plant a mistake in how gradients are averaged."""
     forward, mesh = trainer.model.forward, trainer.mesh
     if name == "divide by the local count":
-        trainer.mesh = _LocalCounts(**vars(mesh))
+        trainer.stepper.mesh = _LocalCounts(**vars(mesh))
     elif name == "divide by the world size once more":
         trainer.model.forward = lambda batch: _scaled(forward(batch), 1 / mesh.world_size)
     elif name == "do not divide the tables' gradients":
@@ -71,9 +72,8 @@ def train(config: Config, dataset: SequenceDataset, mesh: Mesh, planted: str | N
     trainer = Trainer(config, dataset, mesh, RunDirectory(Path("unused")))
     losses = []
     with fault(planted, trainer):
-        for batch in steps_of(trainer.loaders["train"], trainer.total_steps):
-            trainer._step(batch)
-            trainer.progress.step += 1
+        for batches in steps_of(trainer.loaders["train"], trainer.total_steps):
+            trainer.stepper.take(batches, trainer.progress)
             losses.append(trainer.meter.read(trainer.progress.step)["loss"])
     shards = {
         name.split(".")[-2]: [list(s.shard_sizes) for s in weight.metadata().shards_metadata]
@@ -83,11 +83,11 @@ def train(config: Config, dataset: SequenceDataset, mesh: Mesh, planted: str | N
     return {"losses": losses, "shards": shards}
 
 
-def steps_of(loader: BatchLoader, count: int) -> Iterator[Batch]:
-    """Yield the first ``count`` batches, epoch after epoch."""
+def steps_of(loader: BatchLoader, count: int) -> Iterator[list[Batch]]:
+    """Yield the batches of the first ``count`` steps, epoch after epoch."""
     for step in range(count):
         epoch, first = divmod(step, loader.steps_per_epoch)
-        yield next(loader.epoch(epoch, first * loader.global_batch_size))
+        yield list(itertools.islice(loader.epoch(epoch, first * loader.global_batch_size), loader.micro_batches))
 
 
 def train_plain(config: Config, dataset: SequenceDataset, steps: int) -> list[float]:
@@ -109,12 +109,12 @@ def train_plain(config: Config, dataset: SequenceDataset, steps: int) -> list[fl
         dataset=dataset,
         split=leave_one_out(dataset.lengths)["train"],
         collate=make_collator(config, dataset.schema),
-        batch_size=config.trainer.train_batch_size,
+        batch_size=config.trainer.train_batch_size * config.trainer.gradient_accumulation_steps,
         seed=config.trainer.seed,
         shuffle=True,
     )
     losses, moments = [], {name: torch.zeros(2, *weight.shape) for name, weight in sharded.items()}
-    for step, batch in enumerate(steps_of(loader, steps)):
+    for step, (batch,) in enumerate(steps_of(loader, steps)):
         model.zero_grad()
         loss = model(batch)
         (loss.total / loss.count).backward()

@@ -44,6 +44,20 @@ def test_training_shorter_than_the_warm_up_and_longer_than_planned(kind: str) ->
     assert 0 <= schedule_factor(args, 500, 20) <= 1
 
 
+def test_tables_have_a_schedule_of_their_own() -> None:
+    shared = dict(optimizer_str="adam", learning_rate=0.5, warmup_steps=2, lr_schedule="linear", min_learning_rate=0.1)
+    own = dict(sparse_learning_rate=0.25, sparse_warmup_steps=0, sparse_lr_schedule="cosine")
+    for step in range(11):
+        args = OptimizerArgs(**shared)  # type: ignore[arg-type]
+        assert schedule_factor(args, step, 10) == schedule_factor(args, step, 10, sparse=True), (
+            "by default the dense one"
+        )
+        args = OptimizerArgs(**shared, **own, sparse_min_learning_rate=0.05)  # type: ignore[arg-type]
+        expected = 0.2 + 0.8 * (1 + math.cos(math.pi * step / 10)) / 2
+        assert schedule_factor(args, step, 10, sparse=True) == pytest.approx(expected)
+        assert schedule_factor(args, step, 10) == schedule_factor(OptimizerArgs(**shared), step, 10)  # type: ignore[arg-type]
+
+
 def test_a_minimum_above_the_peak_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"OptimizerArgs.min_learning_rate = 1.0: must not be above"):
         rates(3, min_learning_rate=1.0)

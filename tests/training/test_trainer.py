@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from hstu.training import trainer as module
 from hstu.training.checkpoint import find_checkpoint
 from hstu.training.meter import TrainingError
 from hstu.training.optimizer import Optimizer
+from hstu.training.step import Stepper
 from hstu.training.trainer import Trainer
 from tests.tiny import write_tiny
 from tests.training.runs import records, trainer
@@ -133,8 +136,7 @@ def moved(run: Trainer, steps: int = 3) -> tuple[float, float]:
 
     before = state()
     for batch in list(run.loaders["train"].epoch(0))[:steps]:
-        run._step(batch)
-        run.progress.step += 1
+        run.stepper.take([batch], run.progress)
     dense, table = ((a - b).abs().max().item() for a, b in zip(state(), before, strict=True))
     return dense, table
 
@@ -149,6 +151,60 @@ def test_sparse_and_dense_rates_are_separate(data: Path, tmp_path: Path) -> None
         assert dense == pytest.approx(3 * dense_rate, rel=0.5) and table == pytest.approx(3 * sparse_rate, rel=0.5)
     with trainer(data, tmp_path, "ranking", "OptimizerArgs.learning_rate=1e-2") as run:
         assert moved(run)[1] == pytest.approx(3e-2, rel=0.5), "one rate for both when only one is given"
+
+
+def test_gradients_of_tables_are_clipped_by_an_option_of_their_own(data: Path, tmp_path: Path) -> None:
+    found = {}
+    for limit in (0.0, 1e-7, 1e3):
+        bindings = ("OptimizerArgs.optimizer_str='sgd'", f"OptimizerArgs.sparse_max_gradient={limit}")
+        with trainer(data, tmp_path, "ranking", *bindings) as run:
+            found[limit] = moved(run, 1)
+    assert found[1e-7][0] == found[0.0][0] > 0, "dense weights are not clipped by it"
+    assert 0 < found[1e-7][1] < found[0.0][1] / 10 and found[1e3] == found[0.0]
+
+
+def state_of(run: Trainer) -> list[torch.Tensor]:
+    """Return copies of every weight and moment."""
+    tensors = []
+    for name, value in run.checkpointer._tensors().items():
+        if not name.startswith("rng/"):
+            shards = [s.tensor for s in value.local_shards()] if hasattr(value, "local_shards") else [value]
+            tensors += [shard.detach().clone() for shard in shards]
+    return tensors
+
+
+@pytest.mark.parametrize("bad", [{3}, {3, 4}, set(range(3, 15))])
+def test_a_skipped_step_changes_nothing(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: set[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    take, broken_users = Stepper.take, {}
+
+    def breaking(self: Stepper, batches: Any, progress: Any) -> float:
+        step, forward, before = progress.step + 1, self.model.forward, state_of(run)
+        if step in bad:
+            broken_users[step] = batches[0].users
+            self.model.forward = lambda batch: replace(forward(batch), total=forward(batch).total * torch.nan)
+        rate = take(self, batches, progress)
+        self.model.forward = forward
+        same = all(torch.equal(a, b) for a, b in zip(before, state_of(run), strict=True))
+        assert same == (step in bad)
+        return rate
+
+    monkeypatch.setattr(Stepper, "take", breaking)
+    monkeypatch.setattr(logging.getLogger("hstu"), "propagate", True)
+    hopeless = len(bad) > 10
+    bindings = (f"TrainerArgs.max_train_iters={20 if hopeless else 8}", "TrainerArgs.log_interval=2")
+    with trainer(data, tmp_path, "ranking", *bindings, "TrainerArgs.nonfinite_loss='skip'") as run:
+        if hopeless:
+            with pytest.raises(TrainingError, match="the loss is not finite at step 13: lower"):
+                run.train()
+            return
+        run.train()
+    assert (run.progress.step, run.progress.dense_steps) == (8, 8 - len(bad)) == (8, run.progress.table_steps)
+    lines = [(r["step"], r.get("skipped_steps", 0)) for r in records(tmp_path)]
+    assert lines == ([(2, 0), (6, 2), (8, 0)] if bad == {3, 4} else [(2, 0), (4, 1), (6, 0), (8, 0)])
+    original = run.dataset.vocabulary(run.dataset.schema.user.name)[broken_users[3]]
+    assert f"users of the batch: {', '.join(map(str, original[:10]))} and 22 more in train.log" in caplog.text
 
 
 def test_the_schedule_reaches_both_optimizers(data: Path, tmp_path: Path) -> None:
@@ -194,8 +250,8 @@ def test_a_resumed_line_counts_only_its_own_time(data: Path, tmp_path: Path) -> 
 
 def test_anomaly_detection_is_off(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    step = Trainer._step
-    monkeypatch.setattr(Trainer, "_step", lambda *a: (seen.append(torch.is_anomaly_enabled()), step(*a))[1])
+    take = Stepper.take
+    monkeypatch.setattr(Stepper, "take", lambda *a: (seen.append(torch.is_anomaly_enabled()), take(*a))[1])
     with trainer(data, tmp_path, "ranking", "TrainerArgs.max_train_iters=2") as run:
         run.train()
     assert seen == [False, False]
@@ -222,7 +278,7 @@ def test_a_broken_state_is_not_saved(data: Path, tmp_path: Path, monkeypatch: py
     error = pytest.raises(TrainingError, match=r"not finite at step \d: lower OptimizerArgs.learning_rate")
     with trainer(data, tmp_path, "ranking", *bindings) as run, error:
         run.train()
-    assert run.progress.step == (6 if where == "loss" else 5)
+    assert run.progress.step == 5
     with trainer(data, tmp_path, "ranking", *bindings) as run:
         run.resume(find_checkpoint(tmp_path / "checkpoints", "latest"))  # type: ignore[arg-type]
         assert run.progress.step == 4 and all(p.isfinite().all() for p in run.model.parameters())

@@ -1,0 +1,92 @@
+"""One optimizer step: forward and backward passes over its batches, then both optimizers."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+
+from hstu.config import TrainerArgs
+from hstu.data.batch import Batch
+from hstu.data.reader import SequenceDataset
+from hstu.parallel import Parallelized
+from hstu.training.checkpoint import Progress
+from hstu.training.meter import Meter, not_finite
+from hstu.training.optimizer import Optimizer
+
+logger = logging.getLogger(__name__)
+
+_MOST_SKIPPED = 10  # one after another: then it is not the batch that is bad
+_NAMED_USERS = 10  # in an error message; train.log has all
+
+
+class Stepper:
+    """Takes the steps of a run.
+
+    Args:
+        parallel: The distributed model.
+        optimizer: Both optimizers.
+        meter: Counts what was trained on.
+        args: What to do with a loss that is not finite.
+        dataset: Knows the original ids of users.
+    """
+
+    def __init__(
+        self, parallel: Parallelized, optimizer: Optimizer, meter: Meter, args: TrainerArgs, dataset: SequenceDataset
+    ) -> None:
+        self.parallel, self.optimizer, self.meter, self.args = parallel, optimizer, meter, args
+        self.mesh, self.model, self.dataset = parallel.mesh, parallel.model, dataset
+        self.skipped_in_a_row = 0
+
+    def take(self, batches: Sequence[Batch], progress: Progress) -> float:
+        """Take the step after ``progress.step`` and count it in ``progress``; returns the learning rate.
+
+        Gradients are those of the mean over the label tokens of all ``batches`` of all ranks.
+
+        Args:
+            batches: The batches of this rank, in host memory.
+            progress: Counts of steps.
+
+        Raises:
+            TrainingError: if the loss is not finite; no weight has moved on account of it.
+        """
+        rate = self.optimizer.prepare(progress.step)
+        # Counted before the first backward pass, in which the tables step.
+        labels = float(sum(self.model.num_labels(batch) for batch in batches))
+        for number, batch in enumerate(batches, 1):
+            with self.parallel.dense.accumulate(last=number == len(batches)):
+                loss = self.model(batch.to(self.mesh.device, non_blocking=True))
+                broken = ~loss.total.detach().isfinite()
+                facts = torch.stack([torch.full_like(broken, labels, dtype=torch.float64), broken.double()])
+                total, ranks_broken = self.mesh.sum(facts).tolist()
+                if ranks_broken:
+                    self._refuse(batch, bool(broken), progress.step + 1)
+                    break
+                # Ranks average gradients, hence their number.
+                (loss.total * (self.mesh.world_size / max(1.0, total))).backward()
+            progress.table_steps += 1
+            self.meter.add(loss, batch.num_samples, self.model.num_tokens(batch))
+        else:
+            self.optimizer.step()
+            self.skipped_in_a_row = 0
+            progress.dense_steps += 1
+        progress.step += 1
+        return rate
+
+    def _refuse(self, batch: Batch, broken: bool, step: int) -> None:
+        """Stop, or say that the step is left out; all ranks agree, for they sum the same facts."""
+        rows = self.mesh.gather(batch.users if broken else batch.users[:0])
+        users = self.mesh.on_main(lambda: self._original_users(rows))
+        logger.debug("step %d: users of the batches whose loss is not finite: %s", step, ", ".join(users))
+        more = f" and {len(users) - _NAMED_USERS} more in train.log" if len(users) > _NAMED_USERS else ""
+        error = not_finite("the loss", step, f"; users of the batch: {', '.join(users[:_NAMED_USERS])}{more}")
+        self.skipped_in_a_row += 1
+        if self.args.nonfinite_loss == "stop" or self.skipped_in_a_row > _MOST_SKIPPED:
+            raise error
+        logger.warning("%s; the step is skipped", error)
+        self.meter.skipped += 1
+
+    def _original_users(self, rows: torch.Tensor) -> list[str]:
+        originals = self.dataset.vocabulary(self.dataset.schema.user.name)
+        return [str(originals[row]) for row in rows.tolist() if row >= 0]
