@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from hstu.config import Config
 from hstu.data.batch import Batch
 from hstu.data.schema import Schema
-from hstu.models.negatives import random_columns
+from hstu.models.negatives import random_uniform
 from hstu.models.retrieval import RetrievalModel, following
 from hstu.ops import lengths_to_offsets, positions_in_sequence, sequence_ids
 
@@ -65,4 +65,4 @@ class MaskedRetrievalModel(RetrievalModel):
 
     def _uniform(self, keys: Tensor, purpose: int) -> Tensor:
         """Draw a number in [0, 1) for each key; another ``purpose`` draws others, none those of the negatives."""
-        return random_columns(keys, 1, 2**53, self.seed + purpose * 2**40).squeeze(1).double() / 2**53
+        return random_uniform(keys, 1, self.seed + purpose * 2**40).squeeze(1)

@@ -15,19 +15,34 @@ from hstu.data.splits import Split
 
 POOL_SIZE = 8192
 """Negatives of a larger catalogue are drawn from a pool of at most this many items, new for each step."""
+_CACHED = 1 << 15  # numbers scrambled at once, so that they stay in cache
 
 
 def _mix(x: Tensor) -> Tensor:
-    """Scramble int64 (the finaliser of splitmix64, Steele et al. 2014; products wrap around)."""
-    x = (x ^ (x >> 30 & 0x3FFFFFFFF)) * -4658895280553007687
-    x = (x ^ (x >> 27 & 0x1FFFFFFFFF)) * -7723592293110705685
-    return x ^ (x >> 31 & 0x1FFFFFFFF)
+    """Scramble int64 in place (the finaliser of splitmix64, Steele et al. 2014; products wrap around)."""
+    x.bitwise_xor_(x >> 30 & 0x3FFFFFFFF).mul_(-4658895280553007687)
+    x.bitwise_xor_(x >> 27 & 0x1FFFFFFFFF).mul_(-7723592293110705685)
+    return x.bitwise_xor_(x >> 31 & 0x1FFFFFFFF)
+
+
+def random_bits(keys: Tensor, count: int, seed: int) -> Tensor:
+    """Draw [len(keys), count] int64 in [0, 2**62), each row a function of (seed, its key) alone."""
+    drawn = _mix(keys * 0x9E3779B1 + seed)[:, None] + torch.arange(count, device=keys.device) * 0x632BE5AB
+    for rows in drawn.split(max(1, _CACHED // max(1, count))):
+        _mix(rows).bitwise_and_(2**62 - 1)
+    return drawn
 
 
 def random_columns(keys: Tensor, count: int, bound: int, seed: int) -> Tensor:
-    """Draw [len(keys), count] int64 in [0, bound), each row a function of (seed, its key) alone."""
-    lanes = torch.arange(count, device=keys.device)
-    return _mix(_mix(keys * 0x9E3779B1 + seed)[:, None] + lanes * 0x632BE5AB).bitwise_and(2**62 - 1) % bound
+    """Draw [len(keys), count] int64 in [0, bound), each row a function of (seed, its key) alone; bound < 2**31."""
+    bits = random_bits(keys, -(-count // 2), seed)
+    halves = torch.stack([bits & (2**31 - 1), bits >> 31], 2).flatten(1)
+    return halves.mul_(bound).bitwise_right_shift_(31)[:, :count]
+
+
+def random_uniform(keys: Tensor, count: int, seed: int) -> Tensor:
+    """Draw [len(keys), count] float64 in [0, 1), each row a function of (seed, its key) alone."""
+    return (random_bits(keys, count, seed) >> 9).double() / 2**53
 
 
 class NegativeSampler:
@@ -86,7 +101,7 @@ class NegativeSampler:
         if self.num_negatives == -1 or self.strategy == "all":
             return None
         if self.strategy == "log_uniform" and self.num_items <= POOL_SIZE:
-            return self._log_uniform(random_columns(keys, self.num_negatives, 2**53, self.seed).double() / 2**53)
+            return self._log_uniform(random_uniform(keys, self.num_negatives, self.seed))
         return random_columns(keys, self.num_negatives, pool_size, self.seed)
 
     def log_q(self, ids: Tensor) -> Tensor:
@@ -136,7 +151,7 @@ def other_item(
     free_below = items - (torch.arange(owner.numel(), device=owner.device) - torch.searchsorted(owner, owner))
     num_held = torch.searchsorted(owner, samples, right=True) - starts
     free = num_items - num_held
-    drawn = random_columns(keys, 1, 2**62, seed).squeeze(1) % free.clamp(min=1)
+    drawn = random_bits(keys, 1, seed).squeeze(1) % free.clamp(min=1)
     width = num_items + 1
     below = torch.searchsorted(owner * width + free_below, samples * width + drawn, right=True) - starts
     return (drawn + below).clamp(max=num_items - 1), free > 0

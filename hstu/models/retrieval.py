@@ -36,7 +36,7 @@ class RetrievalModel(Encoder):
     def forward(self, batch: Batch) -> LossSum:
         """Return the loss of the labelled events."""
         batch, targets = self.training_targets(batch)
-        keys, live = self._keys(batch), None
+        keys, live = self.keys(batch), None
         if self.args.loss == "bce":
             drawn, live = self._other_item(batch, keys)
             pool_ids, places = drawn.unique(return_inverse=True)
@@ -97,7 +97,7 @@ class RetrievalModel(Encoder):
             mutual_information_weight=self.args.mol_mutual_information,
         )
 
-    def _keys(self, batch: Batch) -> Tensor:
+    def keys(self, batch: Batch) -> Tensor:
         """Return an identity of each label token that no layout of ranks changes, [L] int64."""
         offsets = lengths_to_offsets(batch.lengths(self.item))
         total = batch.label_mask.numel()

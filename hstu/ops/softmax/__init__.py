@@ -10,10 +10,12 @@ from torch import Tensor
 from hstu.ops.checks import values_readable
 from hstu.ops.softmax.chunked import pool_cross_entropy_chunked
 from hstu.ops.softmax.reference import pool_cross_entropy_reference
+from hstu.ops.softmax.sampled import pool_cross_entropy_sampled
 
 __all__ = ["pool_cross_entropy"]
 
-BACKENDS = ("auto", "reference", "chunked", "triton")
+BACKENDS = ("auto", "reference", "chunked", "sampled", "triton")
+FEW = 1 / 12  # share of the pool under which a dot product for each sampled place is cheaper than the whole product
 
 
 def pool_cross_entropy(
@@ -41,8 +43,8 @@ def pool_cross_entropy(
         pool_ids: ``[P]`` int64.
         temperature: divides the scores; positive.
         columns: ``[L, K]`` int64, places in the pool of each query's negatives; None takes all of it.
-        backend: ``"auto"``, ``"reference"``, ``"chunked"`` (matrix products of bounded size, any device) or
-            ``"triton"`` (for ``columns``: each sampled row is read where it lies).
+        backend: ``"auto"``, ``"reference"``, ``"chunked"`` (matrix products of bounded size, any device); for
+            ``columns`` also ``"sampled"`` or ``"triton"``: each sampled row is read where it lies.
 
     Returns:
         ``(loss [L] float32 or wider, live [L] int64)``: the number of negatives that took part. Differentiable
@@ -62,11 +64,16 @@ def pool_cross_entropy(
             and query.dtype != torch.float64
             and find_spec("triton") is not None
         )
-        backend = "triton" if fits and columns is not None else "chunked"
+        few = columns is not None and 0 < columns.shape[1] < FEW * pool.shape[0]
+        backend = "triton" if fits and columns is not None else "sampled" if few else "chunked"
     if backend == "triton":
         from hstu.ops.softmax.triton import pool_cross_entropy_triton
 
         return pool_cross_entropy_triton(query, positive, positive_ids, pool, pool_ids, temperature, columns)
+    if backend == "sampled":
+        if columns is None:
+            raise ValueError("backend 'sampled' is for sampled columns: use backend='chunked' for the whole pool")
+        return pool_cross_entropy_sampled(query, positive, positive_ids, pool, pool_ids, temperature, columns)
     run = pool_cross_entropy_reference if backend == "reference" else pool_cross_entropy_chunked
     return run(query, positive, positive_ids, pool, pool_ids, temperature, columns)
 

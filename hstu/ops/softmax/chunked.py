@@ -13,7 +13,6 @@ from torch.autograd.function import once_differentiable
 # Scores held at once: on a CPU they stay in the caches, on a GPU a product is long enough to fill it.
 CPU_ELEMENTS = 1 << 19
 GPU_ELEMENTS = 1 << 26
-GATHER_BELOW = 1 / 24  # sampled fraction of the pool under which rows are gathered instead of all multiplied
 
 
 def pool_cross_entropy_chunked(
@@ -37,16 +36,9 @@ class _Problem:
     temperature: float
     columns: Tensor | None
 
-    def gathers(self, pool: Tensor) -> bool:
-        """Whether the sampled rows are so few that gathering them is cheaper than the whole product."""
-        return self.columns is not None and self.columns.shape[1] < GATHER_BELOW * pool.shape[0]
-
     def chunks(self, query: Tensor, pool: Tensor) -> Iterator[slice]:
-        a_row = pool.shape[0]
-        if self.columns is not None and self.gathers(pool):
-            a_row = self.columns.shape[1] * pool.shape[1]
         elements = CPU_ELEMENTS if query.device.type == "cpu" else GPU_ELEMENTS
-        step = max(1, elements // max(1, a_row))
+        step = max(1, elements // max(1, pool.shape[0]))
         for start in range(0, query.shape[0], step):
             yield slice(start, min(start + step, query.shape[0]))
 
@@ -58,9 +50,6 @@ class _Problem:
     def scores(self, query: Tensor, pool: Tensor, rows: slice) -> Tensor:
         """``[l, K]`` scores of the negatives, in float32 or wider, before the division."""
         wide = torch.promote_types(query.dtype, torch.float32)
-        if self.columns is not None and self.gathers(pool):
-            chosen = pool[self.columns[rows]]
-            return torch.bmm(chosen, query[rows, :, None]).squeeze(2).to(wide)
         scores = (query[rows] @ pool.T).to(wide)
         return scores if self.columns is None else scores.gather(1, self.columns[rows])
 
@@ -98,32 +87,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             scores = problem.scores(query, pool, rows).div_(problem.temperature)
             scores = scores.sub_(total[rows, None]).exp_().masked_fill_(problem.same(rows), 0.0)
             weights = scores.mul_(grad[rows, None]).to(query.dtype)
-            _add_chunk(problem, weights, query, pool, rows, d_query, d_pool)
+            if problem.columns is not None:
+                spread = weights.new_zeros(weights.shape[0], pool.shape[0])
+                weights = spread.scatter_add_(1, problem.columns[rows], weights)
+            if d_query is not None:
+                d_query[rows] += weights @ pool
+            if d_pool is not None:
+                d_pool += weights.T @ query[rows]
         return d_query, d_positive, None if d_pool is None else d_pool.to(pool.dtype), None
-
-
-def _add_chunk(
-    problem: _Problem,
-    weights: Tensor,
-    query: Tensor,
-    pool: Tensor,
-    rows: slice,
-    d_query: Tensor | None,
-    d_pool: Tensor | None,
-) -> None:
-    """Add ``weights @ pool`` to the query's gradient and ``weights.T @ query`` to the pool's."""
-    if problem.columns is not None and problem.gathers(pool):
-        columns = problem.columns[rows]
-        if d_query is not None:
-            d_query[rows] += torch.bmm(weights[:, None, :], pool[columns]).squeeze(1)
-        if d_pool is not None:
-            outer = weights[:, :, None] * query[rows, None, :]
-            d_pool.index_add_(0, columns.reshape(-1), outer.flatten(0, 1).to(d_pool.dtype))
-        return
-    if problem.columns is not None:
-        spread = weights.new_zeros(weights.shape[0], pool.shape[0])
-        weights = spread.scatter_add_(1, problem.columns[rows], weights)
-    if d_query is not None:
-        d_query[rows] += weights @ pool
-    if d_pool is not None:
-        d_pool += weights.T @ query[rows]

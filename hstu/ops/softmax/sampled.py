@@ -1,0 +1,99 @@
+"""Cross-entropy against few sampled places of the pool: rows of the pool are read where they lie, never gathered.
+
+What is a product of matrices for the whole pool is a bag of embeddings here: a query's gradient is a weighted sum of
+the rows that it sampled, a pool row's one of the queries that sampled it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def pool_cross_entropy_sampled(
+    query: Tensor,
+    positive: Tensor,
+    positive_ids: Tensor,
+    pool: Tensor,
+    pool_ids: Tensor,
+    temperature: float,
+    columns: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`hstu.ops.softmax.pool_cross_entropy`. Keeps the scores ``[L, K]`` for the backward."""
+    return _SampledCrossEntropy.apply(query, positive, pool, positive_ids, pool_ids, temperature, columns)
+
+
+class _SampledCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        positive: Tensor,
+        pool: Tensor,
+        positive_ids: Tensor,
+        pool_ids: Tensor,
+        temperature: float,
+        columns: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        wide = torch.promote_types(query.dtype, torch.float32)
+        right = (query * positive).sum(-1, dtype=wide).div_(temperature)
+        same = pool_ids[columns] == positive_ids[:, None]
+        scores = _scores(query.to(wide), pool.to(wide), columns).div_(temperature).masked_fill_(same, -torch.inf)
+        total = torch.logaddexp(scores.logsumexp(1), right)
+        live = same.shape[1] - same.sum(1)
+        ctx.save_for_backward(query, positive, pool, columns, scores, right, total)
+        ctx.temperature = temperature
+        ctx.mark_non_differentiable(live)
+        return total - right, live
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        query, positive, pool, columns, scores, right, total = ctx.saved_tensors
+        need_query, need_positive, need_pool = ctx.needs_input_grad[:3]
+        grad = grad / ctx.temperature
+        # d loss / d s+ = p+ - 1
+        d_right = (torch.expm1(right - total) * grad)[:, None]
+        weights = scores.sub(total[:, None]).exp_().mul_(grad[:, None])
+        d_query = d_pool = None
+        if need_query:
+            d_query = _bags(columns, pool, weights).addcmul_(d_right, positive.to(weights.dtype)).to(query.dtype)
+        if need_pool:
+            d_pool = _transposed_bags(columns, query, weights, pool.shape[0]).to(pool.dtype)
+        d_positive = (d_right * query).to(positive.dtype) if need_positive else None
+        return d_query, d_positive, d_pool, None, None, None, None
+
+
+def _scores(query: Tensor, pool: Tensor, columns: Tensor) -> Tensor:
+    """Return <query_l, pool_c> for each of the columns c of l, [L, K]: the gradient of a bag's weights."""
+    starts, bags = _starts(columns), torch.arange(columns.shape[0], device=columns.device)
+    bags = bags.repeat_interleave(columns.shape[1])
+    dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        query.contiguous(), pool.contiguous(), columns.flatten(), starts, bags, 0, -1
+    )
+    return dots.view(columns.shape)
+
+
+def _bags(columns: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
+    """Return the sums of rows[columns] under ``weights``, [L, D]."""
+    return F.embedding_bag(
+        columns.flatten(), rows.to(weights.dtype), _starts(columns), per_sample_weights=weights.flatten(), mode="sum"
+    )
+
+
+def _transposed_bags(columns: Tensor, query: Tensor, weights: Tensor, pool_size: int) -> Tensor:
+    """Return for each place of the pool the sum of the queries that sampled it, under ``weights``: [P, D]."""
+    places, order = columns.flatten().to(torch.int32).sort(stable=True)
+    starts = torch.searchsorted(places, torch.arange(pool_size, dtype=torch.int32, device=places.device))
+    queries = order.div(columns.shape[1], rounding_mode="floor")
+    return F.embedding_bag(
+        queries, query.to(weights.dtype), starts, per_sample_weights=weights.flatten()[order], mode="sum"
+    )
+
+
+def _starts(columns: Tensor) -> Tensor:
+    return torch.arange(columns.shape[0], device=columns.device) * columns.shape[1]
