@@ -1,4 +1,4 @@
-"""Retrieval with the research HSTU as padded tensors, the way that public trainers compute it: what ours is timed against.
+"""Retrieval with the research HSTU on padded tensors, as public trainers compute it: what ours is timed against.
 
 The same model as ``RetrievalModel`` (preset research, one item token per event, uniform negatives), with its weights:
 attention as [B, H, N, N] with a bias [B, N, N] that every layer makes anew, a mask that is multiplied, negatives looked

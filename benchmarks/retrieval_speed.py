@@ -129,7 +129,11 @@ class Padded:
     def __init__(self, config: Config, schema: Schema, batches: list[Batch], length: int) -> None:
         model = build_model(config, schema)
         assert isinstance(model, RetrievalModel) and config.retrieval is not None
-        self.model, self.items, self.count = PaddedRetrieval(model, length), model.num_items, config.retrieval.num_negatives
+        self.model, self.items, self.count = (
+            PaddedRetrieval(model, length),
+            model.num_items,
+            config.retrieval.num_negatives,
+        )
         args = config.optimizer
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), args.learning_rate, (args.adam_beta1, args.adam_beta2), weight_decay=0.0

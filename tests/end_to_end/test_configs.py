@@ -14,7 +14,7 @@ from tests.tiny import write_tiny
 TASKS = ("ranking", "retrieval")
 CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.gin"))
 # Data set: number of classes of its actions; 0 is a binary action.
-DATA = {"synthetic": 0, "custom": 0, "ml-100k": 5, "ml-1m": 5, "ml-20m": 10}
+DATA = {"synthetic": 0, "custom": 0, "ml-100k": 5, "ml-1m": 5, "ml-20m": 10, "amazon-books": 5}
 SMALL = (
     "TrainerArgs.train_batch_size=8",
     "TrainerArgs.eval_batch_size=16",
@@ -35,6 +35,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_there_are_configs() -> None:
     wanted = {f"{data}_{task}.gin" for data in ("synthetic", "ml_100k", "movielen", "custom") for task in TASKS}
+    models = ("hstu", "hstu_large", "sasrec")
+    wanted |= {f"{data}_{model}_retrieval.gin" for data in ("ml_1m", "ml_20m", "amazon_books") for model in models}
     assert wanted <= set(CONFIGS)
 
 
