@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -37,9 +38,12 @@ def run_on_mesh(action: Callable[[Mesh], None]) -> int:
             return 130
         except (ValueError, TrainingError) as error:
             logger.debug("traceback", exc_info=True)
-            if mesh.is_main:
-                print(f"error: {error}", file=sys.stderr)
+            if not mesh.is_told(str(error)):  # what all ranks find is printed once
+                print(f"error{'' if mesh.is_main else f' on rank {mesh.rank}'}: {error}", file=sys.stderr)
             return 2
+        except Exception:
+            print(f"rank {mesh.rank} of {mesh.world_size} failed:\n{traceback.format_exc()}", file=sys.stderr, end="")
+            return 1
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -111,6 +112,8 @@ def _load(task: Literal["ranking", "retrieval"], run: Any) -> LoadedConfig:
 def _run_path() -> Path:
     if FLAGS.run_dir is not None:
         return Path(FLAGS.run_dir).resolve()
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+        raise ConfigError("--run-dir", "is required with torchrun --max-restarts: a restarted run goes on from there")
     if FLAGS.mode == "eval":
         raise ConfigError("--run-dir", "is required to score a checkpoint")
     stem = Path(FLAGS.gin_config_file or "run").stem

@@ -46,6 +46,8 @@ class TrainerArgs(Args):
     #: A loss that is not a number: "stop" the run, or "skip" the step, which then moves no weight or moment; the
     #: eleventh in a row stops the run.
     nonfinite_loss: Literal["stop", "skip"] = "stop"
+    #: A rank that takes longer than this for a step, an evaluation batch or a save ends the job.
+    hang_timeout_seconds: float = 1800.0
     profile: bool = False
     profile_step_start: int = 100
     profile_step_end: int = 200
@@ -53,7 +55,7 @@ class TrainerArgs(Args):
     def validate(self) -> None:
         self.require_positive("train_batch_size", "eval_batch_size", "eval_interval", "log_interval")
         self.require_positive("max_train_iters", "max_epochs", "max_eval_iters", "keep_last_checkpoints")
-        self.require_positive("gradient_accumulation_steps")
+        self.require_positive("gradient_accumulation_steps", "hang_timeout_seconds")
         self.require_range("seed", 0, 2**31)
         self.require_range("early_stopping_patience", 0, 2**31)
         if self.nonfinite_loss == "skip" and self.gradient_accumulation_steps > 1:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -17,6 +20,31 @@ from torch import Tensor
 @dataclass(frozen=True)
 class _Failure:
     error: Exception
+
+
+def _join() -> tuple[dist.Store, int, int]:
+    """Return a store, this rank and the number of ranks, as torchrun's environment describes them.
+
+    torchrun keeps one store through all restarts of a job, whose old keys would send ranks to dead peers: rank 0
+    names each attempt, and every rank makes sure that it has heard the rank 0 of its own.
+    """
+    store, rank, world_size = next(dist.rendezvous("env://"))
+    name, others = uuid.uuid4().hex, range(1, world_size)
+    if rank == 0:
+        heard = False
+        while not heard:
+            names = [store.get(f"rank/{other}").decode() for other in others]
+            store.set("attempt", ",".join([name, *names]))
+            heard = not names or store.check([f"{name}/{other}" for other in others])
+            time.sleep(0 if heard else 0.02)
+        return dist.PrefixStore(name, store), rank, world_size
+    store.set(f"rank/{rank}", name)
+    while True:
+        attempt, *names = store.get("attempt").decode().split(",")
+        if name in names:
+            store.set(f"{attempt}/{rank}", "")
+            return dist.PrefixStore(attempt, store), rank, world_size
+        time.sleep(0.02)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +75,8 @@ class Mesh:
             torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         if "RANK" in os.environ:
-            dist.init_process_group(backend)
+            store, rank, world_size = _join()
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         try:
@@ -112,6 +141,26 @@ class Mesh:
     def any(self, flag: bool) -> bool:
         """Return whether ``flag`` holds on some rank."""
         return bool(self.sum(torch.tensor(int(flag)))) if self.world_size > 1 else flag
+
+    def is_told(self, text: str) -> bool:
+        """Return whether rank 0 has said ``text`` here; on rank 0 itself this says it. Asked when a rank fails.
+
+        Not a collective operation: the other ranks may be anywhere.
+        """
+        store = dist.PrefixStore("told", dist.distributed_c10d._get_default_store())
+        if self.is_main:
+            store.set("0", text)
+            return False
+        try:
+            store.wait(["0"], timedelta(seconds=3))
+            return bool(store.get("0").decode() == text)
+        except RuntimeError:  # rank 0 has nothing to say, or is gone
+            return False
+
+    def set_timeout(self, seconds: float) -> None:
+        """Let a collective operation on any group wait for other ranks so long at most."""
+        for group in list(dist.distributed_c10d._world.pg_map):
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
     def barrier(self) -> None:
         """Wait for all ranks."""

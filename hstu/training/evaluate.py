@@ -22,6 +22,7 @@ from hstu.metrics.ranking import LOWER_IS_BETTER, ranking_scores
 from hstu.metrics.retrieval import per_user_metric, target_ranks
 from hstu.models import RankingModel, RetrievalModel
 from hstu.parallel import Mesh
+from hstu.training.watchdog import beat
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,7 @@ def _batches(loader: BatchLoader, config: Config, device: torch.device) -> Itera
     batches = itertools.islice(loader.epoch(0), total)
     for batch in tqdm(batches, loader.split.name, total, leave=False, unit="batch", disable=not shown):
         yield batch.to(device, non_blocking=True)
+        beat()
 
 
 def _ranking(model: RankingModel, loader: BatchLoader, mesh: Mesh, config: Config) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from hstu.training.plot import draw_curves, sketch_curves
 from hstu.training.profile import profiler
 from hstu.training.run_directory import RunDirectory
 from hstu.training.step import Stepper
+from hstu.training.watchdog import beat, watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +122,13 @@ class Trainer:
         """
         logger.info(self._summary())
         self.mesh.on_main(lambda: self.run.rewind(self.progress.step))
-        with StopRequest() as stop, self._logger() as log:
+        seconds = self.config.trainer.hang_timeout_seconds
+        self.mesh.set_timeout(2 * seconds)  # the watchdog speaks first
+        with (
+            StopRequest() as stop,
+            watchdog(self.run.path / "stacks", self.mesh.rank, seconds),
+            self._logger() as log,
+        ):
             self.model.train()
             with profiler(self.config.trainer, self.run.path, self.progress.step, self.mesh.rank) as profile:
                 finished = self._loop(stop, log, profile)
@@ -148,6 +155,7 @@ class Trainer:
             for step_batches in zip(*[batches] * loader.micro_batches, strict=True):
                 rate = self.stepper.take(step_batches, progress)
                 progress.samples = min(progress.samples + loader.global_batch_size, (epoch + 1) * size)
+                beat()
                 profile.step()
                 log.tick()
                 done = progress.step == self.total_steps

@@ -1,0 +1,54 @@
+"""Ends a process that hangs, and leaves the stack of every rank behind."""
+
+from __future__ import annotations
+
+import faulthandler
+import signal
+import socket
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+_armed: tuple[float, TextIO] | None = None
+
+
+@contextmanager
+def watchdog(folder: Path, rank: int, seconds: float) -> Iterator[None]:
+    """End the process with exit code 1 if ``beat`` is not called for ``seconds``.
+
+    The stacks of its threads go to ``folder/rank<r>.txt``, without asking the interpreter, which may be what hangs;
+    so they do at SIGTERM, by which a launcher ends the other ranks, and so does the traceback of an exception. The
+    file is gone after a good end.
+
+    Args:
+        folder: Made if absent.
+        rank: Of this process.
+        seconds: The longest pause between two beats.
+    """
+    global _armed
+    folder.mkdir(exist_ok=True)
+    path = folder / f"rank{rank}.txt"
+    with open(path, "w") as file:
+        print(f"rank {rank} on {socket.gethostname()}; no progress for {seconds:g} s, or ended:", file=file, flush=True)
+        faulthandler.register(signal.SIGTERM, file, chain=True)
+        _armed = seconds, file
+        try:
+            beat()
+            yield
+        except BaseException:
+            traceback.print_exc(file=file)
+            raise
+        finally:
+            _armed = None
+            faulthandler.cancel_dump_traceback_later()
+            faulthandler.unregister(signal.SIGTERM)
+    path.unlink(missing_ok=True)
+
+
+def beat() -> None:
+    """Say that this process is alive: the clock of ``watchdog``, if there is one, starts again."""
+    if _armed is not None:
+        seconds, file = _armed
+        faulthandler.dump_traceback_later(seconds, exit=True, file=file)
