@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from hstu.cli.questions import Questions
+    from hstu.config import Config
     from hstu.parallel import Mesh
 
 
@@ -45,6 +46,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", required=True, type=Path, help="parquet file to write")
     parser.add_argument("--split", choices=("future", "test", "valid"), default="future", help="default: future")
     parser.add_argument("--top_k", type=int, default=10, help="items per user of a retrieval run; default: 10")
+    parser.add_argument(
+        "--approximate",
+        type=int,
+        metavar="N",
+        help="mixture of logits: score only the N items that a cheap dot product puts first; default: all items",
+    )
     parser.add_argument(
         "--candidates", type=Path, help="csv, tsv or parquet of user and item: what a ranking run scores"
     )
@@ -95,6 +102,8 @@ def predict(args: argparse.Namespace, mesh: Mesh) -> None:
     questions = ask(args, trainer)
     if trainer.config.task == "retrieval" and args.candidates is not None:
         raise ValueError("--candidates: a retrieval run ranks the whole catalogue; leave it out, or give a ranking run")
+    if args.approximate is not None:
+        _check_approximate(args, trainer.config)
     if trainer.config.task == "ranking" and args.candidates is None and args.split == "future":
         raise ValueError(
             "--candidates: is required to predict with a ranking run, which scores given (user, item) pairs"
@@ -105,12 +114,21 @@ def predict(args: argparse.Namespace, mesh: Mesh) -> None:
         about |= {
             "top_k": args.top_k,
             "filter_seen": trainer.config.retrieval.filter_seen,
+            "approximate": args.approximate,
             "ties": "lower item id first",
         }
     with ParquetOutput(args.output, mesh, about) as output:
         for columns in _answers(args, trainer, questions, mesh):
             output.write(columns)
     logger.info("%d rows: %s", output.rows, args.output)
+
+
+def _check_approximate(args: argparse.Namespace, config: Config) -> None:
+    given = f"--approximate = {args.approximate}"
+    if config.retrieval is None or config.retrieval.similarity != "mol":
+        raise ValueError(f"{given}: is for RetrievalArgs.similarity = 'mol'; other scores are exact at that price")
+    if args.approximate < args.top_k:
+        raise ValueError(f"{given}: must be at least --top_k = {args.top_k}")
 
 
 def _answers(args: argparse.Namespace, trainer: Any, questions: Questions, mesh: Mesh) -> Iterator[dict[str, pa.Array]]:
@@ -123,7 +141,8 @@ def _answers(args: argparse.Namespace, trainer: Any, questions: Questions, mesh:
             yield questions.scores(rows, scores)
         return
     filter_seen = trainer.config.retrieval.filter_seen
-    for rows, best in recommend(trainer.model, loader, mesh, args.top_k, filter_seen=filter_seen):
+    options: dict[str, Any] = dict(filter_seen=filter_seen, num_candidates=args.approximate)
+    for rows, best in recommend(trainer.model, loader, mesh, args.top_k, **options):
         yield questions.recommendations(rows, best)
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
 from hstu.config.base import Args
+
+SAMPLED_100 = ":sampled_100"
+"""Behind the name of a metric: ranks among 100 random items."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +45,8 @@ class RetrievalArgs(Args):
     mol_mutual_information: float = 0.0
     temperature: float = 0.05
     l2_norm_eps: float = 1e-6
+    #: HR@k, NDCG@k, MRR: among the whole catalogue. With ":sampled_100" behind it, as in older papers: among 100
+    #: random items that the user has not seen; higher, and comparable with such scores only.
     eval_metrics: tuple[str, ...] = ("HR@10", "NDCG@10")
     #: Leave items of the user's whole history out of the ranking.
     filter_seen: bool = True
@@ -58,9 +64,11 @@ class RetrievalArgs(Args):
             self.require_positive("num_negatives")
         self._validate_loss()
         for metric in self.eval_metrics:
-            name, _, k = metric.partition("@")
-            if not (name in ("HR", "NDCG") and k.isdigit() and int(k) > 0) and metric != "MRR":
-                raise self.error("eval_metrics", "must be made of HR@k, NDCG@k and MRR, such as 'HR@10'")
+            if not re.fullmatch(rf"((HR|NDCG)@[1-9]\d*|MRR)({SAMPLED_100})?", metric):
+                raise self.error(
+                    "eval_metrics",
+                    f"must be made of HR@k, NDCG@k and MRR, such as 'HR@10', or 'HR@10{SAMPLED_100}' by its own name",
+                )
         if not self.eval_metrics:
             raise self.error("eval_metrics", "must name at least one metric")
 

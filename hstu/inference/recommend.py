@@ -11,7 +11,8 @@ from torch import Tensor
 from hstu.data.batch import Batch
 from hstu.data.loader import BatchLoader
 from hstu.data.requests import seen_before
-from hstu.metrics.topk import TopK, top_k
+from hstu.layers.similarity import MixtureOfLogits
+from hstu.metrics.topk import TopK, best_of, top_k
 from hstu.models import RankingModel, RetrievalModel
 from hstu.parallel import Mesh
 
@@ -21,7 +22,13 @@ _SCORED_ROWS = 1 << 16  # items scored at once
 
 @torch.no_grad()
 def recommend(
-    model: RetrievalModel, loader: BatchLoader, mesh: Mesh, k: int, *, filter_seen: bool
+    model: RetrievalModel,
+    loader: BatchLoader,
+    mesh: Mesh,
+    k: int,
+    *,
+    filter_seen: bool,
+    num_candidates: int | None = None,
 ) -> Iterator[tuple[Tensor, TopK]]:
     """Yield, batch by batch, rows of ``loader.split`` [Q] in ascending order and the best items of each.
 
@@ -34,15 +41,24 @@ def recommend(
         mesh: The ranks.
         k: Items per sample.
         filter_seen: Leave out everything in the history, however long ago.
+        num_candidates: Of a mixture of logits: score only the items that a dot product of the summed vectors puts
+            first, so many of them, as the h-indexer does (https://arxiv.org/abs/2306.04039); None: all, exactly.
     """
-    chunks = _catalogue_part(model, loader, mesh)
+    first, vectors = _catalogue_part(model, loader, mesh)
+    gather = mesh.gather if mesh.world_size > 1 else None
+    mixture = model.similarity if num_candidates is not None else None
+    assert mixture is None or isinstance(mixture, MixtureOfLogits), "other similarities are exact at this price"
+    coarse = vectors if mixture is None else mixture.coarse_items(vectors)
     for rows, queries in user_vectors(model, loader, mesh):
         if rows.numel() == 0:
             continue
         seen = seen_before(loader.dataset, loader.split, rows) if filter_seen else None
-        parts = ((first + start, part) for first, vectors in chunks for start, part in _split(vectors))
-        gather = mesh.gather if mesh.world_size > 1 else None
-        yield rows, top_k(queries, parts, k, seen=seen, score=model.scores, gather=gather)
+        if mixture is None or num_candidates is None:
+            yield rows, top_k(queries, _split(first, vectors), k, seen=seen, score=model.scores, gather=gather)
+            continue
+        parts, guides = _split(first, coarse), mixture.coarse_queries(queries)
+        some = top_k(guides, parts, num_candidates, seen=seen, gather=gather).items
+        yield rows, best_of(queries, some, (first, vectors), k, score=mixture.own_scores, gather=gather)
 
 
 @torch.no_grad()
@@ -74,10 +90,11 @@ def item_vectors(model: RetrievalModel, loader: BatchLoader, mesh: Mesh) -> Iter
     yield from _look_up(model, loader, mesh, 0, model.num_items)
 
 
-def _catalogue_part(model: RetrievalModel, loader: BatchLoader, mesh: Mesh) -> list[tuple[int, Tensor]]:
-    """Look up this rank's part of the catalogue."""
+def _catalogue_part(model: RetrievalModel, loader: BatchLoader, mesh: Mesh) -> tuple[int, Tensor]:
+    """Look up this rank's part of the catalogue: the id of its first item, and vectors [n, ..]."""
     share = -(-model.num_items // mesh.world_size)
-    return list(_look_up(model, loader, mesh, mesh.rank * share, share))
+    first = mesh.rank * share
+    return first, torch.cat([vectors for _, vectors in _look_up(model, loader, mesh, first, share)])
 
 
 def _look_up(
@@ -92,9 +109,9 @@ def _look_up(
         yield start, model.catalogue_vectors(batch, torch.arange(start, max(start, stop), device=mesh.device))
 
 
-def _split(vectors: Tensor) -> Iterator[tuple[int, Tensor]]:
+def _split(first: int, vectors: Tensor) -> Iterator[tuple[int, Tensor]]:
     for start in range(0, vectors.shape[0], _SCORED_ROWS):
-        yield start, vectors[start : start + _SCORED_ROWS]
+        yield first + start, vectors[start : start + _SCORED_ROWS]
 
 
 def _labelled_samples(batch: Batch) -> Tensor:

@@ -89,6 +89,18 @@ class MixtureOfLogits(nn.Module):
         chunk = max(1, _CHUNK_ELEMENTS // (pairs * max(1, queries.shape[0])))
         return torch.cat([self.mix(queries, part[None])[0] for part in items.split(chunk)], 1)
 
+    def coarse_queries(self, queries: Tensor) -> Tensor:
+        """Return vectors [L, d] whose products with :meth:`coarse_items` are the sums of all K dot products."""
+        return self._split(queries, self.query_groups)[0].sum(-2)
+
+    def coarse_items(self, items: Tensor) -> Tensor:
+        """Return vectors [n, d] for :meth:`coarse_queries`."""
+        return self._split(items, self.item_groups)[0].sum(-2)
+
+    def own_scores(self, queries: Tensor, items: Tensor) -> Tensor:
+        """Score queries [L, ..] against items of their own [L, n, ..]: [L, n]."""
+        return self.mix(queries, items)[0]
+
     def mix(self, queries: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
         """Score each query against items of its own, or against items that all share.
 

@@ -26,9 +26,34 @@ def target_ranks(scores: Tensor, targets: Tensor, excluded: tuple[Tensor, Tensor
     return 1 + higher.double() + (ties - 1).clamp(min=0).double() / 2
 
 
+def sampled_ranks(
+    scores: Tensor, targets: Tensor, seen: tuple[Tensor, Tensor], priorities: Tensor, count: int
+) -> Tensor:
+    """Return the rank of each target among itself and ``count`` items that its user has not seen, [Q] float64.
+
+    Such ranks favour popular items and are not those of the whole catalogue (https://arxiv.org/abs/2007.13237).
+
+    Args:
+        scores: [Q, n].
+        targets: [Q] int64.
+        seen: Rows and columns of items that may not be drawn; the target never is.
+        priorities: [Q, n] in [0, 1), random: the items of highest priority are drawn. Changed.
+        count: Items to draw; all that there are, if they are fewer.
+    """
+    priorities[seen] = -1
+    priorities.scatter_(1, targets[:, None], -1)
+    drawn = priorities.topk(min(count, scores.shape[1]), 1)
+    candidates = torch.cat([targets[:, None], drawn.indices], 1)
+    rows, columns = (drawn.values < 0).nonzero(as_tuple=True)
+    return target_ranks(scores.gather(1, candidates), torch.zeros_like(targets), (rows, columns + 1))
+
+
 def per_user_metric(name: str, ranks: Tensor) -> Tensor:
-    """Return ``HR@k`` (rank <= k), ``NDCG@k`` (1 / log2(rank + 1) within k) or ``MRR`` (1 / rank) of each rank."""
-    kind, _, k = name.partition("@")
+    """Return ``HR@k`` (rank <= k), ``NDCG@k`` (1 / log2(rank + 1) within k) or ``MRR`` (1 / rank) of each rank.
+
+    What follows a colon in ``name`` says which ranks these are, and changes nothing here.
+    """
+    kind, _, k = name.partition(":")[0].partition("@")
     if kind == "MRR":
         return 1 / ranks
     hit = (ranks <= int(k)).double()

@@ -1,4 +1,4 @@
-"""Exact top-k over a catalogue that is scored chunk by chunk, on one rank or many."""
+"""Top-k over a catalogue that is scored chunk by chunk, or over some candidates, on one rank or many."""
 
 from __future__ import annotations
 
@@ -78,6 +78,41 @@ def top_k(
     if gather is not None:
         parts = gather(best).view(-1, *best.shape)
         best = parts.transpose(0, 1).flatten(1).topk(k).values
+    return _unpack(best)
+
+
+@torch.no_grad()
+def best_of(
+    queries: Tensor,
+    candidates: Tensor,
+    part: tuple[int, Tensor],
+    k: int,
+    *,
+    score: Callable[[Tensor, Tensor], Tensor],
+    gather: Callable[[Tensor], Tensor] | None = None,
+) -> TopK:
+    """Return the ``k`` best of some candidates of each query.
+
+    Args:
+        queries: [Q, ..].
+        candidates: [Q, C] int64 item ids, distinct in a row; -1 is none.
+        part: The catalogue, or this rank's part of it: (id of the first item, vectors [n, ..]).
+        k: At least 1.
+        score: Scores of queries [q, ..] against items of their own [q, C, ..], [q, C] float32.
+        gather: As in :func:`top_k`.
+    """
+    first, vectors = part
+    best = torch.full((queries.shape[0], max(k, candidates.shape[1])), _NONE, device=queries.device)
+    step = max(1, _SCORES_AT_ONCE // max(1, candidates.shape[1] * vectors.shape[1]))
+    for start in range(0, queries.shape[0] if vectors.shape[0] else 0, step):
+        ids = candidates[start : start + step]
+        here = (ids >= first) & (ids < first + vectors.shape[0])
+        scores = score(queries[start : start + step], vectors[(ids - first).clamp(0, vectors.shape[0] - 1)])
+        scores = scores.masked_fill(~here | scores.isnan(), float("-inf"))
+        best[start : start + step, : ids.shape[1]] = _keys(scores, ids)
+    best = best.topk(k).values
+    if gather is not None:
+        best = gather(best).view(-1, *best.shape).transpose(0, 1).flatten(1).topk(k).values
     return _unpack(best)
 
 

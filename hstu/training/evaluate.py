@@ -15,12 +15,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hstu.config import Config
+from hstu.config.retrieval import SAMPLED_100
 from hstu.data.batch import Batch
 from hstu.data.loader import BatchLoader
 from hstu.data.requests import seen_before
 from hstu.metrics.ranking import LOWER_IS_BETTER, ranking_scores
-from hstu.metrics.retrieval import per_user_metric, target_ranks
+from hstu.metrics.retrieval import per_user_metric, sampled_ranks, target_ranks
 from hstu.models import RankingModel, RetrievalModel
+from hstu.models.negatives import random_uniform
 from hstu.parallel import Mesh
 from hstu.training.watchdog import beat
 
@@ -97,6 +99,7 @@ def _retrieval(model: RetrievalModel, loader: BatchLoader, mesh: Mesh, config: C
     catalogue = _catalogue(model, loader, mesh)
     names, filter_seen = config.eval_metrics, config.retrieval.filter_seen
     sums = torch.zeros(len(names) + 1, dtype=torch.float64)
+    sampled_names = [name for name in names if name.endswith(SAMPLED_100)]
     block = max(1, _SCORE_ELEMENTS // catalogue.shape[0])
     assert not loader.shuffle, "the first epoch of an unshuffled split numbers samples by their rows"
     scored = []
@@ -107,8 +110,12 @@ def _retrieval(model: RetrievalModel, loader: BatchLoader, mesh: Mesh, config: C
             rows = slice(start, start + block)
             targets = batch.labels[rows]
             seen = seen_before(loader.dataset, loader.split, samples[rows]) if filter_seen else None
-            ranks = target_ranks(model.scores(queries[rows], catalogue), targets, seen).cpu()
-            sums += torch.stack([*(per_user_metric(name, ranks).sum() for name in names), ranks.new_tensor(len(ranks))])
+            scores = model.scores(queries[rows], catalogue)
+            sampled = _sampled(scores, targets, samples[rows], loader, config) if sampled_names else None
+            ranks = target_ranks(scores, targets, seen).cpu()
+            of_names = [ranks if sampled is None or name not in sampled_names else sampled for name in names]
+            values = [per_user_metric(name, r).sum() for name, r in zip(names, of_names, strict=True)]
+            sums += torch.stack([*values, ranks.new_tensor(len(ranks))])
     *totals, count = mesh.sum(sums).tolist()
     return {
         "filter_seen": filter_seen,
@@ -117,6 +124,13 @@ def _retrieval(model: RetrievalModel, loader: BatchLoader, mesh: Mesh, config: C
         "num_targets": int(count),
         "metrics": {name: total / count if count else float("nan") for name, total in zip(names, totals, strict=True)},
     }
+
+
+def _sampled(scores: Tensor, targets: Tensor, samples: Tensor, loader: BatchLoader, config: Config) -> Tensor:
+    """Return ranks among 100 items that nobody's rank or batch decides, [Q] float64."""
+    seen = seen_before(loader.dataset, loader.split, samples)
+    priorities = random_uniform(samples, scores.shape[1], config.trainer.seed)
+    return sampled_ranks(scores, targets, seen, priorities, 100).cpu()
 
 
 def _catalogue(model: RetrievalModel, loader: BatchLoader, mesh: Mesh) -> Tensor:

@@ -89,6 +89,25 @@ def test_retrieval_scores_are_means_over_users(
     assert record["protocol"] == "leave_one_out" and model.training
 
 
+def test_ranks_among_100_items_stand_under_their_own_name(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path / "many", LENGTHS, num_items=300)
+    names = ("MRR", "MRR:sampled_100", "HR@10:sampled_100")
+    config = make_config("retrieval", RETRIEVAL[1], f"RetrievalArgs.eval_metrics={names}")
+    found = []
+    for batch_size in (2, 11):
+        model, loader = prepare(dataset, config, "test", batch_size)
+        ranks = [replace(loader, rank=rank, world_size=2) for rank in range(2)]
+        found += [evaluate(model, loader, MESH, config, 0), *evaluate_ranks(model, ranks, config)]
+    for record in found:
+        assert record["metrics"] == pytest.approx(found[0]["metrics"], rel=1e-12), "it depends on batch or rank"
+        assert tuple(record["metrics"]) == names and record["num_candidates"] == 300
+    assert found[0]["metrics"]["MRR:sampled_100"] > found[0]["metrics"]["MRR"]
+    model, loader = prepare(dataset, config, "test", 11)
+    other = evaluate(model, loader, MESH, replace(config, trainer=replace(config.trainer, seed=5)), 0)["metrics"]
+    assert other["MRR"] == pytest.approx(found[0]["metrics"]["MRR"])
+    assert other["MRR:sampled_100"] != found[0]["metrics"]["MRR:sampled_100"]
+
+
 def test_evaluating_on_raw_items_is_caught(dataset: SequenceDataset, monkeypatch: pytest.MonkeyPatch) -> None:
     config = make_config("retrieval", *RETRIEVAL)
     model, loader = prepare(dataset, config, "test", 4)

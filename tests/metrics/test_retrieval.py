@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hstu.metrics.retrieval import per_user_metric, target_ranks
+from hstu.metrics.retrieval import per_user_metric, sampled_ranks, target_ranks
 
 
 def naive_rank(scores: list[float], target: int, excluded: set[int]) -> float:
@@ -90,3 +90,23 @@ def test_ndcg_and_mrr_of_known_ranks() -> None:
     torch.testing.assert_close(per_user_metric("NDCG@10", ranks), torch.tensor(expected, dtype=torch.float64))
     assert per_user_metric("NDCG@10", ranks)[0] == 1.0
     torch.testing.assert_close(per_user_metric("MRR", ranks), 1 / ranks)
+
+
+@pytest.mark.parametrize("count", [0, 3, 50])
+def test_sampled_ranks_are_those_among_the_drawn_items(count: int) -> None:
+    rng = torch.Generator().manual_seed(0)
+    scores, targets = torch.randint(-3, 4, (12, 20), generator=rng).float(), torch.randint(20, (12,), generator=rng)
+    priorities = torch.rand(12, 20, generator=rng)
+    seen = (torch.rand(12, 20, generator=rng) < 0.5).nonzero(as_tuple=True)
+    expected = []
+    for row in range(12):
+        free = set(range(20)) - set(seen[1][seen[0] == row].tolist()) - {int(targets[row])}
+        drawn = sorted(free, key=lambda item: -float(priorities[row, item]))[:count]
+        expected.append(naive_rank(scores[row].tolist(), int(targets[row]), set(range(20)) - set(drawn)))
+    assert sampled_ranks(scores, targets, seen, priorities.clone(), count).tolist() == expected
+
+
+def test_the_name_of_a_sampled_metric_says_what_to_compute() -> None:
+    ranks = torch.tensor([1.0, 3.0, 12.0])
+    for name in ("HR@10", "NDCG@10", "MRR"):
+        assert torch.equal(per_user_metric(f"{name}:sampled_100", ranks), per_user_metric(name, ranks))

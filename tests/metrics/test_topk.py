@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hstu.metrics import topk
-from hstu.metrics.topk import TopK, top_k
+from hstu.metrics.topk import TopK, best_of, top_k
 
 Chunks = Iterator[tuple[int, Tensor]]
 
@@ -128,3 +128,29 @@ def test_no_block_is_larger_than_it_may_be(monkeypatch: pytest.MonkeyPatch):
 def test_k_below_one_is_refused():
     with pytest.raises(ValueError, match="k = 0"):
         top_k(torch.ones(1, 1), [], 0)
+
+
+@pytest.mark.parametrize("at_once", [1 << 25, 30])
+@pytest.mark.parametrize("k", [1, 4, 9])
+def test_the_best_of_some_candidates(k: int, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(topk, "_SCORES_AT_ONCE", at_once)
+    rng = torch.Generator().manual_seed(0)
+    queries, vectors = torch.randint(-2, 3, (5, 3), generator=rng).float(), torch.randint(-2, 3, (20, 3)).float()
+    candidates = torch.stack([torch.randperm(20, generator=rng)[:6] for _ in range(5)])
+    candidates[1, 2:4], candidates[2] = -1, -1
+    allowed = torch.zeros(5, 21, dtype=torch.bool).scatter_(1, candidates.where(candidates >= 0, 20), True)[:, :20]
+    expected = by_sorting(queries, vectors, k, seen=(~allowed).nonzero(as_tuple=True))
+
+    def score(q: Tensor, x: Tensor) -> Tensor:
+        return torch.einsum("qd,qcd->qc", q, x)
+
+    check(best_of(queries, candidates, (0, vectors), k, score=score), expected)
+    parts = [(0, vectors[:7]), (7, vectors[7:]), (20, vectors[:0])]
+    keys: list[Tensor] = []
+
+    def keep(own: Tensor) -> Tensor:
+        keys.append(own)
+        return torch.cat([*keys, *[torch.full_like(own, topk._NONE)] * (len(parts) - len(keys))])
+
+    found = [best_of(queries, candidates, part, k, score=score, gather=keep) for part in parts]
+    check(found[-1], expected)
