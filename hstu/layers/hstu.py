@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hstu.layers.dropout import dropout
 from hstu.layers.tokens import Tokens
 from hstu.ops import RelativeBias, hstu_attention
 
@@ -96,7 +97,7 @@ class HSTULayer(nn.Module):
         gated = u * self.attention_norm(o)
         if self.config.gate == "concat":
             gated = torch.cat([u, o, gated], dim=-1)
-        out: Tensor = self.output(F.dropout(gated, self.config.dropout, self.training)) + x
+        out: Tensor = self.output(dropout(gated, self.config.dropout, self.training)) + x
         return out
 
     def _attention(self, q: Tensor, k: Tensor, v: Tensor, tokens: Tokens) -> Tensor:

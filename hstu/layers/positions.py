@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from hstu.layers.dropout import dropout as drop
 from hstu.layers.tokens import Tokens
 from hstu.ops import positions_in_sequence, sequence_ids
 
@@ -47,7 +48,7 @@ class PositionEncoder(nn.Module):
         if num_time_buckets:
             self.time = nn.Parameter(torch.zeros(num_time_buckets + 1, hidden_size))
         self.time_bucket_fn = time_bucket_fn
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = dropout
 
     def forward(self, tokens: Tokens) -> Tokens:
         """Return the stream with encoded values."""
@@ -56,7 +57,7 @@ class PositionEncoder(nn.Module):
             values = values + self.position[token_positions(tokens)]
         if self.time is not None:
             values = values + self.time[self.time_buckets(tokens)]
-        return tokens.with_values(self.dropout(values))
+        return tokens.with_values(drop(values, self.dropout, self.training))
 
     def time_buckets(self, tokens: Tokens) -> Tensor:
         """Return [T] int64, the row of the time table of each token."""
