@@ -59,7 +59,7 @@ def open_trained(run_dir: str | Path, choice: str, bindings: list[str], mesh: Me
     Raises:
         ValueError: if there is no run, checkpoint or data set, or they do not fit together.
     """
-    from hstu.training.checkpoint import find_checkpoint
+    from hstu.training.checkpoint_files import find_checkpoint
     from hstu.training.run_directory import RunDirectory
     from hstu.training.trainer import Trainer
 

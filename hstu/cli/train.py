@@ -47,7 +47,7 @@ def main(task: Literal["ranking", "retrieval"]) -> None:
 
 
 def _run(task: Literal["ranking", "retrieval"], mesh: Any) -> None:
-    from hstu.training.checkpoint import find_checkpoint
+    from hstu.training.checkpoint_files import find_checkpoint
     from hstu.training.run_directory import RunDirectory, configure_logging
     from hstu.training.trainer import Trainer
 
@@ -59,6 +59,8 @@ def _run(task: Literal["ranking", "retrieval"], mesh: Any) -> None:
     started = mesh.broadcast(run.has_run())
     if training and started and FLAGS.resume == "never":
         raise ValueError(f"--run-dir = {str(run.path)!r}: holds a run, and --resume=never; choose another directory")
+    if training:
+        mesh.on_main(run.lock)
     choice = FLAGS.checkpoint or ("latest" if training else "best")
     checkpoint = mesh.broadcast(mesh.on_main(lambda: find_checkpoint(run.checkpoints, choice)))
     if checkpoint is None and (not training or FLAGS.resume == "must" or FLAGS.checkpoint is not None):
@@ -70,6 +72,7 @@ def _run(task: Literal["ranking", "retrieval"], mesh: Any) -> None:
     if checkpoint is not None:
         trainer.resume(checkpoint)
     mesh.on_main(run.create)
+    mesh.on_main(run.lock)
     configure_logging(run.path / "train.log", is_main=mesh.is_main)
     for note in loaded.notes:
         logger.info("note: %s", note)

@@ -2,60 +2,40 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
-import logging
 import os
 import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.remote_device import _remote_device
 
 from hstu.config import Config
 from hstu.data.schema import Schema
 from hstu.parallel import Parallelized
 from hstu.parallel.embedding import sparse_optimizer_name
+from hstu.training.checkpoint_files import (
+    MARKER,
+    CheckpointError,
+    Progress,
+    complete_checkpoints,
+    first_line,
+    point,
+    read_marker,
+    step_name,
+    write_atomically,
+)
 from hstu.training.optimizer import Optimizer
 
-logger = logging.getLogger(__name__)
-
-_MARKER = "complete.json"
 _DENSE_OPTIMIZER = "optimizer/"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint is missing, damaged, or of another model."""
-
-
-@dataclasses.dataclass(kw_only=True)
-class Progress:
-    """Where a run stands: the step and what the choice of the best checkpoint needs.
-
-    Attributes:
-        step: Steps taken, skipped ones too.
-        dense_steps: Steps of the dense optimizer.
-        table_steps: Steps of the tables' optimizer.
-        samples: Samples taken by all ranks; the data position follows from it, whatever their number.
-        best_score: Best validation score so far.
-        best_step: Its step.
-        evaluations_since_best: For early stopping.
-        stopped_early: Whether early stopping has ended the run.
-        since_last_line: Sums that the next log line goes on from, see ``Meter.state``.
-    """
-
-    step: int = 0
-    dense_steps: int = 0
-    table_steps: int = 0
-    samples: int = 0
-    best_score: float | None = None
-    best_step: int | None = None
-    evaluations_since_best: int = 0
-    stopped_early: bool = False
-    since_last_line: list[float] = dataclasses.field(default_factory=list)
 
 
 def model_identity(config: Config, schema: Schema) -> dict[str, Any]:
@@ -92,6 +72,9 @@ class Checkpointer:
     A checkpoint is written beside its place, completed by a marker that lists the files, and renamed: one
     without the marker does not exist. ``latest`` and ``best`` are links.
 
+    Training waits for a copy of the tensors to host memory; a thread of each rank writes it. Used as a context, the
+    end waits for this rank's thread.
+
     Args:
         directory: Where checkpoints are.
         parallel: The model.
@@ -111,18 +94,53 @@ class Checkpointer:
         self.directory, self.parallel, self.optimizer = directory, parallel, optimizer
         self.identity, self.keep_last, self.mesh = identity, keep_last, parallel.mesh
         self._saved_step: int | None = None
+        # Of their own: what the threads of the ranks say to each other must not meet what training says.
+        self._writers = torch.distributed.new_group(backend="gloo")
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
 
     def save(self, progress: Progress, *, best: bool = False) -> None:
-        """Write the state after ``progress.step`` steps; ``best`` moves the ``best`` link to it."""
+        """Copy the state after ``progress.step`` steps, and have it written; ``best`` moves the ``best`` link to it.
+
+        Raises:
+            Exception: what kept the save before this one from being written.
+        """
+        self.wait()
         final = self.directory / step_name(progress.step)
+        if self._saved_step == progress.step:
+            self.mesh.on_main(lambda: self._publish(final, best))
+            return
         partial = self.directory / f".{final.name}.partial"
-        if self._saved_step != progress.step:
-            self.mesh.on_main(lambda: shutil.rmtree(partial, ignore_errors=True))
-            writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
-            dcp.save(self._tensors(), storage_writer=writer, process_group=self.mesh.host_group)
-            self.mesh.on_main(lambda: self._complete(partial, final, progress))
-            self._saved_step = progress.step
-        self.mesh.on_main(lambda: self._publish(final, best))
+        self.mesh.on_main(lambda: shutil.rmtree(partial, ignore_errors=True))
+        tensors = {name: _host_copy(value) for name, value in self._tensors().items()}
+        at = dataclasses.replace(progress, since_last_line=list(progress.since_last_line))
+        self._pending = self._executor.submit(self._write, tensors, at, partial, final, best)
+        self._saved_step = progress.step
+
+    def wait(self) -> None:
+        """Wait until the last save is written by all ranks.
+
+        Raises:
+            Exception: what kept it from being written, on every rank.
+        """
+        pending, self._pending = self._pending, None
+        error = None if pending is None else pending.exception()
+        if pending is not None and self.mesh.any(error is not None):
+            raise error or CheckpointError(f"a checkpoint in {self.directory} was not written: another rank failed")
+
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._executor.shutdown()  # asks no other rank, for one may be gone
+
+    def _write(self, tensors: dict[str, Any], progress: Progress, partial: Path, final: Path, best: bool) -> None:
+        writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
+        # Returns on rank 0 when every rank has written.
+        dcp.save(tensors, storage_writer=writer, process_group=self._writers)
+        if self.mesh.is_main:
+            self._complete(partial, final, progress)
+            self._publish(final, best)
 
     def load(self, path: Path, *, optimizer: bool = True) -> Progress:
         """Load ``path`` in place and return where it stood.
@@ -151,7 +169,7 @@ class Checkpointer:
             dcp.load(tensors, storage_reader=reader, process_group=self.mesh.host_group)
         except (Exception, CheckpointException) as error:  # the latter is no Exception
             reason = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
-            raise CheckpointError(f"checkpoint {path} cannot be read: {_first_line(reason)}") from error
+            raise CheckpointError(f"checkpoint {path} cannot be read: {first_line(reason)}") from error
         progress = Progress(**marker["progress"])
         self.parallel.tables.set_step(progress.table_steps)
         if optimizer:
@@ -187,7 +205,7 @@ class Checkpointer:
             "model": self.identity,
             "files": {path.name: path.stat().st_size for path in sorted(partial.glob("*.safetensors"))},
         }
-        write_atomically(partial / _MARKER, json.dumps(marker, indent=1))
+        write_atomically(partial / MARKER, json.dumps(marker, indent=1))
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
 
@@ -210,6 +228,21 @@ class Checkpointer:
             shutil.rmtree(path, ignore_errors=True)
 
 
+def _host_copy(value: Any) -> Any:
+    """Return a copy of a tensor, or of the shards of one, in host memory."""
+    if not isinstance(value, ShardedTensor):
+        return value.detach().to("cpu", copy=True)
+    metadata = copy.deepcopy(value.metadata())
+    for shard in metadata.shards_metadata:
+        assert shard.placement is not None
+        shard.placement = _remote_device(f"rank:{shard.placement.rank()}/cpu")
+    places = {tuple(shard.shard_offsets): shard for shard in metadata.shards_metadata}
+    shards = [
+        Shard(_host_copy(shard.tensor), places[tuple(shard.metadata.shard_offsets)]) for shard in value.local_shards()
+    ]
+    return ShardedTensor._init_from_local_shards_and_global_metadata(shards, metadata)
+
+
 def _random_state(rank: int) -> dict[str, torch.Tensor]:
     state = {f"rng/{rank}/cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
@@ -220,99 +253,3 @@ def _random_state(rank: int) -> dict[str, torch.Tensor]:
 def _set_random_state(state: dict[str, torch.Tensor]) -> None:
     for name, value in state.items():
         (torch.cuda if name.endswith("cuda") else torch).set_rng_state(value.cpu())
-
-
-def step_name(step: int) -> str:
-    """Return the directory name of a checkpoint."""
-    return f"step_{step:09d}"
-
-
-def is_complete(path: Path) -> bool:
-    """Return whether ``path`` is a checkpoint whose writing was finished."""
-    return (path / _MARKER).is_file()
-
-
-def complete_checkpoints(directory: Path) -> list[Path]:
-    """Return the finished checkpoints below ``directory``, oldest first."""
-    return sorted(path for path in directory.glob("step_*") if is_complete(path))
-
-
-def find_checkpoint(directory: Path, choice: str) -> Path | None:
-    """Return the checkpoint that ``choice`` names: latest, best, a step, or a path; None if there is none.
-
-    When the latest is damaged, the one before it is taken, and the log says so.
-
-    Raises:
-        CheckpointError: for a step or path that is not there, or if all that there is is damaged.
-    """
-    if choice == "best":
-        return (directory / choice).resolve() if is_complete(directory / choice) else None
-    if choice == "latest":
-        return _newest_sound(directory)
-    path = directory / step_name(int(choice)) if choice.isdigit() else Path(choice)
-    if not is_complete(path):
-        have = ", ".join(p.name for p in complete_checkpoints(directory)) or "none"
-        raise CheckpointError(f"--checkpoint = {choice!r}: no finished checkpoint {path}; in the run directory: {have}")
-    return path.resolve()
-
-
-def read_marker(path: Path) -> dict[str, Any]:
-    """Return what a checkpoint says of itself.
-
-    Raises:
-        CheckpointError: if it is not a finished checkpoint, or one of its files is missing or cut short.
-    """
-    try:
-        marker: dict[str, Any] = json.loads((path / _MARKER).read_text())
-        Progress(**marker["progress"])
-        marker["model"], marker["world_size"]
-        sizes = dict(marker["files"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"checkpoint {path} has no readable {_MARKER}: {_first_line(error)}") from error
-    for name, size in sizes.items():
-        found = (path / name).stat().st_size if (path / name).is_file() else None
-        if found != size:
-            state = "is missing" if found is None else f"has {found} bytes instead of {size}"
-            raise CheckpointError(f"checkpoint {path} is damaged: {name} {state}; choose another with --checkpoint")
-    return marker
-
-
-def _newest_sound(directory: Path) -> Path | None:
-    """Return the checkpoint that ``latest`` points to or, when it is damaged, the newest that is not."""
-    candidates = complete_checkpoints(directory)[::-1]
-    if is_complete(directory / "latest"):
-        candidates.insert(0, (directory / "latest").resolve())
-    damage: CheckpointError | None = None
-    for path in dict.fromkeys(candidates):
-        try:
-            read_marker(path)
-        except CheckpointError as error:
-            logger.warning("%s; an older one is used if there is any", error)
-            damage = error
-        else:
-            return path
-    if damage is not None:
-        raise damage
-    return None
-
-
-def point(link: Path, target: str) -> None:
-    """Make ``link`` a symbolic link to its neighbour ``target``, at once."""
-    temporary = link.with_name(f".{link.name}.new")
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(target)
-    os.replace(temporary, link)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write ``text`` so that ``path`` holds all of it or what it held before."""
-    temporary = path.with_name(f".{path.name}.new")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import logging
+import os
+import socket
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
 from hstu.config import LoadedConfig
-from hstu.training.checkpoint import write_atomically
+from hstu.training.checkpoint_files import write_atomically
 
 
 class RunDirectory:
@@ -30,6 +33,7 @@ class RunDirectory:
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
         self.figures = path / "figures"
+        self._lock: TextIO | None = None
 
     def create(self) -> None:
         """Make the directory and see that it can be written."""
@@ -42,6 +46,28 @@ class RunDirectory:
             raise ValueError(
                 f"--run-dir = {str(self.path)!r}: cannot be written ({error.strerror}); choose another"
             ) from None
+
+    def lock(self) -> None:
+        """Keep other processes from training here until this one ends; nothing to do before there is a directory.
+
+        Raises:
+            ValueError: if another one does.
+        """
+        if self._lock is not None or not self.path.is_dir():
+            return
+        file = open(self.path / ".lock", "a+")  # noqa: SIM115 (the system gives up the lock with the process)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ValueError(
+                f"--run-dir = {str(self.path)!r}: {file.read().strip() or 'another process'} trains there; wait for "
+                "it to end, or choose another directory"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        self._lock = file
 
     def describe(self, loaded: LoadedConfig, environment: dict[str, Any]) -> None:
         """Write ``config.gin`` (as given), ``operative.gin`` (every value that applies) and ``environment.json``."""

@@ -11,7 +11,7 @@ from hstu.config import TrainerArgs
 from hstu.data.batch import Batch
 from hstu.data.reader import SequenceDataset
 from hstu.parallel import Parallelized
-from hstu.training.checkpoint import Progress
+from hstu.training.checkpoint_files import Progress
 from hstu.training.meter import Meter, not_finite
 from hstu.training.optimizer import Optimizer
 

@@ -18,7 +18,8 @@ from hstu.models import RetrievalModel, build_model, make_collator
 from hstu.models.negatives import count_items
 from hstu.parallel import Mesh, parallelize
 from hstu.parallel.balance import deal, sample_costs
-from hstu.training.checkpoint import Checkpointer, Progress, find_checkpoint, model_identity
+from hstu.training.checkpoint import Checkpointer, model_identity
+from hstu.training.checkpoint_files import Progress, find_checkpoint, supersede
 from hstu.training.evaluate import best_possible, evaluate, improves
 from hstu.training.interrupt import StopRequest
 from hstu.training.logging import RunLogger, check_loggers, format_metrics
@@ -50,7 +51,7 @@ class Trainer:
         self.config, self.dataset, self.mesh, self.run = config, dataset, mesh, run
         args = config.trainer
         check_loggers(args.loggers)
-        self.progress = Progress()
+        self.progress, self.resumed_at = Progress(), -1  # the last step whose checkpoints here are this run's
         without_loss = dataset.action_ids(config.dataset.actions_without_loss)
         collate = replace(make_collator(config, dataset.schema), actions_without_loss=without_loss)
         self.loaders = {
@@ -101,12 +102,14 @@ class Trainer:
             ConfigError: if it is another run's, and that has taken all the steps of this one.
         """
         self.progress = self.checkpointer.load(checkpoint)
+        self.resumed_at = self.progress.step
         self._keep_position()
         self.meter.restore(self.progress.since_last_line)
         if checkpoint.resolve().parent != self.run.checkpoints.resolve():
             if self.progress.step >= self.total_steps:
                 raise ConfigError("--checkpoint", f"= {str(checkpoint)!r}: has taken {self.progress.step} steps of "
                                   f"{self.total_steps}; raise TrainerArgs.max_train_iters or max_epochs")  # fmt: skip
+            self.resumed_at = -1
             # The best of another run is not here to be tested.
             fresh = dict(best_score=None, best_step=None, evaluations_since_best=0, stopped_early=False)
             self.progress = replace(self.progress, **fresh)  # type: ignore[arg-type]
@@ -121,10 +124,11 @@ class Trainer:
             TrainingError: if the loss is not finite or there are no negatives; the last checkpoint stays.
         """
         logger.info(self._summary())
-        self.mesh.on_main(lambda: self.run.rewind(self.progress.step))
+        self._rewind()
         seconds = self.config.trainer.hang_timeout_seconds
         self.mesh.set_timeout(2 * seconds)  # the watchdog speaks first
         with (
+            self.checkpointer,
             StopRequest() as stop,
             watchdog(self.run.path / "stacks", self.mesh.rank, seconds),
             self._logger() as log,
@@ -132,6 +136,7 @@ class Trainer:
             self.model.train()
             with profiler(self.config.trainer, self.run.path, self.progress.step, self.mesh.rank) as profile:
                 finished = self._loop(stop, log, profile)
+            self.checkpointer.wait()
             if not finished:
                 logger.info("stopped at step %d, saved; go on with --run-dir %s", self.progress.step, self.run.path)
                 return None
@@ -143,6 +148,13 @@ class Trainer:
         """Score ``checkpoint``; returns one record per split."""
         step = self.checkpointer.load(checkpoint, optimizer=False).step
         return [self._score(split, step) for split in splits]
+
+    def _rewind(self) -> None:
+        """Drop what a run that goes on from here will write again."""
+        progress, checkpoints = self.progress, self.run.checkpoints
+        self.mesh.on_main(lambda: self.run.rewind(progress.step))
+        if not self.mesh.on_main(lambda: supersede(checkpoints, progress, after=self.resumed_at)):
+            progress.best_score = progress.best_step = None  # its checkpoint is gone: the search starts anew
 
     def _loop(self, stop: StopRequest, log: RunLogger | _Silent, profile: Any) -> bool:
         """Take steps until the end; return False if a signal came first."""

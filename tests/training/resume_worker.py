@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from hstu.parallel import Mesh
-from hstu.training.checkpoint import find_checkpoint
+from hstu.training.checkpoint_files import find_checkpoint
 from tests.training.runs import trainer
 from tests.training.test_resume import STEPS, TWO_RANKS, VARIANTS, train_until
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
 
 from hstu.training import checkpoint as module
-from hstu.training.checkpoint import CheckpointError, find_checkpoint, read_marker
+from hstu.training.checkpoint_files import CheckpointError, find_checkpoint, read_marker
 from hstu.training.trainer import Trainer
 from tests.training.runs import losses, trainer
 
@@ -173,6 +177,48 @@ def test_killed_between_the_links(
         run.train()
     assert json.loads((tmp_path / "eval.json").read_text()) == json.loads((finished / "eval.json").read_text())
     assert losses(tmp_path) == losses(finished)
+
+
+def test_an_earlier_checkpoint_wins_over_later_ones(data: Path, copy: Path) -> None:
+    """A run that goes on from step 3 and is killed at once goes on from there again, and ends as the unbroken one."""
+    run_path, best = copy.parent, read_marker(copy / step(3))["progress"]["best_step"]
+    with trainer(data, run_path, "ranking", *SIX) as run:
+        run.resume(find_checkpoint(copy, "3"))  # type: ignore[arg-type]
+        run._rewind()
+    assert names(copy) == {step(1), step(2), step(3), "best", "latest", "superseded"}
+    assert names(copy / "superseded") == {step(4), step(5), step(6)}
+    assert find_checkpoint(copy, "latest") == (copy / step(3)).resolve()
+    assert find_checkpoint(copy, "best") == (copy / step(best)).resolve()
+    shutil.rmtree(copy / step(best))
+    with trainer(data, run_path, "ranking", *SIX) as run:
+        run.resume(find_checkpoint(copy, "latest"))  # type: ignore[arg-type]
+        run.train()
+    assert run.progress.step == 6 and run.progress.best_step in (4, 6), "the best of before is not there any more"
+
+
+def test_a_slow_save_does_not_stop_training(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written is the state of its step, though training has gone on; exit and the next save wait."""
+    save, events = dcp.save, []
+
+    def slowly(*args: Any, **kwargs: Any) -> Any:
+        events.append(("save", run.progress.step))
+        time.sleep(0.5)
+        events.append(("saved", run.progress.step))
+        return save(*args, **kwargs)
+
+    monkeypatch.setattr(dcp, "save", slowly)
+    bindings = ("TrainerArgs.max_train_iters=8", "TrainerArgs.ckpt_save_interval=6", "TrainerArgs.eval_interval=99")
+    with trainer(data, tmp_path, "ranking", *bindings) as run:
+        run.train()
+    assert [name for name, _ in events] == ["save", "saved"] * 2
+    assert events[0][1] < events[1][1], "steps were taken meanwhile"
+    monkeypatch.setattr(dcp, "save", save)
+    with trainer(data, tmp_path / "plain", "ranking", *bindings) as run:
+        run.train()
+    for other in (step(6), step(8)):
+        files = [path / "checkpoints" / other for path in (tmp_path, tmp_path / "plain")]
+        mine, theirs = (load_file(next(folder.glob("*.safetensors"))) for folder in files)
+        assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
 def test_a_checkpoint_of_another_run_starts_a_new_search_for_the_best(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import time
@@ -9,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from hstu.training.checkpoint import read_marker
-from tests.launch import ROOT, entrypoint, started, torchrun_command
+from hstu.training.checkpoint_files import read_marker
+from tests.launch import ROOT, entrypoint, run, started, torchrun_command
 from tests.tiny import BINDINGS
-from tests.training.runs import EVERY_STEP, losses, records, worst
+from tests.training.runs import EVERY_STEP, losses, records, trainer, worst
 
 STEPS = 40
 LIMITS = ("TrainerArgs.ckpt_save_interval=4", "TrainerArgs.eval_interval=9", "TrainerArgs.max_epochs=9999")
@@ -61,6 +62,67 @@ def test_killed_at_random(data: Path, tmp_path: Path, unbroken: Path, seed: int)
     lines = sorted(rng.randint(1, STEPS) for _ in range(8))
     moments = [f"line {n}" if rng.random() < 0.5 else "save 1" for n in lines]
     kill_and_go_on(data, tmp_path, unbroken, moments)
+
+
+def kill_at_random(command: list[str], cwd: Path, rng: random.Random) -> bool:
+    """Start ``command`` and kill all of its processes at some line or in some save; returns whether it ended before."""
+    metrics, checkpoints = cwd / "run" / "metrics.jsonl", cwd / "run" / "checkpoints"
+    count = lambda: len(metrics.read_bytes().splitlines()) if metrics.exists() else 0  # noqa: E731
+    target, in_a_save = count() + rng.randint(0, 15), rng.random() < 0.5
+    with started(command, cwd=cwd) as process:
+        while process.poll() is None and not (checkpoints.exists() and count() >= target):
+            time.sleep(0.001)
+        while process.poll() is None and in_a_save and not any(checkpoints.glob(".step_*.partial")):
+            time.sleep(0.0005)
+        time.sleep(rng.uniform(0, 0.02))
+        return process.poll() is not None
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_25_kills_of_all_ranks(data: Path, tmp_path: Path) -> None:
+    script, rng = ROOT / "examples" / "pretrain_gr_ranking.py", random.Random(5)
+    command = torchrun_command(2, script, *flags(data, "TrainerArgs.max_train_iters=60", batch=16))
+    (tmp_path / "whole").mkdir()
+    assert run(command, timeout=300, cwd=tmp_path / "whole").code == 0
+    kills, number = 0, 0
+    while kills < 25:
+        cwd = tmp_path / str(number)
+        cwd.mkdir(exist_ok=True)
+        ended = kill_at_random(command, cwd, rng)
+        kills, number = kills + (not ended), number + ended
+    done = run(command, timeout=300, cwd=cwd)
+    assert done.code == 0, done.err
+    for path in (tmp_path / str(n) / "run" for n in range(number + (not ended))):
+        assert records(path) == records(tmp_path / "whole" / "run"), path
+        assert records(path, "eval") == records(tmp_path / "whole" / "run", "eval"), path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 4)])
+def test_another_number_of_ranks_goes_on_with_the_same_losses(
+    data: Path, tmp_path: Path, before: int, after: int
+) -> None:
+    script = ROOT / "examples" / "pretrain_gr_ranking.py"
+    for cwd, steps in ((tmp_path / "whole", ((40, 1),)), (tmp_path, ((20, before), (40, after)))):
+        cwd.mkdir(exist_ok=True)
+        for limit, ranks in steps:
+            bindings = ("NetworkArgs.hidden_dropout=0.0", f"TrainerArgs.max_train_iters={limit}")
+            command = torchrun_command(ranks, script, *flags(data, *bindings, batch=32 // ranks))
+            done = run(command, timeout=200, cwd=cwd)
+            assert done.code == 0, done.err
+    assert worst(losses(tmp_path / "run"), losses(tmp_path / "whole" / "run")) < 1e-5
+
+
+def test_two_runs_in_one_directory_are_refused(data: Path, tmp_path: Path) -> None:
+    with trainer(data, tmp_path / "run") as first:
+        first.run.lock()
+        first.run.lock()
+        done = entrypoint()("ranking", *flags(data, "TrainerArgs.max_train_iters=1"), cwd=tmp_path)
+        first.run._lock.close()  # type: ignore[union-attr]
+    assert done.code == 2 and f"run': process {os.getpid()} on " in done.err and "trains there; wait for it" in done.err
+    assert not (tmp_path / "run" / "config.gin").exists()
+    assert entrypoint()("ranking", *flags(data, "TrainerArgs.max_train_iters=1"), cwd=tmp_path).code == 0
 
 
 @pytest.mark.parametrize("number", SIGNALS)

@@ -11,7 +11,8 @@ from unittest import mock
 import pytest
 import torch
 
-from hstu.training.checkpoint import Checkpointer, find_checkpoint
+from hstu.training.checkpoint import Checkpointer
+from hstu.training.checkpoint_files import find_checkpoint
 from hstu.training.trainer import Trainer
 from tests.launch import run, torchrun_command
 from tests.training.runs import losses, records, trainer, worst

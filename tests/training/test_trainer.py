@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from hstu.training import trainer as module
-from hstu.training.checkpoint import find_checkpoint
+from hstu.training.checkpoint_files import find_checkpoint
 from hstu.training.meter import TrainingError
 from hstu.training.optimizer import Optimizer
 from hstu.training.step import Stepper
