@@ -1,21 +1,25 @@
 """Attention on a CPU, forward + backward: the jagged path against a padded dense implementation, one run.
 
-    python benchmarks/cpu_attention.py [--threads 2] [--rounds 7]
+    python benchmarks/cpu_attention.py [--threads 2] [--rounds 9]
 
 Both sides get the same tokens, the same position and time bias and the same output gradients. Correctness is
 asserted first. Prints a table and writes benchmarks/results/cpu_attention.json. ``ratio`` compares elapsed time,
-``cpu`` processor time, which neighbours on a shared machine disturb less.
+``cpu`` processor time, which neighbours on a shared machine disturb less; ``peak`` is the memory that the first
+step of a fresh process adds, jagged and dense.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -25,6 +29,7 @@ from hstu.ops import RelativeBias, hstu_attention, lengths_to_offsets
 from hstu.ops.attention.bias import BUCKET_LOG_WIDTH
 
 BATCH, LONGEST, HEADS, WIDTH, BUCKETS = 32, 200, 2, 32, 128
+STEPS_OF_A_TURN = 4
 
 
 def lognormal_lengths(batch: int, longest: int, seed: int) -> Tensor:
@@ -95,7 +100,10 @@ class Problem:
 
 
 def seconds_each(problem: Problem, rounds: int) -> list[tuple[float, float]]:
-    """Median elapsed and processor seconds of a step, jagged and dense, taken in turns."""
+    """Median elapsed and processor seconds of a step, jagged and dense, taken in turns of a few steps each.
+
+    The first step of a turn finds the caches full of the other side's data and is not counted.
+    """
     jagged, dense = problem.leaves(), problem.leaves()
     padded = [problem.pad(x.detach()).requires_grad_() for x in dense[:3]]
     padded_grad = problem.pad(problem.grad)
@@ -104,19 +112,51 @@ def seconds_each(problem: Problem, rounds: int) -> list[tuple[float, float]]:
         lambda: problem.dense(*padded, *dense[3:]).backward(padded_grad),
     ]
     times: list[list[tuple[float, float]]] = [[], []]
-    for turn in range(rounds + 2):
+    for _ in range(rounds):
         for step, record in zip(steps, times, strict=True):
-            begin = time.perf_counter(), time.process_time()
             step()
-            if turn >= 2:
+            for _ in range(STEPS_OF_A_TURN):
+                begin = time.perf_counter(), time.process_time()
+                step()
                 record.append((time.perf_counter() - begin[0], time.process_time() - begin[1]))
     return [tuple(statistics.median(kind) for kind in zip(*record, strict=True)) for record in times]
+
+
+def peak_megabytes(lengths: Tensor, dtype: torch.dtype, side: str) -> float:
+    """Resident memory that the first step adds at its peak, in a process of its own."""
+    receiver, sender = multiprocessing.get_context("spawn").Pipe(duplex=False)
+    process = multiprocessing.get_context("spawn").Process(target=_send_peak, args=(sender, lengths, dtype, side))
+    process.start()
+    peak: float = receiver.recv()
+    process.join()
+    return peak
+
+
+def _send_peak(sender: Connection, lengths: Tensor, dtype: torch.dtype, side: str) -> None:
+    def resident(field: str) -> int:
+        found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        assert found is not None
+        return int(found[1])
+
+    def step(problem: Problem) -> None:
+        leaves = problem.leaves()
+        if side == "dense":
+            leaves[:3] = [problem.pad(x.detach()).requires_grad_() for x in leaves[:3]]
+        getattr(problem, side)(*leaves).sum().backward()
+
+    torch.set_num_threads(1)
+    step(Problem(torch.tensor([LONGEST]), dtype))  # loads the libraries
+    problem = Problem(lengths, dtype)
+    Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is resident now
+    before = resident("VmRSS")
+    step(problem)
+    sender.send((resident("VmHWM") - before) / 1024)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "cpu_attention.json")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -125,12 +165,16 @@ def main() -> None:
         "ragged": lognormal_lengths(BATCH, LONGEST, seed=0),
     }
     rows = []
-    print(f"{'lengths':8} {'dtype':9} {'tokens':>6} {'jagged tok/s':>13} {'dense tok/s':>12} {'ratio':>6} {'cpu':>6}")
+    print(
+        f"{'lengths':8} {'dtype':9} {'tokens':>6} {'jagged tok/s':>13} {'dense tok/s':>12} {'ratio':>6} {'cpu':>6} "
+        f"{'peak MB':>13}"
+    )
     for name, lengths in shapes.items():
         Problem(lengths, torch.float32).check()
         for dtype in (torch.float32, torch.bfloat16):
             problem = Problem(lengths, dtype)
             (jagged, jagged_cpu), (dense, dense_cpu) = seconds_each(problem, arguments.rounds)
+            peaks = [peak_megabytes(lengths, dtype, side) for side in ("jagged", "dense")]
             tokens = int(lengths.sum())
             row = {
                 "lengths": name,
@@ -140,11 +184,14 @@ def main() -> None:
                 "dense_tokens_per_second": round(tokens / dense),
                 "ratio": round(dense / jagged, 2),
                 "cpu_ratio": round(dense_cpu / jagged_cpu, 2),
+                "jagged_peak_megabytes": round(peaks[0], 1),
+                "dense_peak_megabytes": round(peaks[1], 1),
             }
             rows.append(row)
             print(
                 f"{name:8} {row['dtype']:9} {tokens:6} {row['jagged_tokens_per_second']:13,} "
-                f"{row['dense_tokens_per_second']:12,} {row['ratio']:6.2f} {row['cpu_ratio']:6.2f}"
+                f"{row['dense_tokens_per_second']:12,} {row['ratio']:6.2f} {row['cpu_ratio']:6.2f} "
+                f"{peaks[0]:6.1f} {peaks[1]:6.1f}"
             )
     result = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -34,7 +38,7 @@ def test_output_and_gradients(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", ["candidates", "everything", "not_causal", "bias_next"])
 def test_columns_in_several_tiles(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_groups, "TILE_ROWS", 16)
-    monkeypatch.setattr(cpu_groups, "TILE_ELEMENTS", 16 * 32 * 2)
+    monkeypatch.setattr(cpu_groups, "CHUNK_SCORES", 16 * 32 * 2)
     assert_as_good_as_reference(name, torch.float32)
 
 
@@ -127,6 +131,38 @@ def test_scores_are_not_kept_for_the_backward() -> None:
     with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
         hstu_attention(q, q, q, torch.tensor([0, 600]), max_seqlen=600, scaling_seqlen=1.0)
     assert sum(saved) == 3 * q.numel()
+
+
+PEAK = """
+import re, sys, torch
+from hstu.ops import RelativeBias, hstu_attention, lengths_to_offsets
+
+def resident(field):
+    return int(re.search(field + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
+
+def step(lengths):
+    total, longest = sum(lengths), max(lengths)
+    q, k, v = (torch.randn(total, 2, 16, requires_grad=True) for _ in range(3))
+    position = torch.zeros(2 * longest - 1, requires_grad=True)
+    bias = RelativeBias(position=position, time=torch.zeros(65, requires_grad=True), timestamps=torch.arange(total))
+    offsets = lengths_to_offsets(torch.tensor(lengths))
+    hstu_attention(q, k, v, offsets, max_seqlen=longest, scaling_seqlen=1.0, bias=bias).sum().backward()
+
+torch.set_num_threads(1)
+step([300])
+open("/proc/self/clear_refs", "w").write("5")  # the peak starts again from what is resident
+before = resident("VmRSS")
+step(eval(sys.argv[1]))
+print(resident("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the peak from Linux' /proc")
+@pytest.mark.parametrize("lengths", [[2048] + [32] * 64, [8192]])
+def test_peak_memory_grows_with_the_tokens_not_with_the_square_of_the_length(lengths: list[int]) -> None:
+    """One padded float32 matrix of all scores would take 2.2 GB for the first batch, 540 MB for the second."""
+    done = subprocess.run([sys.executable, "-c", PEAK, str(lengths)], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 32e6 + 6000 * sum(lengths)
 
 
 @pytest.mark.slow

@@ -5,9 +5,7 @@ No score outlives its tile: the backward computes it again, so memory grows with
 
 from __future__ import annotations
 
-import math
-import threading
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,11 +13,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hstu.ops.attention.bias import RelativeBias
-from hstu.ops.attention.cpu_bias import TileBias
-from hstu.ops.attention.cpu_groups import Group, Layout, Tile
+from hstu.ops.attention.cpu_bias import ScoreBias, TimeIndex
+from hstu.ops.attention.cpu_groups import Chunk, Group, Layout, Tile
+from hstu.ops.attention.cpu_scratch import scratch
 from hstu.ops.attention.mask import Mask
 
 aten = torch.ops.aten
+Padded = dict[Group, Tensor]  # ``[g * H, n, d]`` of each group
 
 
 def hstu_attention_cpu(
@@ -51,11 +51,13 @@ class CpuAttention:
         mask: Mask,
         bias: RelativeBias | None,
     ) -> None:
-        self._call = _Call(offsets, Layout(offsets, mask, heads), scaling_seqlen, alpha, mask, bias)
+        self.layout = Layout(offsets, mask, heads)
+        self.times = None if bias is None or bias.time is None else TimeIndex(bias, offsets, mask, self.layout)
+        self.mask, self.alpha, self.scale = mask, alpha, 1.0 / scaling_seqlen
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, position: Tensor | None, time: Tensor | None) -> Tensor:
         """Return the output ``[T, H, d_v]``."""
-        return self._pass((q, k, v), position, time).forward()
+        return _Pass(self, q.dtype, position, time).forward(q, k, v)
 
     def gradients(
         self,
@@ -67,16 +69,13 @@ class CpuAttention:
     ) -> list[Tensor | None]:
         """Gradients of q, k, v and both tables; ``needs``: of q and k, of v, of each table."""
         need_qk, need_v, need_position, need_time = needs
-        run = self._pass(inputs, position, time)
-        if run.bias is not None:
-            run.bias.want_gradients(need_position, need_time)
-        grads = run.backward(grad, need_qk, need_v, need_position or need_time)
+        run = _Pass(self, grad.dtype, position, time)
+        run.bias.want_gradients(need_position, need_time)
+        grads = run.backward((*inputs, grad), (need_qk, need_v), need_position or need_time)
         d_position = d_time = None
-        if need_position and position is not None:
-            assert run.bias is not None and run.bias.position_grad is not None
+        if position is not None and run.bias.position_grad is not None:
             d_position = run.bias.position_grad.to(position.dtype)
-        if need_time and time is not None:
-            assert run.bias is not None
+        if time is not None and run.bias.time_grad is not None:
             d_time = run.bias.time_table_gradient(time.numel() - 1).to(time.dtype)
         return [*grads, d_position, d_time]
 
@@ -95,135 +94,124 @@ class CpuAttention:
             target.copy_(own)
         return d_position, d_time
 
-    def _pass(self, inputs: tuple[Tensor, Tensor, Tensor], position: Tensor | None, time: Tensor | None) -> _Pass:
-        return _Pass(*inputs, self._call, [table for table in (position, time) if table is not None])
-
-
-@dataclass(frozen=True)
-class _Call:
-    """What a call needs besides its differentiable tensors."""
-
-    offsets: Tensor
-    layout: Layout
-    scaling_seqlen: float
-    alpha: float
-    mask: Mask
-    bias: RelativeBias | None
-
-
-@dataclass
-class _Workspace:
-    """Buffers used again from tile to tile: fresh memory costs more than the arithmetic on it."""
-
-    buffers: dict[tuple[str, torch.dtype], Tensor] = field(default_factory=dict)
-
-    def get(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        size = math.prod(shape)
-        buffer = self.buffers.get((name, dtype))
-        if buffer is None or buffer.numel() < size:
-            buffer = self.buffers[name, dtype] = torch.empty(size, dtype=dtype)
-        return buffer[:size].view(shape)
-
-
-_kept = threading.local()  # tiles are bounded, so one workspace a thread is kept from call to call
-
 
 class _Pass:
-    """One forward or backward pass over all tiles; dense tensors are ``[P, d]`` as in :class:`Layout`."""
+    """One forward or backward pass, chunk by chunk."""
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, call: _Call, tables: list[Tensor]) -> None:
-        self.call, self.layout, self.dtype, self.heads = call, call.layout, q.dtype, q.shape[1]
+    def __init__(self, call: CpuAttention, dtype: torch.dtype, position: Tensor | None, time: Tensor | None) -> None:
+        self.call, self.layout, self.dtype = call, call.layout, dtype
         # Scores take the wider type of q and the tables; sums of low-precision products are kept in float32.
-        self.score_dtype = q.dtype
-        for table in tables:
-            self.score_dtype = torch.promote_types(self.score_dtype, table.dtype)
-        self.sum_dtype = torch.promote_types(q.dtype, torch.float32)
-        # Zero rows as padding of v (and of the output's gradient) keep padding out of every sum over tokens.
-        self.q = self.layout.pad(q, scale=call.alpha)
-        self.k, self.v = self.layout.pad(k), self.layout.pad(v, zero=True)
-        self.space: _Workspace = _kept.__dict__.setdefault("space", _Workspace())
-        self.bias = None
-        if tables:
-            assert call.bias is not None
-            self.bias = TileBias(call.bias, call.offsets, call.mask, self.score_dtype)
+        self.score_dtype = dtype
+        for table in (position, time):
+            if table is not None:
+                self.score_dtype = torch.promote_types(self.score_dtype, table.dtype)
+        self.sum_dtype = torch.promote_types(dtype, torch.float32)
+        self.bias = ScoreBias(self.layout, call.mask, position, time, call.times, self.score_dtype)
 
-    def forward(self) -> Tensor:
-        out = self.zeros(self.v)
-        for group in self.layout.groups:
-            q, k, v, sums = (self.layout.of(group, x) for x in (self.q, self.k, self.v, out))
-            for tile in group.tiles(self.call.mask, self.heads):
-                scores = self.scores(q, k, group, tile)
-                weights = aten.silu.out(scores, out=scores)
-                self.hide(group, tile, weights)
-                low = self.lowered("low", weights)
-                sums[:, tile.r0 : tile.r1].add_(self.product("part", low, v[:, tile.c0 : tile.c1]))
-        return self.layout.unpad(out.div_(self.call.scaling_seqlen), self.dtype)
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Return the output ``[T, H, d_v]`` of q, k and v."""
+        q, k, v = map(self.pad, ("q", "k", "v"), inputs)
+        out, sums = self.zeros("out", inputs[2])
+        for chunk in self.layout.chunks:
+            scores = self.scores(q, k, chunk)
+            weights = self.lowered(aten.silu.out(scores, out=scores))
+            for tile, own in zip(chunk.tiles, self.split(weights, chunk), strict=True):
+                self.add_product(sums, tile, rows, own, columns(v, tile), self.call.scale)
+        return self.layout.unpad(out, self.dtype)
 
-    def backward(self, grad: Tensor, need_qk: bool, need_v: bool, need_bias: bool) -> list[Tensor | None]:
-        """Gradients of q, k and v; those of the tables gather in ``self.bias``."""
-        do = self.layout.pad(grad, scale=1.0 / self.call.scaling_seqlen, zero=True)
-        inputs = (self.q, self.k, self.v, do)
-        sums = [self.zeros(x) if need else None for x, need in zip(inputs[:3], (need_qk, need_qk, need_v), strict=True)]
-        for group in self.layout.groups:
-            own = [self.layout.of(group, x) for x in inputs]
-            own_sums = [None if x is None else self.layout.of(group, x) for x in sums]
-            for tile in group.tiles(self.call.mask, self.heads):
-                self._tile_backward(group, tile, own, own_sums, need_bias)
-        if sums[0] is not None:
-            sums[0].mul_(self.call.alpha)
-        return [None if x is None else self.layout.unpad(x, self.dtype) for x in sums]
+    def backward(self, inputs: tuple[Tensor, ...], needs: tuple[bool, bool], need_bias: bool) -> list[Tensor | None]:
+        """Gradients of q, k and v from these and the output's; those of the tables gather in ``self.bias``.
 
-    def _tile_backward(
-        self, group: Group, tile: Tile, inputs: list[Tensor], sums: list[Tensor | None], need_bias: bool
-    ) -> None:
+        ``needs``: of q and k, of v.
+        """
+        padded = list(map(self.pad, ("q", "k", "v", "do"), inputs))
+        wanted = zip(("dq", "dk", "dv"), inputs[:3], (needs[0], needs[0], needs[1]), strict=True)
+        grads = [self.zeros(name, x) if need else (None, None) for name, x, need in wanted]
+        for chunk in self.layout.chunks:
+            self._chunk_backward(chunk, padded, [views for _, views in grads], need_bias)
+        return [None if dense is None else self.layout.unpad(dense, self.dtype) for dense, _ in grads]
+
+    def _chunk_backward(self, chunk: Chunk, inputs: list[Padded], sums: list[Padded | None], need_bias: bool) -> None:
         (q, k, v, do), (dq, dk, dv) = inputs, sums
-        r, c = slice(tile.r0, tile.r1), slice(tile.c0, tile.c1)
-        scores = self.scores(q, k, group, tile)
+        scores = self.scores(q, k, chunk)
         if dv is not None:
-            weights = aten.silu.out(scores, out=self.space.get("silu", tuple(scores.shape), scores.dtype))
-            self.hide(group, tile, weights)
-            dv[:, c].add_(self.product("part", self.lowered("low", weights).transpose(1, 2), do[:, r]))
+            weights = self.lowered(aten.silu.out(scores, out=scratch("silu", scores.shape, scores.dtype)))
+            for tile, own in zip(chunk.tiles, self.split(weights, chunk), strict=True):
+                self.add_product(dv, tile, columns, own.transpose(1, 2), rows(do, tile), self.call.scale)
         if dq is None and not need_bias:
             return
-        d_weights = self.product("d_weights", do[:, r], v[:, c].transpose(1, 2)).to(scores.dtype)
-        d_scores = aten.silu_backward.grad_input(d_weights, scores, grad_input=scores)
-        self.hide(group, tile, d_scores)
+        d_weights = scratch("d_weights", scores.shape, self.dtype)
+        for tile, own in zip(chunk.tiles, self.split(d_weights, chunk), strict=True):
+            product(rows(do, tile), columns(v, tile).transpose(1, 2), self.call.scale, own)
+        d_scores = aten.silu_backward.grad_input(d_weights.to(scores.dtype), scores, grad_input=scores)
         if need_bias:
-            assert self.bias is not None
-            self.bias.add_gradient(group, tile, d_scores.view(group.size, self.heads, *d_scores.shape[1:]))
+            shaped = [x.unflatten(0, (-1, self.layout.heads)) for x in self.split(d_scores, chunk)]
+            self.bias.add_gradient(chunk, shaped)
         if dq is not None and dk is not None:
-            low = self.lowered("low", d_scores)
-            dq[:, r].add_(self.product("part", low, k[:, c]))
-            dk[:, c].add_(self.product("part", low.transpose(1, 2), q[:, r]))
+            for tile, own in zip(chunk.tiles, self.split(self.lowered(d_scores), chunk), strict=True):
+                self.add_product(dq, tile, rows, own, columns(k, tile), self.call.alpha)
+                self.add_product(dk, tile, columns, own.transpose(1, 2), rows(q, tile), self.call.alpha)
 
-    def scores(self, q: Tensor, k: Tensor, group: Group, tile: Tile) -> Tensor:
-        """``alpha <q, k> + r`` of a tile, ``[g * H, R, C]`` in the score dtype (alpha is in q)."""
-        rows, columns = q[:, tile.r0 : tile.r1], k[:, tile.c0 : tile.c1].transpose(1, 2)
-        if self.bias is None:
-            return self.product("scores", rows, columns)
-        shape = (q.shape[0], tile.r1 - tile.r0, tile.c1 - tile.c0)
-        scores = self.space.get("scores", shape, self.score_dtype)
-        scores.view(group.size, self.heads, *shape[1:]).copy_(self.bias.tile(group, tile))
-        if self.score_dtype == self.dtype:
-            return torch.baddbmm(scores, rows, columns, out=scores)
-        return scores.add_(self.product("products", rows, columns))
+    def scores(self, q: Padded, k: Padded, chunk: Chunk) -> Tensor:
+        """``alpha <q, k> + r`` of a chunk, flat, in the score dtype; far below zero where hidden."""
+        scores = scratch("scores", (chunk.pairs * self.layout.heads,), self.score_dtype)
+        for tile, own, bias in zip(chunk.tiles, self.split(scores, chunk), self.bias.of(chunk), strict=True):
+            a, b = rows(q, tile), columns(k, tile).transpose(1, 2)
+            if self.score_dtype != self.dtype:
+                own.copy_(product(a, b, self.call.alpha, scratch("part", own.shape, self.dtype)))
+                if bias is not None:
+                    own.unflatten(0, (-1, self.layout.heads)).add_(bias)
+            elif bias is None:
+                product(a, b, self.call.alpha, own)
+            else:
+                own.unflatten(0, (-1, self.layout.heads)).copy_(bias)
+                torch.baddbmm(own, a, b, alpha=self.call.alpha, out=own)
+        return scores
 
-    def product(self, name: str, a: Tensor, b: Tensor) -> Tensor:
-        """Batched product of tiles in the dtype of q, into a buffer of its own."""
-        out = self.space.get(name, (a.shape[0], a.shape[1], b.shape[2]), self.dtype)
-        return torch.bmm(a, b, out=out)
+    def add_product(
+        self, sums: Padded, tile: Tile, side: Callable[[Padded, Tile], Tensor], a: Tensor, b: Tensor, factor: float
+    ) -> None:
+        """Add a product to the rows or columns of a tile in ``sums``."""
+        target = side(sums, tile)
+        if target.dtype == a.dtype and target.is_contiguous():
+            torch.baddbmm(target, a, b, alpha=factor, out=target)
+        else:
+            target.add_(product(a, b, factor, scratch("part", target.shape, self.dtype)))
 
-    def lowered(self, name: str, tile: Tensor) -> Tensor:
-        """The tile in the dtype of q, for a product."""
-        if tile.dtype == self.dtype:
-            return tile
-        return self.space.get(name, tuple(tile.shape), self.dtype).copy_(tile)
+    def split(self, flat: Tensor, chunk: Chunk) -> list[Tensor]:
+        """Views ``[g * H, R, C]`` of the tiles."""
+        heads = self.layout.heads
+        shapes = [(tile, (tile.shape[0] * heads, *tile.shape[1:])) for tile in chunk.tiles]
+        return [flat[tile.first * heads : tile.last * heads].view(shape) for tile, shape in shapes]
 
-    def hide(self, group: Group, tile: Tile, scores: Tensor) -> None:
-        group.hide(self.call.mask, tile, scores.view(group.size, self.heads, *scores.shape[1:]))
+    def lowered(self, scores: Tensor) -> Tensor:
+        """The scores in the dtype of q, for a product."""
+        if scores.dtype == self.dtype:
+            return scores
+        return scratch("low", scores.shape, self.dtype).copy_(scores)
 
-    def zeros(self, like: Tensor) -> Tensor:
-        return torch.zeros_like(like, dtype=self.sum_dtype)
+    def pad(self, name: str, x: Tensor) -> Padded:
+        return self.layout.split(self.layout.pad(name, x))
+
+    def zeros(self, name: str, like: Tensor) -> tuple[Tensor, Padded]:
+        """Sums for the padded rows of ``like``: all of them, and by group."""
+        dense = scratch(name, (self.layout.rows, like.shape[2]), self.sum_dtype).zero_()
+        return dense, self.layout.split(dense)
+
+
+def rows(padded: Padded, tile: Tile) -> Tensor:
+    """What the rows of a tile stand for, ``[g * H, R, d]``."""
+    return padded[tile.group][:, tile.r0 : tile.r1]
+
+
+def columns(padded: Padded, tile: Tile) -> Tensor:
+    """What the columns of a tile stand for, ``[g * H, C, d]``."""
+    return padded[tile.group][:, tile.c0 : tile.c1]
+
+
+def product(a: Tensor, b: Tensor, factor: float, out: Tensor) -> Tensor:
+    """``factor`` times the batched product."""
+    return torch.baddbmm(out, a, b, beta=0, alpha=factor, out=out)
 
 
 class _CpuAttention(torch.autograd.Function):

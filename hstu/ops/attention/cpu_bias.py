@@ -1,4 +1,4 @@
-"""Tiles of the relative bias and its table gradients on a CPU, from passes that vectorise."""
+"""The relative bias and the mask of a chunk of scores on a CPU, and the tables' gradients."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from hstu.ops.attention.bias import RelativeBias, bucket_thresholds, query_times
-from hstu.ops.attention.cpu_groups import Group, Tile
+from hstu.ops.attention.cpu_groups import Chunk, Layout, Tile
+from hstu.ops.attention.cpu_scratch import scratch
 from hstu.ops.attention.mask import Mask
 
 # A float32 difference is looked up by its exponent and two bits of mantissa. Thresholds are 1.35 times apart,
@@ -16,6 +17,7 @@ from hstu.ops.attention.mask import Mask
 _CELL_SHIFT = 21
 _CELLS = 1 << (31 - _CELL_SHIFT)
 _LANES = 4  # neighbours count in different bins: adding to one bin over and over waits on its last addition
+KEPT_PER_TOKEN = 256  # indices kept from the forward for the backward: 1 KB a token
 
 
 @cache
@@ -31,110 +33,164 @@ def _cell_tables(num_buckets: int) -> tuple[Tensor, Tensor]:
     return inside, buckets[:, None, :].expand(_CELLS, _LANES, 2).reshape(-1)
 
 
-class TileBias:
-    """Relative bias of one call, tile by tile, in ``dtype``; gathers the gradients of its tables.
+@cache
+def _lanes(bits: int) -> Tensor:
+    """``2 * lane + 1``, the lanes in turns, ``[2 ** bits]`` int32."""
+    return torch.arange(1 << bits, dtype=torch.int32).remainder_(_LANES).mul_(2).add_(1)
 
-    A tile's bias is ``[g, 1, R, C]``, or ``[1, 1, R, C]`` when all sequences of the group share it.
+
+class TimeIndex:
+    """Where each score finds its time bias: the same in every pass, kept for a bounded number of scores a token.
+
+    Attributes:
+        buckets: bucket of each index.
     """
 
-    def __init__(self, bias: RelativeBias, offsets: Tensor, mask: Mask, dtype: torch.dtype) -> None:
-        self.position = None if bias.position is None else bias.position.detach().to(dtype)
-        self.time = None if bias.time is None else bias.time.detach().to(dtype)
-        self.position_grad: Tensor | None = None
-        self.time_grad: Tensor | None = None
-        self._position_entries = 0 if bias.position is None else bias.position.numel()
-        if self.time is not None:
-            self._prepare_time(bias, offsets, mask)
-
-    def want_gradients(self, position: bool, time: bool) -> None:
-        """Start gathering the gradients of the tables named."""
-        if position and self.position is not None:
-            self.position_grad = torch.zeros(self.position.numel(), dtype=torch.float64)
-        if time and self.time is not None:
-            self.time_grad = torch.zeros(self._buckets.numel(), dtype=torch.float64)
-
-    def tile(self, group: Group, tile: Tile) -> Tensor:
-        """Bias of a tile; call :meth:`add_gradient` for it before asking for the next."""
-        if self.time is None:
-            return self._position_tile(group, tile)
-        index = self._time_index(group, tile)
-        result = self._spread.index_select(0, index.view(-1)).view(index.shape)[:, None]
-        return result if self.position is None else result.add_(self._position_tile(group, tile))
-
-    def add_gradient(self, group: Group, tile: Tile, grad: Tensor) -> None:
-        """Add the score gradients ``[g, H, R, C]`` of the tile last asked for."""
-        if self.time_grad is not None:
-            per_sample = grad.sum(1)
-            weights = per_sample.view(-1)
-            if weights.dtype not in (torch.float32, torch.float64):
-                weights = weights.float()
-            bins = torch.bincount(self._index.view(-1), weights, self.time_grad.numel())
-            self.time_grad += bins
-        else:
-            per_sample = grad.sum(1) if group.has_candidates else grad.view(1, -1, *grad.shape[2:]).sum(1)
-        if self.position_grad is not None:
-            self._add_position_gradient(group, tile, per_sample)
-
-    def time_table_gradient(self, num_buckets: int) -> Tensor:
-        """Gradient of the time table, ``[num_buckets + 1]`` float64."""
-        assert self.time_grad is not None
-        return self.time_grad.new_zeros(num_buckets + 1).index_add_(0, self._buckets, self.time_grad)
-
-    def _prepare_time(self, bias: RelativeBias, offsets: Tensor, mask: Mask) -> None:
-        assert self.time is not None and bias.timestamps is not None
-        thresholds, self._buckets = _cell_tables(self.time.numel() - 1)
-        self._spread = self.time.index_select(0, self._buckets)
+    def __init__(self, bias: RelativeBias, offsets: Tensor, mask: Mask, layout: Layout) -> None:
+        assert bias.time is not None and bias.timestamps is not None
+        thresholds, self.buckets = _cell_tables(bias.time.numel() - 1)
         keys, readers = bias.timestamps, query_times(bias, offsets, mask.num_candidates)
         if keys.numel() and int(keys.max()) - int(keys.min()) < 2**31:
             first = keys.min()  # within a batch 31 bits nearly always do, at twice the speed of 63
             keys, readers = (keys - first).int(), (readers - first).int()
             thresholds = thresholds.clamp(max=2**31 - 1).int()
-        self._keys, self._readers, self._thresholds = keys, readers, thresholds
-        self._times_of: Group | None = None
+        self._keys, self._readers = (x.index_select(0, layout.tokens) for x in (keys, readers))
+        self._thresholds = thresholds
+        self._kept: dict[Chunk, Tensor] = {}
+        self._last: tuple[Chunk, Tensor] | None = None
+        self._room = KEPT_PER_TOKEN * keys.numel()
 
-    def _time_index(self, group: Group, tile: Tile) -> Tensor:
-        """Index ``(cell * lanes + lane) * 2 + above`` of each score, ``[g, R, C]`` int32."""
-        if self._times_of is not group:
-            self._times_of = group
-            self._group_times = self._readers[group.tokens][:, :, None], self._keys[group.tokens][:, None, :]
-            self._lanes = torch.arange(group.n, dtype=torch.int32).remainder_(_LANES).mul_(2).add_(1)
-        readers, keys = self._group_times
-        seconds = torch.sub(readers[:, tile.r0 : tile.r1], keys[..., tile.c0 : tile.c1]).abs_()
-        cell = seconds.float().view(torch.int32)
+    def of(self, chunk: Chunk) -> Tensor:
+        """``(cell * lanes + lane) * 2 + above threshold`` of each pair, int32 (int64 when times need it)."""
+        index = self._kept.get(chunk)
+        if index is None:
+            if self._last is None or self._last[0] is not chunk:
+                self._last = chunk, self._compute(chunk)
+            index = self._last[1]
+            if index.numel() <= self._room:
+                self._room -= index.numel()
+                self._kept[chunk] = index
+        return index
+
+    def _compute(self, chunk: Chunk) -> Tensor:
+        shape = (chunk.pairs,)
+        seconds = scratch("seconds", shape, self._keys.dtype)
+        for tile in chunk.tiles:
+            group = tile.group
+            own = slice(group.first, group.first + group.size * group.n)
+            readers, keys = (x[own].view(group.size, group.n) for x in (self._readers, self._keys))
+            difference = seconds[tile.first : tile.last].view(tile.shape)
+            torch.sub(readers[:, tile.r0 : tile.r1, None], keys[:, None, tile.c0 : tile.c1], out=difference)
+        cell = scratch("cell", shape, torch.float32).copy_(seconds.abs_()).view(torch.int32)
         cell.bitwise_right_shift_(_CELL_SHIFT)
+        threshold = torch.index_select(self._thresholds, 0, cell, out=scratch("threshold", shape, seconds.dtype))
         # The sign of the distance to the cell's threshold, 0 or -1, is much faster than a comparison.
-        below = seconds.sub_(self._thresholds.index_select(0, cell.view(-1)).view(cell.shape))
-        below.bitwise_right_shift_(torch.iinfo(below.dtype).bits - 1)
-        lanes = self._lanes[tile.c0 : tile.c1]
-        self._index = torch.add(lanes, cell, alpha=2 * _LANES, out=cell).add_(below)
-        return self._index
+        below = seconds.sub_(threshold).bitwise_right_shift_(torch.iinfo(seconds.dtype).bits - 1)
+        return torch.add(_lanes(chunk.pairs.bit_length())[: chunk.pairs], cell, alpha=2 * _LANES).add_(below)
 
-    def _position_tile(self, group: Group, tile: Tile) -> Tensor:
-        assert self.position is not None
-        if group.has_candidates:
-            return self.position.index_select(0, self._position_index(group, tile)).view(
-                group.size, 1, tile.r1 - tile.r0, tile.c1 - tile.c0
-            )
-        rows, columns = tile.r1 - tile.r0, tile.c1 - tile.c0
-        last = (self._position_entries - 1) // 2 + tile.c0 - (tile.r1 - 1)
-        diagonals = self.position[last : last + rows + columns - 1]
-        return diagonals.unfold(0, columns, 1).flip(0)[None, None]
 
-    def _position_index(self, group: Group, tile: Tile) -> Tensor:
-        rows = torch.arange(tile.r0, tile.r1).clamp(max=group.history[:, None])[:, :, None]
-        columns = torch.arange(tile.c0, tile.c1).clamp(max=group.history[:, None])[:, None, :]
-        return (columns - rows + (self._position_entries - 1) // 2).view(-1)
+class ScoreBias:
+    """What is added to the products of q and k, in ``dtype``: the relative bias, and where a row may not read a
+    column a great negative number, of which SiLU and its slope are exactly zero.
+    """
 
-    def _add_position_gradient(self, group: Group, tile: Tile, per_sample: Tensor) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        mask: Mask,
+        position: Tensor | None,
+        time: Tensor | None,
+        times: TimeIndex | None,
+        dtype: torch.dtype,
+    ) -> None:
+        self._mask, self._times = mask, times
+        self._hidden = torch.finfo(dtype).min / 2
+        self._position = None if position is None else position.detach().to(dtype)
+        longest = layout.groups[0].n if layout.groups else 0
+        self._centre = longest if position is None else (position.numel() - 1) // 2
+        # By distance: the position table, and the mask of a causal model.
+        none = torch.zeros(2 * longest + 1, dtype=dtype)
+        self._distances = none if self._position is None else self._position.clone()
+        if mask.causal:
+            self._distances[self._centre + 1 :] = self._hidden
+        self.position_grad: Tensor | None = None
+        self.time_grad: Tensor | None = None
+        self._spread: Tensor | None = None
+        if time is not None and times is not None:
+            self._spread = time.detach().to(dtype).index_select(0, times.buckets)
+
+    def want_gradients(self, position: bool, time: bool) -> None:
+        """Start gathering the gradients of the tables named."""
+        if position and self._position is not None:
+            self.position_grad = torch.zeros(self._position.numel(), dtype=torch.float64)
+        if time and self._spread is not None:
+            self.time_grad = torch.zeros(self._spread.numel(), dtype=torch.float64)
+
+    def of(self, chunk: Chunk) -> list[Tensor | None]:
+        """For each tile ``[g, 1, R, C]``, or ``[1, 1, R, C]`` when its sequences share it; None for nothing."""
+        if self._times is None or self._spread is None:
+            return [None if x is None else x[:, None] for x in map(self._without_time, chunk.tiles)]
+        flat = scratch("bias", (chunk.pairs,), self._spread.dtype)
+        torch.index_select(self._spread, 0, self._times.of(chunk), out=flat)
+        result: list[Tensor | None] = []
+        for tile in chunk.tiles:
+            own, rest = flat[tile.first : tile.last].view(tile.shape), self._without_time(tile)
+            result.append((own if rest is None else own.add_(rest))[:, None])
+        return result
+
+    def add_gradient(self, chunk: Chunk, d_scores: list[Tensor]) -> None:
+        """Add the gradients ``[g, H, R, C]`` of the scores of each tile."""
+        flat = scratch("per sample", (chunk.pairs,), d_scores[0].dtype)
+        for tile, own in zip(chunk.tiles, d_scores, strict=True):
+            per_sample = torch.sum(own, 1, out=flat[tile.first : tile.last].view(tile.shape))
+            if self.position_grad is not None:
+                self._add_position_gradient(tile, per_sample)
+        if self.time_grad is not None:
+            assert self._times is not None
+            weights = flat if flat.dtype == torch.float64 else flat.float()
+            self.time_grad += torch.bincount(self._times.of(chunk), weights, self.time_grad.numel())
+
+    def time_table_gradient(self, num_buckets: int) -> Tensor:
+        """Gradient of the time table, ``[num_buckets + 1]`` float64."""
+        assert self.time_grad is not None and self._times is not None
+        return self.time_grad.new_zeros(num_buckets + 1).index_add_(0, self._times.buckets, self.time_grad)
+
+    def _without_time(self, tile: Tile) -> Tensor | None:
+        """Mask and position bias, ``[1, R, C]`` or ``[g, R, C]``; None when they add nothing."""
+        by_distance, clamped = tile.by_distance(self._mask), self._position is not None and tile.clamps
+        if by_distance and not clamped:
+            adds = self._position is not None or (self._mask.causal and tile.c1 > tile.r0 + 1)
+            return self._diagonals(self._distances, tile) if adds else None
+        seen = tile.visible(self._mask)
+        if self._position is None:
+            return torch.zeros(tile.shape, dtype=self._distances.dtype).masked_fill_(~seen, self._hidden)
+        if not clamped:
+            return self._diagonals(self._position, tile).masked_fill(~seen, self._hidden)
+        return self._position[self._position_index(tile)].masked_fill_(~seen, self._hidden)
+
+    def _diagonals(self, table: Tensor, tile: Tile) -> Tensor:
+        # Row r of a tile is the table from centre - r on: overlapping rows, taken from the last to the first.
+        _, rows, columns = tile.shape
+        last = self._centre + tile.c0 - (tile.r1 - 1)
+        overlapping = table[last : last + rows + columns - 1].unfold(0, columns, 1)
+        return overlapping.index_select(0, torch.arange(rows - 1, -1, -1))[None]
+
+    def _position_index(self, tile: Tile) -> Tensor:
+        history = tile.group.history[:, None]
+        rows = torch.arange(tile.r0, tile.r1).clamp(max=history)[:, :, None]
+        columns = torch.arange(tile.c0, tile.c1).clamp(max=history)[:, None, :]
+        return columns - rows + self._centre
+
+    def _add_position_gradient(self, tile: Tile, per_sample: Tensor) -> None:
         assert self.position_grad is not None
-        if group.has_candidates:
-            index, weights = self._position_index(group, tile), per_sample.reshape(-1)
-            self.position_grad += torch.bincount(index, weights.double(), self._position_entries)
+        if tile.clamps:
+            index, weights = self._position_index(tile).view(-1), per_sample.reshape(-1)
+            self.position_grad += torch.bincount(index, weights.double(), self.position_grad.numel())
             return
-        rows, columns = tile.r1 - tile.r0, tile.c1 - tile.c0
-        last = (self._position_entries - 1) // 2 + tile.c0 - (tile.r1 - 1)
+        _, rows, columns = tile.shape
+        last = self._centre + tile.c0 - (tile.r1 - 1)
         # Written into a matrix one column wider than its row step, diagonals become columns.
         width = rows + columns - 1
         skewed = per_sample.new_zeros(rows * width + rows)
-        skewed.as_strided((rows, columns), (width - 1, 1), rows - 1).copy_(per_sample.sum(0))
+        torch.sum(per_sample, 0, out=skewed.as_strided((rows, columns), (width - 1, 1), rows - 1))
         self.position_grad[last : last + width] += skewed[: rows * width].view(rows, width).sum(0)
