@@ -33,3 +33,14 @@ def test_a_wrong_record_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_a_run_without_scores_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert scores.main([str(tmp_path)]) == 2
     assert "eval.json: not found" in capsys.readouterr().err
+
+
+def test_runs_over_windows_have_a_mean(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    about = {"protocol": "windows"}
+    runs = [
+        write(tmp_path / str(t), about | {"window": t, "metrics": {"HR@10": hr, "MRR": mrr}})
+        for t, hr, mrr in ((0, 0.2, 0.1), (1, 0.4, None))
+    ]
+    assert scores.main(runs) == 0
+    assert capsys.readouterr().out.splitlines()[-1].split() == ["mean", "of", "2", "runs", "HR@10", "0.3000"]
+    assert scores.main(runs[:1]) == 0 and "mean" not in capsys.readouterr().out

@@ -1,4 +1,7 @@
-"""`python -m hstu.cli.scores RUN_DIR...`: final test scores, beside the best possible ones where known."""
+"""`python -m hstu.cli.scores RUN_DIR...`: final test scores, beside the best possible ones where known.
+
+Runs of the protocol `windows` get the mean over their windows below.
+"""
 
 from __future__ import annotations
 
@@ -40,6 +43,11 @@ def table(runs: dict[str, dict[str, Any]]) -> str:
             if best.get(metric):
                 line += f" {best[metric]:14.4f} {value / best[metric]:7.1%}"
             lines.append(line)
+    windows = [record for record in runs.values() if record.get("protocol") == "windows"]
+    for metric in windows[0]["metrics"] if len(windows) > 1 else ():
+        scores = [record["metrics"].get(metric) for record in windows]
+        if None not in scores:
+            lines.append(f"{f'mean of {len(scores)} runs':28} {metric:12} {sum(scores) / len(scores):8.4f}")
     return "\n".join(lines)
 
 

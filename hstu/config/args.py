@@ -86,12 +86,21 @@ class DatasetArgs(Args):
     contextual_feature_names: tuple[str, ...] | None = None
     #: "leave_one_out": train on all but the last two events of a user, validate on the last but one, test on
     #: the last. "temporal": train before a time, validate up to a later one, test on the rest. "by_user":
-    #: train on the first 70% of the users, validate and test on the last two events of the others.
-    protocol: Literal["leave_one_out", "temporal", "by_user"] = "leave_one_out"
+    #: train on the first 70% of the users, validate and test on the last two events of the others. "windows":
+    #: train on one window of time, validate and test on the users of the next, half of them each.
+    protocol: Literal["leave_one_out", "temporal", "by_user", "windows"] = "leave_one_out"
     #: "temporal": shares of all events that lie before the validation and before the test window.
     temporal_quantiles: tuple[float, ...] = (0.8, 0.9)
-    #: "temporal": where the two windows begin, in seconds as in the data; wins over temporal_quantiles.
+    #: "windows": into how many, of about as many events each; the last to train on, from 0; how many up to it.
+    num_windows: int = 10
+    window: int = 0
+    train_windows: int = 1
+    #: "temporal": where the validation and the test window begin, "windows": where all but the first begin, in
+    #: seconds as in the data; wins over temporal_quantiles and num_windows.
     temporal_cuts: tuple[int, ...] | None = None
+    #: None: a user's most recent events are one training sample. k: as many samples as it takes for every event
+    #: to be a target once, each with a loss on its last k events alone and those before as history.
+    train_stride: int | None = None
     #: The part of its history that a sample sees, as a Python slice [start:end]: start = -k is the last k
     #: events, end = -k hides the k newest (staleness). Of it the most recent max_history_seqlen are kept.
     history_start: int | None = None
@@ -110,6 +119,7 @@ class DatasetArgs(Args):
         if not 0 < self.history_sampling_ratio <= 1:
             raise self.error("history_sampling_ratio", "must be above 0 and at most 1")
         self._validate_cuts()
+        self._validate_stride()
         start, end = self.history_start, self.history_end
         if start is not None and end is not None and (start < 0) == (end < 0) and start >= end:
             raise self.error("history_end", "must be above DatasetArgs.history_start, or no event is left")
@@ -123,10 +133,29 @@ class DatasetArgs(Args):
         quantiles, cuts = self.temporal_quantiles, self.temporal_cuts
         if len(quantiles) != 2 or not 0 < quantiles[0] < quantiles[1] < 1:
             raise self.error("temporal_quantiles", "must be two ascending numbers between 0 and 1, such as (0.8, 0.9)")
-        if cuts is not None and (len(cuts) != 2 or cuts[0] >= cuts[1]):
-            raise self.error("temporal_cuts", "must be two ascending times in seconds")
-        if cuts is not None and self.protocol != "temporal":
-            raise self.error("temporal_cuts", "needs DatasetArgs.protocol = 'temporal'")
+        if cuts is not None and self.protocol not in ("temporal", "windows"):
+            raise self.error("temporal_cuts", "needs DatasetArgs.protocol = 'temporal' or 'windows'")
+        if cuts is not None and (list(cuts) != sorted(set(cuts)) or not cuts):
+            raise self.error("temporal_cuts", "must be ascending times in seconds")
+        if cuts is not None and self.protocol == "temporal" and len(cuts) != 2:
+            raise self.error("temporal_cuts", "must be two times for 'temporal'")
+        self.require_range("num_windows", 2, 2**31)
+        self.require_range("window", 0, 2**31)
+        self.require_range("train_windows", 1, self.window + 2)
+        for name in ("num_windows", "window", "train_windows"):
+            if self.protocol != "windows" and getattr(self, name) != self.__dataclass_fields__[name].default:
+                raise self.error(name, "needs DatasetArgs.protocol = 'windows'")
+
+    def _validate_stride(self) -> None:
+        if self.train_stride is None:
+            return
+        self.require_positive("train_stride")
+        longest = self.max_num_candidates or self.max_history_seqlen
+        if self.train_stride > longest:
+            raise self.error("train_stride", f"must be at most {longest} (max_num_candidates, or max_history_seqlen "
+                             "without candidates), or some events are never a target")  # fmt: skip
+        if self.history_start is not None or self.history_end is not None:
+            raise self.error("train_stride", "needs the whole history: leave out history_start and history_end")
 
 
 @dataclass(frozen=True, kw_only=True)

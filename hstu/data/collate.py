@@ -53,15 +53,16 @@ class Collator:
         """Collate samples ``rows`` [B] of ``split``; none makes one sample without events, never a batch of none."""
         training = split.name == "train"
         users, stop = split.users[rows], split.stop[rows]
-        targets = self._num_targets(stop, training)
-        events = self._gather(dataset, users, stop, targets, training)
+        own = stop if split.first is None else stop - split.first[rows]
+        targets = self._num_targets(stop, own, training)
+        events, is_target = self._gather(dataset, users, stop, own, targets, training)
         if training and self.sampling_ratio < 1:
-            events = self._thin(events, targets, sample_ids)
+            events, is_target = self._thin(events, is_target, targets, sample_ids)
         if rows.size == 0:
             users, sample_ids, targets = np.full(1, -1), np.full(1, -1), np.zeros(1, np.int64)
             events = _one_empty_sample(events)
         candidates = targets if self.max_candidates else np.zeros_like(targets)
-        mask, labels = self._labels(dataset, events, candidates, training)
+        mask, labels = self._labels(dataset, events, candidates, is_target, training)
         times = events.times if events.times is not None else np.zeros_like(events.items)
         return Batch(
             features=self._features(dataset, events, candidates),
@@ -75,17 +76,23 @@ class Collator:
             step=step,
         )
 
-    def _num_targets(self, stop: np.ndarray, training: bool) -> np.ndarray:
-        """Return how many events at the end of each sample are not history, [B]."""
+    def _num_targets(self, stop: np.ndarray, own: np.ndarray, training: bool) -> np.ndarray:
+        """Return how many events at the end of each sample are not history, [B]; at most its ``own``."""
         if not training:
             return np.minimum(stop, 1)
         # At least one event stays history, unless there is only one.
-        return np.minimum(self.max_candidates, np.where(stop > 1, stop - 1, stop))
+        return np.minimum(self.max_candidates, np.minimum(own, np.where(stop > 1, stop - 1, stop)))
 
     def _gather(
-        self, dataset: SequenceDataset, users: np.ndarray, stop: np.ndarray, targets: np.ndarray, training: bool
-    ) -> Sequences:
-        """Read the visible part of each history, and the targets."""
+        self,
+        dataset: SequenceDataset,
+        users: np.ndarray,
+        stop: np.ndarray,
+        own: np.ndarray,
+        targets: np.ndarray,
+        training: bool,
+    ) -> tuple[Sequences, np.ndarray]:
+        """Read the visible part of each history, and the targets; and which of these events are the sample's own."""
         history = stop - targets
         start, end = _slice(self.history_start, 0, history), _slice(self.history_end, history, history)
         # Where every event is trained on, the first has nothing to predict it from and comes on top.
@@ -93,36 +100,49 @@ class Collator:
         start = np.maximum(np.minimum(start, end), end - longest)
         bounds = np.stack([start, end, history, stop], axis=1).reshape(-1, 2)
         pieces = dataset.gather(np.repeat(users, 2), bounds[:, 0], bounds[:, 1])
-        return replace(
+        events = replace(
             pieces,
             users=users,
             contexts={name: ids[::2] for name, ids in pieces.contexts.items()},
             lengths=pieces.lengths.reshape(-1, 2).sum(axis=1),
         )
+        # Own events that are not visible are the latest: those that history_end hides.
+        visible = np.maximum(own - (history - end), targets)
+        return events, _places(events.lengths)[1] < np.repeat(visible, events.lengths)
 
-    def _thin(self, events: Sequences, targets: np.ndarray, sample_ids: np.ndarray) -> Sequences:
+    def _thin(
+        self, events: Sequences, is_target: np.ndarray, targets: np.ndarray, sample_ids: np.ndarray
+    ) -> tuple[Sequences, np.ndarray]:
         """Keep each event of the history with probability ``sampling_ratio``, whatever rank holds the sample."""
         place, left = _places(events.lengths)
         keys = _mix(sample_ids.astype(np.uint64) + _mix(np.array([self.seed], np.uint64)))
         drawn = _mix(np.repeat(keys, events.lengths) + place.astype(np.uint64)) >> np.uint64(11)
         keep = (drawn < self.sampling_ratio * 2**53) | (left < np.repeat(targets, events.lengths))
-        return replace(
+        thinned = replace(
             events,
             lengths=np.diff(np.concatenate([[0], np.cumsum(keep)])[_offsets(events.lengths)]),
             items=events.items[keep],
             actions=None if events.actions is None else events.actions[keep],
             times=None if events.times is None else events.times[keep],
         )
+        return thinned, is_target[keep]
 
     def _labels(
-        self, dataset: SequenceDataset, events: Sequences, candidates: np.ndarray, training: bool
+        self,
+        dataset: SequenceDataset,
+        events: Sequences,
+        candidates: np.ndarray,
+        is_target: np.ndarray,
+        training: bool,
     ) -> tuple[np.ndarray, np.ndarray]:
         _, left = _places(events.lengths)
+        if training and self.actions_without_loss:
+            is_target = is_target & ~self._left_out(dataset, events)
         if self.task == "retrieval":
             # The row of event j predicts event j + 1; the last event of a sample predicts nothing.
             mask = left > 0 if training else left == 1
-            if training and self.actions_without_loss:
-                mask[:-1] &= ~self._left_out(dataset, events)[1:]
+            if training:
+                mask[:-1] &= is_target[1:]
             return mask, events.items[np.flatnonzero(mask) + 1]
         if events.actions is None:
             raise ValueError(f"data set {dataset.schema.name!r} has no action feature: ranking needs one to predict")
@@ -130,8 +150,8 @@ class Collator:
             mask = left < np.repeat(candidates, events.lengths)
         else:
             mask = np.ones_like(left, dtype=bool) if training else left == 0
-        if training and self.actions_without_loss:
-            mask &= ~self._left_out(dataset, events)
+        if training:
+            mask &= is_target
         return mask, events.actions[mask]
 
     def _left_out(self, dataset: SequenceDataset, events: Sequences) -> np.ndarray:

@@ -128,7 +128,7 @@ def _warnings(found: Overview) -> list[str]:
         (cold, f"cold items: {cold:,} of {len(found.popularity):,} items have fewer than {COLD_EVENTS} events"),
         (unseen, f"unseen items: {unseen:,} of {len(found.popularity):,} items have no event"),
         (int((found.lengths < 3).sum()), f"short users: {int((found.lengths < 3).sum()):,} of {users:,} have fewer "
-         "than 3 events, which leave_one_out refuses"),
+         "than 3 events; leave_one_out trains on them and does not score them"),
         (constant, "one action: all events have the same action, so that there is nothing to rank"),
     ]  # fmt: skip
     return [text for number, text in kinds if number]

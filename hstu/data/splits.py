@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
 from hstu.config import DatasetArgs
 from hstu.data.reader import SequenceDataset
+
+logger = logging.getLogger(__name__)
 
 MIN_EVENTS = 3
 TRAIN_SHARE = 0.7
@@ -23,11 +26,14 @@ class Split:
         users: Row of the user in the data set, int64 [S]; a user may have several samples.
         stop: The events before ``stop`` belong to the sample, int64 [S]. Of a valid or test sample the
             event ``stop - 1`` is the held-out target.
+        first: The events of a training sample before this one are inputs without a loss, int64 [S];
+            None: all have one.
     """
 
     name: Literal["train", "valid", "test"]
     users: np.ndarray
     stop: np.ndarray
+    first: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.users)
@@ -40,56 +46,65 @@ def make_splits(args: DatasetArgs, dataset: SequenceDataset) -> dict[str, Split]
         ValueError: If the data set has too few events, or no times where the protocol needs them.
     """
     if args.protocol == "temporal":
-        cuts = args.temporal_cuts or tuple(time_quantile(dataset, q) for q in args.temporal_quantiles)
-        return temporal(dataset, *cuts)
-    return {"leave_one_out": leave_one_out, "by_user": by_user}[args.protocol](dataset.lengths)
+        splits = temporal(dataset, *(args.temporal_cuts or time_quantiles(dataset, args.temporal_quantiles)))
+    elif args.protocol == "windows":
+        shares = tuple(number / args.num_windows for number in range(1, args.num_windows))
+        cuts = args.temporal_cuts or time_quantiles(dataset, shares)
+        splits = windows(dataset, cuts, args.window, args.train_windows)
+    else:
+        splits = {"leave_one_out": leave_one_out, "by_user": by_user}[args.protocol](dataset.lengths)
+    if args.train_stride is not None:
+        splits["train"] = _cut(splits["train"], args.train_stride)
+    return splits
 
 
 def leave_one_out(lengths: np.ndarray) -> dict[str, Split]:
     """Train on all but the last two events, validate on the last but one, test on the last.
 
+    Users with fewer than 3 events train with all they have and are not scored.
+
     Args:
         lengths: Number of events of each user, int64 [U].
 
     Returns:
-        The splits by name; each has one sample per user.
+        The splits by name; each has at most one sample per user.
 
     Raises:
-        ValueError: If a user has fewer than 3 events.
+        ValueError: If no user has 3 events.
     """
-    _require_events(lengths)
-    users = np.arange(len(lengths), dtype=np.int64)
-    stop = np.asarray(lengths, dtype=np.int64)
-    return {
-        "train": Split(name="train", users=users, stop=stop - 2),
-        "valid": Split(name="valid", users=users, stop=stop - 1),
-        "test": Split(name="test", users=users, stop=stop),
-    }
+    users, scored = np.flatnonzero(lengths), _scored(lengths)
+    held_out = np.where(lengths < MIN_EVENTS, 0, 2)
+    return _require_samples(
+        {
+            "train": Split(name="train", users=users, stop=(lengths - held_out)[users]),
+            "valid": Split(name="valid", users=scored, stop=lengths[scored] - 1),
+            "test": Split(name="test", users=scored, stop=lengths[scored]),
+        },
+        f"no user has {MIN_EVENTS} events",
+    )
 
 
 def by_user(lengths: np.ndarray) -> dict[str, Split]:
     """Train on all events of the first 70% of the users; of the others, validate and test on the last two.
 
-    For comparison with systems that split so: the future of a training user is another's past.
+    For comparison with systems that split so: the future of a training user is another's past. Of the others,
+    those with fewer than 3 events are left out.
 
     Args:
         lengths: Number of events of each user, int64 [U].
 
     Raises:
-        ValueError: If a user has fewer than 3 events, or there are fewer than 2 users.
+        ValueError: If a split is empty.
     """
-    _require_events(lengths)
-    users = np.arange(len(lengths), dtype=np.int64)
-    stop = np.asarray(lengths, dtype=np.int64)
     share = int(len(lengths) * TRAIN_SHARE)
-    train, others = users[:share], users[share:]
+    train, scored = np.flatnonzero(lengths[:share]), _scored(lengths, share)
     return _require_samples(
         {
-            "train": Split(name="train", users=train, stop=stop[train]),
-            "valid": Split(name="valid", users=others, stop=stop[others] - 1),
-            "test": Split(name="test", users=others, stop=stop[others]),
+            "train": Split(name="train", users=train, stop=lengths[train]),
+            "valid": Split(name="valid", users=scored, stop=lengths[scored] - 1),
+            "test": Split(name="test", users=scored, stop=lengths[scored]),
         },
-        "by_user needs 2 users or more",
+        f"by_user needs 2 users or more, and {MIN_EVENTS} events of one of the last 30%",
     )
 
 
@@ -121,7 +136,51 @@ def temporal(dataset: SequenceDataset, valid_from: int, test_from: int) -> dict[
     )
 
 
-def time_quantile(dataset: SequenceDataset, share: float) -> int:
+def windows(dataset: SequenceDataset, cuts: tuple[int, ...], window: int, train_windows: int = 1) -> dict[str, Split]:
+    """Cut the time into windows; train on the events of one (or some up to it), score those of the next.
+
+    What a user did before a window is input to it. Of the scored window each event is one sample, as in
+    ``temporal``: those of users in even rows validate, those of users in odd rows test.
+
+    Args:
+        dataset: The data.
+        cuts: Times at which the next window begins, ascending, in seconds; one fewer than windows.
+        window: Number of the (last) window to train on, from 0.
+        train_windows: How many windows up to that one are trained on.
+
+    Raises:
+        ValueError: If there is no window after ``window``, the data set has no times, or a split is empty.
+    """
+    if window >= len(cuts):
+        raise ValueError(
+            f"DatasetArgs.window = {window}: of {len(cuts) + 1} windows the last that has another one after it to be "
+            f"scored is {len(cuts) - 1}"
+        )
+    edges = [-(2**63), *cuts, 2**63 - 1]
+    first, last, end = (dataset.count_before(edges[k]) for k in (window + 1 - train_windows, window + 1, window + 2))
+    users = np.flatnonzero(last > first)
+    even = np.arange(len(end)) % 2 == 0
+    return _require_samples(
+        {
+            "train": Split(name="train", users=users, stop=last[users], first=first[users]),
+            "valid": _one_sample_per_event("valid", last, np.where(even, end, last)),
+            "test": _one_sample_per_event("test", last, np.where(even, last, end)),
+        },
+        f"window {window} ends at the time {cuts[window]}, the next at {[*cuts, 'the end'][window + 1]}; change "
+        "DatasetArgs.window, num_windows or temporal_cuts",
+    )
+
+
+def time_quantiles(dataset: SequenceDataset, shares: tuple[float, ...]) -> tuple[int, ...]:
+    """Return for each share the first time before which at least that share of all events lies.
+
+    Raises:
+        ValueError: If the data set has no times or no events.
+    """
+    return tuple(_time_quantile(dataset, share) for share in shares)
+
+
+def _time_quantile(dataset: SequenceDataset, share: float) -> int:
     """Return the first time before which at least ``share`` of all events lie.
 
     Raises:
@@ -151,14 +210,31 @@ def _one_sample_per_event(name: Literal["valid", "test"], start: np.ndarray, sto
     return Split(name=name, users=np.repeat(np.arange(len(stop)), counts)[order], stop=targets[order] + 1)
 
 
-def _require_events(lengths: np.ndarray) -> None:
-    short = np.flatnonzero(lengths < MIN_EVENTS)
-    if len(short):
-        raise ValueError(
-            f"{len(short)} of {len(lengths)} users have fewer than {MIN_EVENTS} events "
-            f"(row {short[0]} has {lengths[short[0]]}), too few to train, validate and test on; "
-            f"drop them with --min_user_events {MIN_EVENTS} in preprocessing"
+def _cut(split: Split, stride: int) -> Split:
+    """Cut samples from their ends into ones of ``stride`` events each that carry a loss, with all before as history."""
+    first = np.zeros_like(split.stop) if split.first is None else split.first
+    counts = -((first - split.stop) // stride)
+    number = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    stop = np.repeat(split.stop, counts) - number * stride
+    return replace(
+        split,
+        users=np.repeat(split.users, counts),
+        stop=stop,
+        first=np.maximum(stop - stride, np.repeat(first, counts)),
+    )
+
+
+def _scored(lengths: np.ndarray, begin: int = 0) -> np.ndarray:
+    """Return the users from ``begin`` on with enough events to be scored, and tell how many have not."""
+    users = np.arange(begin, len(lengths))
+    enough = lengths[begin:] >= MIN_EVENTS
+    if not enough.all():
+        logger.info(
+            "%d of %d users have fewer than %d events: they are not scored (--min_user_events %d in preprocessing "
+            "drops them)",
+            *((~enough).sum(), len(users), MIN_EVENTS, MIN_EVENTS),
         )
+    return users[enough]
 
 
 def _require_samples(splits: dict[str, Split], remedy: str) -> dict[str, Split]:

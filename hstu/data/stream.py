@@ -209,7 +209,7 @@ def _filter(
     short = int((kept.lengths < MIN_EVENTS).sum())
     if short:
         logger.info(
-            "%s: %d of %d users have fewer than %d events, too few to train, validate and test on; "
+            "%s: %d of %d users have fewer than %d events: they can train a model, but not validate or test it; "
             "--min_user_events %d drops them",
             *(spec.file, short, len(kept.users), MIN_EVENTS, MIN_EVENTS),
         )

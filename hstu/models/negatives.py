@@ -120,11 +120,13 @@ class NegativeSampler:
 
 
 def count_items(dataset: SequenceDataset, split: Split) -> Tensor:
-    """Return how often each item occurs in the samples of ``split``, [items] int64."""
+    """Return how often each item is one of the events of ``split`` that carry a loss, [items] int64."""
     counts = np.zeros(dataset.schema.item.vocab_size or 0, np.int64)
     for start in range(0, len(split), POOL_SIZE):
-        users, stop = split.users[start : start + POOL_SIZE], split.stop[start : start + POOL_SIZE]
-        counts += np.bincount(dataset.gather(users, np.zeros_like(stop), stop).items, minlength=counts.size)
+        rows = slice(start, start + POOL_SIZE)
+        stop = split.stop[rows]
+        first = np.zeros_like(stop) if split.first is None else split.first[rows]
+        counts += np.bincount(dataset.gather(split.users[rows], first, stop).items, minlength=counts.size)
     return torch.from_numpy(counts)
 
 

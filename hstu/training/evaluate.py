@@ -57,6 +57,8 @@ def evaluate(
     # JSON has no nan: a metric that is not defined on these events is null.
     result["metrics"] = {k: None if math.isnan(v) else v for k, v in result["metrics"].items()}
     record = {"kind": "eval", "split": loader.split.name, "step": step, "protocol": config.dataset.protocol}
+    if config.dataset.protocol == "windows":
+        record["window"] = config.dataset.window
     return record | {"tie_rule": "average"} | result
 
 

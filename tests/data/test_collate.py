@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from hstu.data import SequenceDataset, Split, leave_one_out
+from hstu.config import DatasetArgs
+from hstu.data import SequenceDataset, Split, leave_one_out, make_splits
 from hstu.data.batch import Batch
 from hstu.data.collate import Collator
 from tests.samples import make_dataset
@@ -366,3 +367,49 @@ def test_evaluation_scores_every_target_whatever_its_action(dataset: SequenceDat
         a, b = (collate(collator, dataset, name) for collator in (plain, masked))
         assert torch.equal(a.label_mask, b.label_mask) and a.labels.numel() == len(LENGTHS)
     assert collate(masked, dataset, "train").labels.numel() == 0
+
+
+@pytest.mark.parametrize(("task", "candidates"), [("ranking", 0), ("ranking", 3), ("retrieval", 0)])
+@pytest.mark.parametrize("protocol", ["leave_one_out", "windows"])
+def test_with_a_stride_every_training_event_has_one_label(
+    tmp_path: Path, task: str, candidates: int, protocol: str
+) -> None:
+    lengths = (3, 1, 12, 7, 30)
+    numbered = make_dataset(tmp_path / "numbered", lengths, num_items=sum(lengths), items=np.arange(sum(lengths)))
+    options = {"protocol": "windows", "num_windows": 2} if protocol == "windows" else {}
+    args = DatasetArgs(dataset_name="numbered", max_history_seqlen=6, max_num_candidates=candidates, **options)
+    whole, split = (make_splits(replace(args, train_stride=k), numbered)["train"] for k in (None, 3))
+    collator = Collator(task=task, max_history=6, max_candidates=candidates)  # type: ignore[arg-type]
+    batch = collate(collator, numbered, split)
+    following = 1 if task == "retrieval" else 0
+    labelled = batch.ids("item")[batch.label_mask.nonzero().squeeze(1) + following].tolist()
+    begin = np.cumsum(lengths) - lengths
+    first = np.zeros(len(whole), np.int64) if whole.first is None else whole.first
+    wanted = {
+        int(begin[user]) + place
+        for user, start, stop in zip(whole.users, first, whole.stop, strict=True)
+        for place in range(max(start, following), stop)
+    }
+    if candidates:  # the first event of a sequence stays history if there are others
+        labelled, wanted = [item for item in labelled if item not in begin], wanted - set(begin.tolist())
+    assert sorted(labelled) == sorted(wanted)
+    # Before its own events a sample shows up to six more, all of its user's past.
+    for items, mask in zip(
+        batch.ids("item").split(batch.lengths("item").tolist()),
+        batch.label_mask.split(batch.lengths("item").tolist()),
+        strict=True,
+    ):
+        assert items.diff().eq(1).all() and mask.sum() <= 3 and len(items) <= 6 + max(1, candidates)
+
+
+def test_events_before_the_first_with_a_loss_are_inputs_whatever_is_visible(dataset: SequenceDataset) -> None:
+    split = Split(name="train", users=np.array([2]), stop=np.array([10]), first=np.array([6]))
+    events = user_events(dataset, 2, 10)
+    for hidden, labels in ((0, 4), (2, 2), (5, 0)):
+        collator = Collator(task="ranking", max_history=50, history_end=-hidden or None)
+        batch = collate(collator, dataset, split)
+        assert batch.ids("item").tolist() == events.items[: 10 - hidden].tolist()
+        assert batch.label_mask.tolist() == [False] * (10 - hidden - labels) + [True] * labels
+    thin = collate(Collator(task="ranking", max_history=50, sampling_ratio=0.5), dataset, split)
+    assert thin.label_mask.tolist() == (thin.timestamps >= int(events.times[6])).tolist()
+    assert not thin.label_mask.all()

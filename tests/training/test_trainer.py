@@ -62,6 +62,16 @@ def test_records(data: Path, tmp_path: Path, task: str) -> None:
     assert list((tmp_path / "tensorboard").glob("events.*"))
 
 
+@pytest.mark.parametrize("task", ["ranking", "retrieval"])
+def test_a_run_over_a_window_of_time(data: Path, tmp_path: Path, task: str) -> None:
+    about = ("DatasetArgs.protocol='windows'", "DatasetArgs.num_windows=4", "DatasetArgs.window=1")
+    with trainer(data, tmp_path, task, *about, "DatasetArgs.train_stride=4", "TrainerArgs.max_train_iters=3") as run:
+        assert run.train() is not None
+    final = json.loads((tmp_path / "eval.json").read_text())
+    assert (final["protocol"], final["window"]) == ("windows", 1) and "best_possible" not in final
+    assert final["num_targets"] >= final["num_users"] > 0
+
+
 def test_a_metric_without_a_known_best(data: Path, tmp_path: Path) -> None:
     with trainer(
         data, tmp_path, "ranking", "TrainerArgs.max_train_iters=1", "RankingArgs.eval_metrics=('AUC','LOGLOSS')"
