@@ -1,9 +1,10 @@
-"""A person's own log: read it from csv, tsv, parquet or plain text.
+"""A person's own log: read it block by block from csv, tsv, parquet, jsonl or plain text.
 
 How a file is read is decided by the file:
 
 - ``.parquet`` or ``.pq``: parquet.
 - ``.csv`` or ``.tsv``: separated by commas or tabs, with a header.
+- ``.jsonl`` or ``.ndjson``: one object with the same keys per line.
 - anything else: separated by comma, tab, semicolon, bar or blank with a header, if the first line split so
   holds the user and the item column; otherwise text without a header, fields separated by blanks. If every line
   has two fields, a line is an event ``user item``; otherwise a line is a user's sequence
@@ -15,32 +16,52 @@ from __future__ import annotations
 import csv
 import hashlib
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import polars as pl
 
-from hstu.data.interactions import InteractionSpec, encode_interactions
-from hstu.data.writer import EncodedDataset
+from hstu.data.interactions import InteractionSpec
+from hstu.data.schema import Schema
+from hstu.data.stream import Progress
+from hstu.data.table import ROWS_AT_ONCE, Table, encode_table
+from hstu.data.writer import DatasetWriter
 
 logger = logging.getLogger("hstu.preprocessing")
 
 _SEPARATORS = (",", "\t", ";", "|", " ")
+_SAMPLE = 1 << 20  # bytes that tell how long lines are
+_JSON_LINES = 1000  # that tell what keys objects have
 
 
-def encode_custom(interactions: Path, spec: InteractionSpec, users: Path | None = None) -> EncodedDataset:
-    """Encode the interactions file as a data set; every other column of the users file becomes a context.
+def encode_custom(
+    interactions: Path, spec: InteractionSpec, writer: DatasetWriter, progress: Progress, users: Path | None = None
+) -> Schema:
+    """Encode the interactions file and write it; every other column of the users file becomes a context.
+
+    Returns:
+        The schema, still to be written.
 
     Raises:
         ValueError: For bad input, naming file, column, row, value and remedy.
     """
     source = {path.name: _checksum(path) for path in (interactions, users) if path is not None}
-    frame = read_table(interactions, [spec.user_column, spec.item_column])
-    users_frame = None if users is None else read_table(users, [spec.user_column])
-    return encode_interactions(frame, spec, users=users_frame, source=source)
+    table = open_table(interactions, [spec.user_column, spec.item_column])
+
+    def read_users() -> pl.DataFrame | None:
+        if users is None:
+            return None
+        found = open_table(users, [spec.user_column])
+        empty = pl.DataFrame(schema=dict.fromkeys(found.columns, pl.String))
+        return pl.concat([*found.read(None)] or [empty])
+
+    return replace(encode_table(table, spec, writer, users=read_users, progress=progress), source=source)
 
 
-def read_table(path: Path, columns: list[str]) -> pl.DataFrame:
-    """Read a file as the module's docstring says; ``columns`` are those that its header must hold.
+def open_table(path: Path, columns: list[str]) -> Table:
+    """Open a file as the module's docstring says; ``columns`` are those that its header must hold.
 
     Returns:
         A table, of strings unless the file is parquet.
@@ -48,34 +69,65 @@ def read_table(path: Path, columns: list[str]) -> pl.DataFrame:
     Raises:
         ValueError: For a file that is empty, unreadable or has lines of unequal numbers of fields.
     """
-    try:
+    with _readable(path):
         if path.suffix in (".parquet", ".pq"):
-            return pl.read_parquet(path)
+            frame = pl.scan_parquet(path, glob=False)
+            return _table(path, frame, rows=frame.select(pl.len()).collect().item())
+        if path.suffix in (".jsonl", ".ndjson"):
+            keys = pl.scan_ndjson(path, infer_schema_length=_JSON_LINES).collect_schema().names()
+            return _table(path, pl.scan_ndjson(path, schema=dict.fromkeys(keys, pl.String)))
         with path.open(encoding="utf-8-sig") as file:
             first = file.readline().strip("\r\n")
         separator = {".csv": ",", ".tsv": "\t"}.get(path.suffix) or _separator(first, columns)
-        return _read_separated(path, separator) if separator else _read_text(path, columns)
-    except pl.exceptions.NoDataError as error:
-        raise ValueError(f"{path}: is empty; give a file with at least one event") from error
-    except (pl.exceptions.PolarsError, OSError, UnicodeDecodeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{path}: cannot be read ({reason}); give csv, tsv, parquet or text in UTF-8") from error
+        if separator is None:
+            return _text(path, columns)
+        return _table(path, pl.scan_csv(path, separator=separator, infer_schema=False, glob=False), separator)
 
 
 def _separator(first_line: str, columns: list[str]) -> str | None:
     return next((s for s in _SEPARATORS if set(columns) <= set(first_line.split(s))), None)
 
 
-def _read_separated(path: Path, separator: str) -> pl.DataFrame:
+def _table(path: Path, frame: pl.LazyFrame, separator: str = "", rows: int = 0) -> Table:
+    names = frame.collect_schema().names()
+
+    def read(columns: list[str] | None) -> Iterator[pl.DataFrame]:
+        ragged = bool(separator)  # possibly: a line that is too short reads as nulls at its end
+        with _readable(path, separator):
+            for block in _blocks(frame if columns is None else frame.select(columns)):
+                if ragged and columns is None and block[:, -1].null_count():
+                    _refuse_ragged(path, separator)
+                    ragged = False
+                yield block
+
+    return Table(names, read, rows or _estimate_rows(path))
+
+
+def _blocks(frame: pl.LazyFrame) -> Iterator[pl.DataFrame]:
+    yield from frame.collect_batches(chunk_size=ROWS_AT_ONCE, maintain_order=True, lazy=True)
+
+
+def _estimate_rows(path: Path) -> int:
+    with path.open("rb") as file:
+        sample = file.read(_SAMPLE)
+    return path.stat().st_size * sample.count(b"\n") // max(1, len(sample))
+
+
+@contextmanager
+def _readable(path: Path, separator: str = "") -> Iterator[None]:
+    """Turn what reading a file raises into a ValueError that names it."""
     try:
-        frame = pl.read_csv(path, separator=separator, infer_schema=False)
-    except pl.exceptions.ComputeError:
-        _refuse_ragged(path, separator)
-        raise
-    # A line that is too short reads as nulls at its end.
-    if frame.width and frame[:, -1].null_count():
-        _refuse_ragged(path, separator)
-    return frame
+        yield
+    except pl.exceptions.NoDataError as error:
+        raise ValueError(f"{path}: is empty; give a file with at least one event") from error
+    except (pl.exceptions.PolarsError, OSError, UnicodeDecodeError) as error:
+        if separator and isinstance(error, pl.exceptions.ComputeError):
+            with _readable(path):
+                _refuse_ragged(path, separator)
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"{path}: cannot be read ({reason}); give csv, tsv, parquet, jsonl or text in UTF-8"
+        ) from error
 
 
 def _refuse_ragged(path: Path, separator: str) -> None:
@@ -91,42 +143,56 @@ def _refuse_ragged(path: Path, separator: str) -> None:
                 )
 
 
-def _read_text(path: Path, columns: list[str]) -> pl.DataFrame:
+def _text(path: Path, columns: list[str]) -> Table:
     """Events of text without a header: `user item` or `user item1 item2 ...` per line."""
     if len(columns) == 1:
         raise ValueError(f"{path}: the first line is no header with the column {columns[0]!r}; add one")
-    lines = pl.read_csv(
-        path, separator="\x01", quote_char=None, has_header=False, infer_schema=False, new_columns=["line"]
+    user, item = columns
+    lines = pl.scan_csv(
+        path, separator="\x01", quote_char=None, has_header=False, infer_schema=False, new_columns=["line"], glob=False
     )
-    table = lines.with_row_index("number", offset=1).select(
+    fields = lines.with_row_index("number", offset=1).select(
         "number", pl.col("line").fill_null("").str.extract_all(r"\S+").alias("fields")
     )
-    table = table.filter(pl.col("fields").list.len() > 0).with_columns(
-        pl.col("fields").list.first().alias("user"), pl.col("fields").list.slice(1).alias("items")
+    fields = fields.filter(pl.col("fields").list.len() > 0).with_columns(
+        pl.col("fields").list.first().alias(user), pl.col("fields").list.slice(1).alias(item)
     )
-    if table.is_empty():
+    rows = longest = 0
+    for block in _blocks(fields):
+        short = block.filter(pl.col(item).list.len() == 0)
+        if short.height:
+            number, name = short.select("number", user).row(0)
+            raise ValueError(
+                f"{path}: line {number} holds {name!r} alone; a line is `user item` or `user item1 item2 ...`, "
+                f"or a header with the columns {user!r} and {item!r}"
+            )
+        lengths = block[item].list.len().to_numpy()
+        rows, longest = rows + int(lengths.sum()), max(longest, int(lengths.max()))
+    if longest == 0:
         raise ValueError(f"{path}: is empty; give a file with at least one line")
-    short = table.filter(pl.col("items").list.len() == 0)
-    if short.height:
-        number, user = short.select("number", "user").row(0)
-        raise ValueError(
-            f"{path}: line {number} holds {user!r} alone; a line is `user item` or `user item1 item2 ...`, "
-            f"or a header with the columns {columns[0]!r} and {columns[1]!r}"
-        )
-    longest = table["items"].list.len().to_numpy().max()
     if longest == 1:
         logger.info("%s: read as text, one event `user item` per line", path)
     else:
-        repeated = table.filter(~pl.col("user").is_first_distinct())
-        if repeated.height:
-            number, user = repeated.select("number", "user").row(0)
-            raise ValueError(
-                f"{path}: line {number}: user {user!r} has a line already; lines of more than two fields are "
-                f"one user's items each (for a table, add a header with {columns[0]!r} and {columns[1]!r})"
-            )
+        _refuse_repeated_users(path, fields, user, item)
         logger.info("%s: read as text, one user `user item1 item2 ...` per line", path)
-    events = table.select("user", "items").explode("items")
-    return events.rename({"user": columns[0], "items": columns[1]})
+
+    def read(columns: list[str] | None) -> Iterator[pl.DataFrame]:
+        with _readable(path):
+            for block in _blocks(fields.select(user, item)):
+                yield block.explode(item)
+
+    return Table([user, item], read, rows)
+
+
+def _refuse_repeated_users(path: Path, fields: pl.LazyFrame, user: str, item: str) -> None:
+    lines = fields.select("number", user).collect()
+    repeated = lines.filter(~pl.col(user).is_first_distinct())
+    if repeated.height:
+        number, name = repeated.row(0)
+        raise ValueError(
+            f"{path}: line {number}: user {name!r} has a line already; lines of more than two fields are "
+            f"one user's items each (for a table, add a header with {user!r} and {item!r})"
+        )
 
 
 def _checksum(path: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -72,7 +73,7 @@ class Layout:
     def check_header(self, line: bytes, place: str) -> None:
         """Raise ValueError unless ``line`` names the fields."""
         expected = self.separator.join(field.name for field in self.fields)
-        if line.decode("utf-8", "replace").rstrip("\r\n") != expected:
+        if line.decode("utf-8", "replace").removesuffix("\r") != expected:
             raise ValueError(f"{place}: the first line is {line[:80]!r}, expected {expected!r}; {_REMEDY}")
 
     def parse(self, content: bytes, place: str, first_line: int = 1) -> pl.DataFrame:
@@ -90,6 +91,8 @@ class Layout:
             ValueError: Naming the first line that is not in this layout.
         """
         wanted = [field for field in self.fields if field.kind]
+        if content.startswith(BOM_UTF8):  # which Polars would pass over
+            raise ValueError(f"{place}: line {first_line} begins with a byte order mark; {_REMEDY}")
         # Polars knows separators of one character: '::' is ':' with an empty field in between.
         step = len(self.separator)
         kinds: dict[str, type[pl.DataType]] = {}
@@ -111,6 +114,8 @@ class Layout:
             self._explain(content, place, first_line, str(error))
         if not self._all_fields(content, frame.height):
             self._explain(content, place, first_line, "lines of different numbers of fields")
+        if content.count(b"\r") != content.count(b"\r\n"):
+            self._explain(content, place, first_line, "carriage returns within lines")
         required = [self.fields[position].name for position in read if not self.fields[position].optional]
         if sum(frame.select(required).null_count().row(0)) or (b'"' in content and not self.quoted):
             self._explain(content, place, first_line, "empty or quoted fields")
@@ -124,14 +129,18 @@ class Layout:
         if self.quoted:
             rows = csv.reader(content.decode(errors="replace").splitlines(), delimiter=self.separator)
             return all(len(row) == len(self.fields) for row in rows)
+        wanted = lines * (len(self.fields) - 1)
         separators = np.count_nonzero(np.frombuffer(content, np.uint8) == ord(self.separator[0]))
-        return separators == lines * (len(self.fields) - 1) * len(self.separator)
+        # Of '::', nothing may stand between the two.
+        return separators == wanted * len(self.separator) and (
+            len(self.separator) == 1 or content.count(self.separator.encode()) == wanted
+        )
 
     def _explain(self, content: bytes, place: str, first_line: int, reason: str) -> NoReturn:
         """Raise ValueError about the first wrong line."""
         for number, line in enumerate(content.split(b"\n"), first_line):
             if line or number == first_line:
-                self._refuse(line.rstrip(b"\r"), f"{place}: line {number}")
+                self._refuse(line.removesuffix(b"\r"), f"{place}: line {number}")
             elif number - first_line < content.count(b"\n"):
                 raise ValueError(f"{place}: line {number} is empty; {_REMEDY}")
         raise ValueError(f"{place}: from line {first_line} on: {' '.join(reason.split())[:200]}; {_REMEDY}")
@@ -144,6 +153,8 @@ class Layout:
         values = next(csv.reader([text], delimiter=self.separator)) if self.quoted else text.split(self.separator)
         if len(values) != len(self.fields):
             raise ValueError(f"{place} has {len(values)} fields, not {len(self.fields)}: {text[:80]!r}; {_REMEDY}")
+        if "\r" in text:
+            raise ValueError(f"{place} holds a carriage return: {text[:80]!r}; {_REMEDY}")
         if '"' in text and not self.quoted:
             raise ValueError(f"{place} holds a quote, which the layout does not know: {text[:80]!r}; {_REMEDY}")
         if values[-1] == "" and not self.fields[-1].optional:
@@ -157,7 +168,7 @@ class Layout:
 def _is_valid(value: str, field: Field) -> bool:
     if field.kind == pl.String:
         return value != ""
-    pattern = r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?" if field.kind == pl.Float64 else r"\s*[+-]?\d+"
+    pattern = r" *[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?" if field.kind == pl.Float64 else r" *[+-]?\d+"
     if not re.fullmatch(pattern, value):
         return False
     low, high = field.bounds or (-(2**63), 2**63 - 1)

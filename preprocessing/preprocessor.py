@@ -12,10 +12,12 @@ from __future__ import annotations
 import logging
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
-from typing import get_args
+from typing import Any, cast, get_args
 
 from absl import app, flags
 
@@ -28,7 +30,7 @@ from hstu.data.interactions import Duplicates, InteractionSpec
 from hstu.data.replace import require_writable
 from hstu.data.schema import ActionType, Schema
 from hstu.data.synthetic import Distribution, SyntheticConfig, generate
-from hstu.data.writer import EncodedDataset, write_dataset
+from hstu.data.writer import write_dataset, writing
 from preprocessing import amazon, kuairand, movielens
 from preprocessing.custom import encode_custom
 from preprocessing.progress import Progress
@@ -46,9 +48,9 @@ def define_flags() -> None:
     flags.DEFINE_string("data_dir", "tmp_data", "Where data sets are written.")
     flags.DEFINE_string("raw_dir", None, "Where raw files are, besides data_dir; downloads go there too.")
     flags.DEFINE_bool("check_counts", True, "Check users, items and events against the published numbers.")
-    spec = {field.name: field.default for field in fields(InteractionSpec)}
+    spec: dict[str, Any] = {field.name: field.default for field in fields(InteractionSpec)}
     flags.DEFINE_string("name", None, "custom: name of the data set.")
-    flags.DEFINE_string("interactions", None, "custom: file of events, csv, tsv, parquet or `user item` text.")
+    flags.DEFINE_string("interactions", None, "custom: file of events, csv, tsv, parquet, jsonl or `user item` text.")
     flags.DEFINE_string("users", None, "custom: file of users; its other columns become contexts.")
     flags.DEFINE_string("user_column", spec["user_column"], "custom: column of user ids, in both files.")
     flags.DEFINE_string("item_column", spec["item_column"], "custom: column of item ids.")
@@ -61,13 +63,13 @@ def define_flags() -> None:
     flags.DEFINE_integer("min_item_events", None, "Drop items with fewer events, repeated with the users" + default)
     flags.DEFINE_integer("max_user_events", None, "Keep the most recent events of each user; default 0 (all).")
     for field in fields(SyntheticConfig):
-        text = f"synthetic: {field.name.replace('_', ' ')}, see hstu.data.synthetic."
-        if isinstance(field.default, str):
-            flags.DEFINE_enum(field.name, field.default, get_args(Distribution), text)
-        elif isinstance(field.default, int):
-            flags.DEFINE_integer(field.name, field.default, text)
+        text, known = f"synthetic: {field.name.replace('_', ' ')}, see hstu.data.synthetic.", cast(Any, field.default)
+        if isinstance(known, str):
+            flags.DEFINE_enum(field.name, known, get_args(Distribution), text)
+        elif isinstance(known, int):
+            flags.DEFINE_integer(field.name, known, text)
         else:
-            flags.DEFINE_float(field.name, field.default, text)
+            flags.DEFINE_float(field.name, known, text)
 
 
 def main() -> None:
@@ -130,22 +132,32 @@ def _refuse_foreign_flags() -> None:
 
 def _make(name: str | None) -> None:
     require_writable(FLAGS.data_dir)
-    if name in DATASETS:
+    if name == "synthetic":
+        schema, directory = _make_synthetic()
+    elif name == "custom":
+        schema, directory = _make_custom()
+    elif name in DATASETS:
         schema, directory = _make_published(name)
     else:
-        try:
-            dataset = _encode(name)
-            schema, directory = dataset.schema, Path(FLAGS.data_dir) / dataset.schema.name
-            write_dataset(dataset, directory)
-        except KeyboardInterrupt as interrupt:
-            raise KeyboardInterrupt(f"while making {name}: {FLAGS.data_dir} is as it was") from interrupt
+        given = "is missing" if name is None else f"is {name!r}"
+        raise ValueError(f"--dataset_name {given}; choose one of {', '.join((*NAMED, 'custom', 'all'))}")
     print(summary(schema, directory))
+
+
+def _make_synthetic() -> tuple[Schema, Path]:
+    try:
+        dataset = generate(SyntheticConfig(**_flags_of(SyntheticConfig)))
+        directory = Path(FLAGS.data_dir) / dataset.schema.name
+        write_dataset(dataset, directory)
+    except KeyboardInterrupt as interrupt:
+        raise KeyboardInterrupt(f"while making synthetic: {FLAGS.data_dir} is as it was") from interrupt
+    return dataset.schema, directory
 
 
 def _make_published(name: str) -> tuple[Schema, Path]:
     data_dir, raw_dir = Path(FLAGS.data_dir), Path(FLAGS.raw_dir or FLAGS.data_dir)
-    progress, directory = Progress(name), data_dir / name
-    try:
+    directory = data_dir / name
+    with _progress(name, directory) as progress:
         schema = make_published(
             name,
             DATASETS[name],
@@ -153,36 +165,41 @@ def _make_published(name: str) -> tuple[Schema, Path]:
             download_to=raw_dir / name,
             directory=directory,
             progress=progress,
-            filters={flag: FLAGS[flag].value for flag in FILTERS if FLAGS[flag].value is not None},
+            filters={flag: value for flag in FILTERS if (value := FLAGS[flag].value) is not None},
             check_counts=FLAGS.check_counts,
         )
-    except KeyboardInterrupt as interrupt:
-        raise KeyboardInterrupt(f"while {progress.state}: {directory} is as it was") from interrupt
-    finally:
-        progress.close()
     return schema, directory
 
 
-def _encode(name: str | None) -> EncodedDataset:
-    if name == "synthetic":
-        return generate(SyntheticConfig(**_flags_of(SyntheticConfig)))
-    if name == "custom":
-        return _encode_custom()
-    given = "is missing" if name is None else f"is {name!r}"
-    raise ValueError(f"--dataset_name {given}; choose one of {', '.join((*NAMED, 'custom', 'all'))}")
-
-
-def _encode_custom() -> EncodedDataset:
+def _make_custom() -> tuple[Schema, Path]:
     for flag in ("name", "interactions"):
         if not FLAGS[flag].value:
             raise ValueError(f"--dataset_name custom needs --{flag}")
     if FLAGS.name in NAMED:
         raise ValueError(f"--name {FLAGS.name} is that of a published data set; choose another")
     spec = InteractionSpec(**_flags_of(InteractionSpec), file=FLAGS.interactions, users_file=FLAGS.users or "users")
-    return encode_custom(Path(FLAGS.interactions), spec, Path(FLAGS.users) if FLAGS.users else None)
+    directory, users = Path(FLAGS.data_dir) / spec.name, Path(FLAGS.users) if FLAGS.users else None
+    with _progress(spec.name, directory) as progress, writing(directory) as writer:
+        progress.work = writer.work
+        schema = encode_custom(Path(FLAGS.interactions), spec, writer, progress, users)
+        writer.schema(schema)
+        progress.finish(int(schema.counts["events"]))
+    return schema, directory
 
 
-def _flags_of(owner: type) -> dict[str, object]:
+@contextmanager
+def _progress(name: str, directory: Path) -> Iterator[Progress]:
+    """Show how far a run is, and say where one that is interrupted was."""
+    progress = Progress(name)
+    try:
+        yield progress
+    except KeyboardInterrupt as interrupt:
+        raise KeyboardInterrupt(f"while {progress.state}: {directory} is as it was") from interrupt
+    finally:
+        progress.close()
+
+
+def _flags_of(owner: type) -> dict[str, Any]:
     """The flags that are fields of the dataclass ``owner`` and have a value."""
     known = (field.name for field in fields(owner) if field.name in FLAGS)
     return {name: FLAGS[name].value for name in known if FLAGS[name].value is not None}

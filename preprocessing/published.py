@@ -100,6 +100,7 @@ def make_published(
         ValueError: For missing or malformed raw files, or other counts than the known ones.
     """
     users = known.users
+    chosen: dict[str, Any] = known.filters | (filters or {})
     spec = InteractionSpec(
         name=name,
         time_column="time",
@@ -107,7 +108,7 @@ def make_published(
         action_type="bitmask" if known.action_bits else "categorical",
         action_name=known.action_name,
         users_file=users.name if users else "users",
-        **{**known.filters, **(filters or {})},
+        **chosen,
     )
     names = known.logs + ((users.name,) if users else ())
     optional = frozenset({users.name} if users else ())

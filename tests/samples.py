@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from hstu.config import Config, load_config
 from hstu.data import EncodedDataset, Feature, Schema, SequenceDataset, write_dataset
@@ -52,6 +53,24 @@ def make_dataset(
     )
     write_dataset(dataset, folder)
     return SequenceDataset.open(folder)
+
+
+def read_back(folder: Path) -> EncodedDataset:
+    """Everything that a data set on disk holds."""
+    dataset = SequenceDataset.open(folder)
+    everyone = np.arange(dataset.num_users)
+    found = dataset.gather(everyone, np.zeros_like(everyone), dataset.lengths)
+    columns = zip(("item", "action", "time"), (found.items, found.actions, found.times), strict=True)
+    return EncodedDataset(
+        schema=dataset.schema,
+        lengths=dataset.lengths,
+        contexts=found.contexts,
+        events={getattr(dataset.schema, role).name: values for role, values in columns if values is not None},
+        vocabularies={
+            file.stem: pq.read_table(file)["original"].combine_chunks()
+            for file in sorted((folder / "vocabulary").iterdir())
+        },
+    )
 
 
 def make_config(task: str, *lines: str) -> Config:

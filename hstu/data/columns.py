@@ -2,130 +2,226 @@
 
 Rows are counted from 1, without the header. Strings that are all whole numbers as a program would write them
 ("7", not "007") become integers, so that a text file and a typed one give the same data set.
+
+A column that comes in blocks is read twice: a :class:`Look` at all of it tells what its strings are and which unit its
+times have, and with it each block is cleaned as the whole would be.
 """
 
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 
-import numpy as np
 import polars as pl
 
 logger = logging.getLogger(__name__)
 
 _MAX_EXACT_FLOAT = 2**53
-_MAX_BITS = 20
-_UNITS = ((10**11, 1, "seconds"), (10**14, 10**3, "milliseconds"), (10**17, 10**6, "microseconds"))
-_NANOSECONDS = (10**9, "nanoseconds")
+MAX_BITS = 20
+_UNITS = {1: "seconds", 10**3: "milliseconds", 10**6: "microseconds", 10**9: "nanoseconds"}  # by ticks per second
 _ISO_FORMATS = ("%Y-%m-%dT%H:%M:%S%.f", "%Y-%m-%dT%H:%M", "%Y-%m-%d")
+
+
+@dataclass
+class Look:
+    """What the values of a column are.
+
+    Attributes:
+        plain: Whether all strings are whole numbers as a program would write them.
+        rows: Strings seen, without nulls ...
+        numbers: ... and how many of them are numbers.
+        largest: Magnitude of the largest number.
+    """
+
+    plain: bool = True
+    rows: int = 0
+    numbers: int = 0
+    largest: float = 0
+
+    @property
+    def are_numbers(self) -> bool:
+        """Whether most strings are numbers, so that the others are mistakes."""
+        return self.plain or 2 * self.numbers > self.rows
+
+    def add(self, column: pl.Series) -> Look:
+        """Look at a block of the column."""
+        column = column.drop_nulls()
+        if column.dtype == pl.String:
+            self.rows += len(column)
+            if self.plain:
+                integers = column.cast(pl.Int64, strict=False)
+                self.plain = not integers.null_count() and bool((integers.cast(pl.String) == column).all())
+            column = integers if self.plain else column.cast(pl.Float64, strict=False).drop_nulls()
+            self.numbers += len(column)
+        if column.dtype.is_float():
+            column = column.filter(column.is_finite())
+        if column.dtype.is_numeric() and len(column):
+            low, high = column.min(), column.max()
+            self.largest = max(self.largest, -low, high)  # type: ignore
+        return self
+
+
+@dataclass(frozen=True)
+class _Place:
+    file: str
+    first_row: int
+
+    def refuse(self, column: pl.Series, wrong: pl.Series, reason: str) -> None:
+        """Raise ValueError about the first row that is ``wrong``."""
+        row = wrong.arg_max() if wrong.any() else None
+        if row is not None:
+            place = f"{self.file}: column {column.name!r}, row {self.first_row + row + 1}"
+            raise ValueError(f"{place}: value {column[row]!r} {reason}")
+
+
+def require_names(present: list[str], names: list[str], file: str) -> None:
+    """Raise ValueError unless the columns ``names`` are among those ``present``."""
+    for name in names:
+        if name not in present:
+            raise ValueError(f"{file}: column {name!r} is missing; present: {', '.join(present)}")
 
 
 def require_columns(frame: pl.DataFrame, names: list[str], file: str) -> None:
     """Raise ValueError unless ``frame`` has rows and the columns ``names``."""
-    for name in names:
-        if name not in frame.columns:
-            raise ValueError(f"{file}: column {name!r} is missing; present: {', '.join(frame.columns)}")
+    require_names(frame.columns, names, file)
     if frame.is_empty():
         raise ValueError(f"{file}: has no rows; give a file with at least one")
 
 
-def clean_ids(column: pl.Series, file: str) -> pl.Series:
+def clean_ids(column: pl.Series, file: str, look: Look | None = None, first_row: int = 0) -> pl.Series:
     """Ids as Int64 or String, without nulls.
+
+    Args:
+        column: The ids, or a block of them.
+        file: What messages call the file.
+        look: At the whole column, if this is a block of it.
+        first_row: Number of rows before the block.
 
     Raises:
         ValueError: For a missing or empty id, a fractional or non-finite number, or another type.
     """
-    column = _present(column, file, "give every row an id or remove the row")
+    place = _Place(file, first_row)
+    column = _present(column, place, "give every row an id or remove the row")
     if column.dtype == pl.String:
-        _refuse(column, column.str.strip_chars() == "", file, "is empty; give every row an id")
-        return _integers_if_plain(column)
+        place.refuse(column, column.str.strip_chars() == "", "is empty; give every row an id")
+        return column.cast(pl.Int64) if (look or Look().add(column)).plain else column
     if column.dtype.is_float():
-        _refuse(column, ~column.is_finite(), file, "is not finite; ids are whole numbers or strings")
+        place.refuse(column, ~column.is_finite(), "is not finite; ids are whole numbers or strings")
         inexact = (column != column.floor()) | (column.abs() > _MAX_EXACT_FLOAT)
-        _refuse(column, inexact, file, "is no exact whole number; give ids as integers or strings")
+        place.refuse(column, inexact, "is no exact whole number; give ids as integers or strings")
         return column.cast(pl.Int64)
     if not column.dtype.is_integer():
         raise ValueError(f"{file}: column {column.name!r} is {column.dtype}; ids are integers or strings")
-    return _to_int64(column, file)
+    return _to_int64(column, place)
 
 
-def clean_values(column: pl.Series, file: str) -> pl.Series:
+def clean_values(column: pl.Series, file: str, look: Look | None = None, first_row: int = 0) -> pl.Series:
     """Values of a category (actions, contexts) as Int64, Float64, Boolean or String, without nulls.
+
+    For the arguments see :func:`clean_ids`.
 
     Raises:
         ValueError: For a missing or non-finite value.
     """
-    column = _present(column, file, "fill it (with 'unknown', say) or remove the row")
+    place = _Place(file, first_row)
+    column = _present(column, place, "fill it (with 'unknown', say) or remove the row")
     if column.dtype == pl.String:
-        column = _integers_if_plain(column)
-        if column.dtype == pl.String:
-            numbers = column.cast(pl.Float64, strict=False)
-            column = column if numbers.null_count() else numbers
+        look = look or Look().add(column)
+        if look.plain:
+            return column.cast(pl.Int64)
+        if look.numbers == look.rows:
+            column = column.cast(pl.Float64)
     if column.dtype.is_float():
-        _refuse(column, ~column.is_finite(), file, "is not finite; remove or replace it")
+        place.refuse(column, ~column.is_finite(), "is not finite; remove or replace it")
         return column.cast(pl.Float64)
     if column.dtype.is_integer():
-        return _to_int64(column, file)
+        return _to_int64(column, place)
     return column if column.dtype == pl.Boolean else column.cast(pl.String)
 
 
-def clean_masks(column: pl.Series, file: str) -> pl.Series:
+def clean_masks(column: pl.Series, file: str, look: Look | None = None, first_row: int = 0) -> pl.Series:
     """Bit masks as Int64.
+
+    For the arguments see :func:`clean_ids`.
 
     Raises:
         ValueError: For a missing, negative or fractional value, or one of more than 20 bits.
     """
-    column = clean_values(column, file)
-    remedy = f"is no bit mask of 1 to {_MAX_BITS} bits; use whole numbers or --action_type categorical"
+    column = clean_values(column, file, look, first_row)
+    remedy = f"is no bit mask of 1 to {MAX_BITS} bits; use whole numbers or --action_type categorical"
     if not column.dtype.is_numeric():
-        raise ValueError(f"{file}: column {column.name!r}, row 1: value {column[0]!r} {remedy}")
-    _refuse(column, (column < 0) | (column >= 2**_MAX_BITS) | (column != column.floor()), file, remedy)
+        raise ValueError(f"{file}: column {column.name!r}, row {first_row + 1}: value {column[0]!r} {remedy}")
+    wrong = (column < 0) | (column >= 2**MAX_BITS) | (column != column.floor())
+    _Place(file, first_row).refuse(column, wrong, remedy)
     return column.cast(pl.Int64)
 
 
-def clean_times(column: pl.Series, file: str) -> tuple[pl.Series, pl.Series]:
-    """Times of full precision (to sort by) and whole seconds, rounded down.
+def clean_times(column: pl.Series, file: str, look: Look | None = None, first_row: int = 0) -> tuple[pl.Series, int]:
+    """Times of full precision, Int64 or Float64, and how many of their units are a second.
 
     Numbers are seconds, milli-, micro- or nanoseconds, judged by the largest; strings are numbers or ISO 8601
-    dates, UTC unless they name a zone.
+    dates, UTC unless they name a zone. For the arguments see :func:`clean_ids`; ``look`` is that of
+    :func:`look_at_times`.
 
     Raises:
         ValueError: For a missing, non-finite or unparsable value, values of several units, or another type.
     """
-    column = _present(column, file, "give every row a time or remove the row")
+    place = _Place(file, first_row)
+    column = _present(column, place, "give every row a time or remove the row")
+    look = look or look_at_times(column)
     if column.dtype == pl.String:
-        column = _parse_time_strings(column, file)
+        column = _parse_time_strings(column, look, place)
     if column.dtype == pl.Date:
         column = column.cast(pl.Datetime("us"))
+    ticks = ticks_per_second(column.dtype, look)
     if isinstance(column.dtype, pl.Datetime):
-        exact = column.to_physical()
-        return exact, exact // {"ms": 10**3, "us": 10**6, "ns": 10**9}[column.dtype.time_unit]
+        return column.to_physical(), ticks
     if column.dtype.is_integer():
-        column = _to_int64(column, file)
+        column = _to_int64(column, place)
     elif column.dtype.is_float():
-        _refuse(column, ~column.is_finite(), file, "is not finite; remove or replace it")
+        place.refuse(column, ~column.is_finite(), "is not finite; remove or replace it")
     else:
         raise ValueError(f"{file}: column {column.name!r} is {column.dtype}; times are numbers, dates or ISO strings")
-    largest = np.abs(column.to_numpy()).max()
-    factor, unit = next(((factor, unit) for bound, factor, unit in _UNITS if largest < bound), _NANOSECONDS)
-    if factor > 1:
+    if ticks > 1:
         # Seconds among milliseconds, say: no date after 1970-04-26 is so small in the unit of the largest.
-        small = (column != 0) & (column.abs() < 10**7 * factor)
-        _refuse(column, small, file, f"is no time in {unit}, as the largest is; give all rows one unit")
-        logger.info("%s: column %r is taken as %s, judged by its size", file, column.name, unit)
-    seconds = column // factor if column.dtype == pl.Int64 else (column / factor).floor()
-    return column, seconds.cast(pl.Int64)
+        small = (column != 0) & (column.abs() < 10**7 * ticks)
+        unit = _UNITS[ticks]
+        place.refuse(column, small, f"is no time in {unit}, as the largest is; give all rows one unit")
+        if first_row == 0:
+            logger.info("%s: column %r is taken as %s, judged by its size", file, column.name, unit)
+    return column, ticks
 
 
-def _parse_time_strings(column: pl.Series, file: str) -> pl.Series:
+def ticks_per_second(kind: pl.DataType, look: Look) -> int:
+    """How many units of :func:`clean_times` are a second, for a column of type ``kind`` that looks so."""
+    if isinstance(kind, pl.Datetime):
+        return {"ms": 10**3, "us": 10**6, "ns": 10**9}[kind.time_unit]
+    if kind == pl.Date or (kind == pl.String and not look.are_numbers):
+        return 10**6
+    return next((ticks for ticks in _UNITS if look.largest < ticks * 10**11), 10**9)
+
+
+def look_at_times(column: pl.Series, look: Look | None = None) -> Look:
+    """Look at times, or a block more of them: blanks around numbers do not matter."""
+    return (look or Look()).add(column.str.strip_chars() if column.dtype == pl.String else column)
+
+
+def whole_seconds(times: pl.Series, ticks_per_second: int) -> pl.Series:
+    """Times in seconds, rounded down, Int64."""
+    if times.dtype.is_float():
+        times = (times / ticks_per_second).floor()
+        return times.cast(pl.Int64)
+    return times // ticks_per_second
+
+
+def _parse_time_strings(column: pl.Series, look: Look, place: _Place) -> pl.Series:
     text = column.str.strip_chars()
-    integers = _integers_if_plain(text)
-    if integers.dtype == pl.Int64:
-        return integers
-    numbers = text.cast(pl.Float64, strict=False)
+    if look.plain:
+        return text.cast(pl.Int64)
     remedy = "is no time; use seconds or ISO dates such as 2024-05-31T12:30:00"
-    if 2 * numbers.null_count() < len(text):
-        _refuse(column, numbers.is_null(), file, remedy)
+    if look.are_numbers:
+        numbers = text.cast(pl.Float64, strict=False)
+        place.refuse(column, numbers.is_null(), remedy)
         return numbers
     iso = text.str.replace(" ", "T").str.replace(r"[zZ]$", "+00:00")
     parsed = pl.Series([None] * len(text), dtype=pl.Datetime("us"))
@@ -133,32 +229,17 @@ def _parse_time_strings(column: pl.Series, file: str) -> pl.Series:
         naive = iso.str.to_datetime(pattern, time_unit="us", strict=False)
         zoned = iso.str.to_datetime(pattern + "%z", time_unit="us", strict=False).dt.replace_time_zone(None)
         parsed = parsed.fill_null(naive).fill_null(zoned)
-    _refuse(column, parsed.is_null(), file, remedy)
+    place.refuse(column, parsed.is_null(), remedy)
     return parsed.alias(column.name)
 
 
-def _integers_if_plain(column: pl.Series) -> pl.Series:
-    """Strings as Int64 when writing the numbers again gives the same strings, else unchanged."""
+def _to_int64(column: pl.Series, place: _Place) -> pl.Series:
     numbers = column.cast(pl.Int64, strict=False)
-    if numbers.null_count() or not (numbers.cast(pl.String) == column).all():
-        return column
+    place.refuse(column, numbers.is_null(), "is too large; numbers go up to 2**63 - 1, or use strings")
     return numbers
 
 
-def _to_int64(column: pl.Series, file: str) -> pl.Series:
-    numbers = column.cast(pl.Int64, strict=False)
-    _refuse(column, numbers.is_null(), file, "is too large; numbers go up to 2**63 - 1, or use strings")
-    return numbers
-
-
-def _present(column: pl.Series, file: str, remedy: str) -> pl.Series:
-    _refuse(column, column.is_null(), file, f"is missing; {remedy}")
+def _present(column: pl.Series, place: _Place, remedy: str) -> pl.Series:
+    place.refuse(column, column.is_null(), f"is missing; {remedy}")
     is_text = isinstance(column.dtype, (pl.Categorical, pl.Enum))
     return column.cast(pl.String) if is_text else column
-
-
-def _refuse(column: pl.Series, wrong: pl.Series, file: str, reason: str) -> None:
-    """Raise ValueError about the first row that is ``wrong``."""
-    row = wrong.arg_max() if wrong.any() else None
-    if row is not None:
-        raise ValueError(f"{file}: column {column.name!r}, row {row + 1}: value {column[row]!r} {reason}")

@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 import polars as pl
 
-from hstu.data.columns import clean_ids, clean_masks, clean_times, clean_values, require_columns
+from hstu.data.columns import clean_ids, clean_masks, clean_times, clean_values, require_columns, whole_seconds
 from hstu.data.flat import OFFSETS
 from hstu.data.reader import SequenceDataset
 from hstu.data.schema import Feature
@@ -72,8 +72,8 @@ def read_histories(
     parts = [clean_ids(frame[columns.user], file).alias("user")]
     parts.append(find_ids(clean_ids(frame[columns.item], file), known.vocabulary(schema.item.name)).alias("item"))
     if schema.time:
-        exact, seconds = clean_times(frame[columns.time], file)
-        parts += [exact.alias("exact"), seconds.alias("seconds")]
+        exact, ticks = clean_times(frame[columns.time], file)
+        parts += [exact.alias("exact"), whole_seconds(exact, ticks).alias("seconds")]
     if columns.use_actions:
         assert schema.action is not None
         parts.append(_actions(frame[columns.action], known, file).alias("action"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,9 +96,13 @@ class Runs:
         starts, stops = zip(*found, strict=True)
         return np.stack(starts), np.stack(stops)
 
-    def part(self, start: np.ndarray, stop: np.ndarray) -> dict[str, np.ndarray]:
-        """Rows ``[start_r, stop_r)`` of every run, one run after the other."""
-        names = self._runs[0].types
+    @property
+    def columns(self) -> list[str]:
+        """Names of the columns."""
+        return list(self._runs[0].types)
+
+    def part(self, start: np.ndarray, stop: np.ndarray, names: Iterable[str]) -> dict[str, np.ndarray]:
+        """Columns ``names`` of the rows ``[start_r, stop_r)`` of every run, one run after the other."""
         pieces = list(zip(self._runs, start.tolist(), stop.tolist(), strict=True))
         return {name: np.concatenate([run.read(name, *bounds) for run, *bounds in pieces]) for name in names}
 

@@ -33,6 +33,7 @@ from hstu.data.writer import EVENTS_PER_PART, DatasetWriter, part_bounds
 logger = logging.getLogger(__name__)
 
 _THREADS = 2
+ROW_HASH = "row hash"  # column of a block: equal where rows are
 
 Progress = Callable[[str, int, float], None]  # what is being done, events so far, share of the whole
 
@@ -90,6 +91,35 @@ class _Ids:
         return pl.Series(codes.astype(np.uint32)).cat.to(self._known.dtype).cast(pl.String)
 
 
+class _Actions:
+    """The distinct actions; strings get codes as ids do, numbers stand for themselves."""
+
+    def __init__(self) -> None:
+        self._values: set[float] = set()
+        self._strings: _Ids | None = None
+
+    def codes(self, column: pl.Series) -> np.ndarray:
+        """Remember a block of actions and return them as numbers, [N]."""
+        if column.dtype == pl.String:
+            self._strings = self._strings or _Ids()
+            return self._strings.codes(column)
+        self._values.update(column.unique())
+        return column.to_numpy()
+
+    def vocabulary(self) -> tuple[pl.Series, Callable[[np.ndarray], np.ndarray]]:
+        """The distinct actions, ascending, and what turns codes into their places there."""
+        if self._strings is None:
+            values = pl.Series(sorted(self._values))
+            known = values.to_numpy()
+            return values, lambda codes: np.searchsorted(known, codes.astype(known.dtype)).astype(np.int64)
+        codes, _ = self._strings.counts()
+        originals = self._strings.originals(codes)
+        order = originals.arg_sort().to_numpy()
+        places = np.empty(len(order), np.int64)
+        places[order] = np.arange(len(order))
+        return originals[order], Numbering(codes, places)
+
+
 @dataclass
 class _Log:
     """A log on disk and what was counted on the way."""
@@ -97,15 +127,16 @@ class _Log:
     runs: Runs
     users: _Ids = field(default_factory=_Ids)
     items: _Ids = field(default_factory=_Ids)
-    actions: set[float] = field(default_factory=set)
+    actions: _Actions = field(default_factory=_Actions)
 
     def spill(self, source: int, block: pl.DataFrame) -> None:
         columns = {"user": self.users.codes(block["user"]), "item": self.items.codes(block["item"])}
         if "action" in block.columns:
-            self.actions.update(block["action"].unique())
-            columns["action"] = block["action"].to_numpy()
+            columns["action"] = self.actions.codes(block["action"])
         if "time" in block.columns:
             columns["time"] = block["time"].to_numpy()
+        if ROW_HASH in block.columns:
+            columns[ROW_HASH] = block[ROW_HASH].to_numpy().view(np.int64)
         self.runs.append(columns, source)
 
 
@@ -128,23 +159,26 @@ def encode_stream(
     users: Callable[[], pl.DataFrame | None],
     progress: Progress,
     check_counts: Callable[[dict[str, int]], None] = lambda counts: None,
+    on_repeats: Callable[[np.ndarray], None] = lambda hashes: None,
 ) -> Schema:
     """Encode a log that comes in blocks and write it; the schema is returned and still to be written.
 
-    Ids are ranks, as in :func:`hstu.data.interactions.encode_interactions`, but strings are numbered in the order
-    of their first appearance, and action values that no event is left with keep their place. A user's events are
-    sorted by time, stably: ties stay in the order of the log.
+    Ids are ranks of the original numbers; strings are numbered in the order of their first appearance. Action values
+    that no event is left with keep their place. A user's events are sorted by time, stably: ties stay in the order of
+    the log.
 
     Args:
         blocks: Position of a file in the order of the log, and a table of events of it, with the columns "user"
-            and "item" (integers or strings) and, as the spec says, "action" (numbers) and "time" (integers),
-            without nulls. Files may come in any order, the events of one in theirs.
+            and "item" (integers or strings) and, as the spec says, "action" (numbers or strings) and "time"
+            (numbers), without nulls; with ROW_HASH (uint64), of the rows of a user that are equal there the first
+            is kept. Files may come in any order, the events of one in theirs.
         spec: Names and filters.
         options: The rest.
         writer: Where the parts and vocabularies go.
         users: Gives the users table, if there is one, after the last block.
         progress: Told how far it is.
         check_counts: Given users, items and events of the whole log before the filters; may raise ValueError.
+        on_repeats: Given the hashes of rows that repeat an earlier one; may raise ValueError.
 
     Raises:
         ValueError: If the log is empty, nothing passes the filters, or the users table is wrong.
@@ -161,6 +195,9 @@ def encode_stream(
         raise ValueError(f"{spec.file}: has no rows; give a file with at least one")
     user_counts, item_counts = log.users.counts(), log.items.counts()
     check_counts({"users": len(user_counts[0]), "items": len(item_counts[0]), "events": log.runs.rows})
+    repeats = _find_repeats(log.runs, user_counts, item_counts, options, progress)
+    if len(repeats):
+        on_repeats(repeats)
     kept = _filter(log.runs, user_counts, item_counts, spec, options, progress)
     originals = log.users.originals(kept.users)
     vocabularies = {USER: originals, ITEM: log.items.originals(kept.items)}
@@ -173,23 +210,53 @@ def encode_stream(
             size = len(vocabularies[column.name])
             features.append(Feature(name=column.name, role="context", vocab_size=size))
     features.append(Feature(name=ITEM, role="item", vocab_size=len(kept.items)))
+    action_ids = None
     if spec.action_column:
-        features.append(_action_feature(log.actions, spec, options))
+        size = 2**options.action_bits
         if spec.action_type == "categorical":
-            vocabularies[spec.action_name] = pl.Series(sorted(log.actions))
+            vocabularies[spec.action_name], action_ids = log.actions.vocabulary()
+            size = len(vocabularies[spec.action_name])
+        features.append(Feature(name=spec.action_name, role="action", vocab_size=size, action_type=spec.action_type))
     if spec.time_column:
         features.append(Feature(name=TIME, role="time"))
     for name, values in vocabularies.items():
         writer.vocabulary(name, to_arrow(values))
-    actions = vocabularies.get(spec.action_name)
-    encoder = _PartEncoder(log.runs, kept, spec, options, None if actions is None else actions.to_numpy())
+    encoder = _PartEncoder(log.runs, kept, spec, options, action_ids, drop_repeats=len(repeats) > 0)
     lengths = _write_parts(encoder, contexts, writer, progress)
     return Schema(name=spec.name, features=tuple(features), counts=count_statistics(lengths, len(kept.items)))
 
 
-def _action_feature(actions: set[float], spec: InteractionSpec, options: StreamOptions) -> Feature:
-    size = 2**options.action_bits if spec.action_type == "bitmask" else len(actions)
-    return Feature(name=spec.action_name, role="action", vocab_size=size, action_type=spec.action_type)
+def _find_repeats(
+    runs: Runs,
+    user_counts: tuple[np.ndarray, np.ndarray],
+    item_counts: tuple[np.ndarray, np.ndarray],
+    options: StreamOptions,
+    progress: Progress,
+) -> np.ndarray:
+    """Take rows that repeat an earlier one off the counts; returns their hashes, int64."""
+    if ROW_HASH not in runs.columns:
+        return np.empty(0, np.int64)
+    users, of_users = user_counts
+    parts = np.array(list(part_bounds(np.concatenate([[0], np.cumsum(of_users)]), options.events_per_part)))
+    starts, stops = runs.bounds(users[parts[:, 0]], users[parts[:, 1] - 1])
+    found = [np.empty(0, np.int64)]
+    for part in range(len(parts)):
+        progress("looking for repeated rows", runs.rows * part // len(parts), part / len(parts))
+        columns = runs.part(starts[:, part], stops[:, part], ("user", "item", ROW_HASH))
+        repeated = ~_first_of_equals(columns[ROW_HASH])
+        if repeated.any():
+            found.append(columns[ROW_HASH][repeated])
+            for name, (values, counts) in (("user", user_counts), ("item", item_counts)):
+                np.subtract.at(counts, np.searchsorted(values, columns[name][repeated]), 1)
+    return np.concatenate(found)
+
+
+def _first_of_equals(hashes: np.ndarray) -> np.ndarray:
+    """Which values are not there further in front, bool [N]."""
+    ordered = np.sort(hashes)
+    if not (ordered[1:] == ordered[:-1]).any():  # as nearly always, and quick
+        return np.ones(len(hashes), bool)
+    return pl.Series(hashes).is_first_distinct().to_numpy()
 
 
 def _filter(
@@ -204,8 +271,8 @@ def _filter(
     kept = _Kept(user_counts[0], user_counts[1], item_counts[0], filtered=False)
     if user_counts[1].min() < spec.min_user_events or item_counts[1].min() < spec.min_item_events:
         kept = _recount(runs, user_counts, item_counts, spec, options, progress)
-        dropped = runs.rows - int(kept.lengths.sum())
-        logger.info("%s: the filters dropped %d of %d events", spec.file, dropped, runs.rows)
+        events = int(user_counts[1].sum())
+        logger.info("%s: the filters dropped %d of %d events", spec.file, events - int(kept.lengths.sum()), events)
     short = int((kept.lengths < MIN_EVENTS).sum())
     if short:
         logger.info(
@@ -254,13 +321,21 @@ class _PartEncoder:
     """Encodes ranges of users."""
 
     def __init__(
-        self, runs: Runs, kept: _Kept, spec: InteractionSpec, options: StreamOptions, actions: np.ndarray | None
+        self,
+        runs: Runs,
+        kept: _Kept,
+        spec: InteractionSpec,
+        options: StreamOptions,
+        action_ids: Callable[[np.ndarray], np.ndarray] | None,
+        drop_repeats: bool,
     ) -> None:
         self._runs = runs
         self._kept = kept
         self._spec = spec
         self._ticks = options.ticks_per_second
-        self._actions = actions
+        self._action_ids = action_ids
+        self._drop_repeats = drop_repeats
+        self._columns = [name for name in runs.columns if name != ROW_HASH or drop_repeats]
         self._user_number, self._item_number = Numbering(kept.users), Numbering(kept.items)
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(kept.lengths)])
         self.parts = list(part_bounds(offsets, options.events_per_part))
@@ -270,7 +345,10 @@ class _PartEncoder:
     def encode(self, part: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Number of events of each user of a part, [B], and the features of the events, [T]."""
         first, stop = self.parts[part]
-        columns = self._runs.part(self._starts[:, part], self._stops[:, part])
+        columns = self._runs.part(self._starts[:, part], self._stops[:, part], self._columns)
+        if self._drop_repeats:
+            firsts = _first_of_equals(columns.pop(ROW_HASH))
+            columns = {name: values[firsts] for name, values in columns.items()}
         user, item = self._user_number(columns.pop("user")), self._item_number(columns.pop("item"))
         if self._kept.filtered:
             stays = (user >= 0) & (item >= 0)
@@ -284,21 +362,19 @@ class _PartEncoder:
             order = order[recent]
         events = {ITEM: item[order]}
         if "action" in columns:
-            events[self._spec.action_name] = self._action_ids(columns["action"][order])
+            actions = columns["action"][order]
+            events[self._spec.action_name] = self._action_ids(actions) if self._action_ids else actions.astype(np.int64)
         if "time" in columns:
-            events[TIME] = columns["time"][order].astype(np.int64) // self._ticks
+            events[TIME] = (columns["time"][order] // self._ticks).astype(np.int64)
         return lengths, events
-
-    def _action_ids(self, actions: np.ndarray) -> np.ndarray:
-        if self._actions is None:
-            return actions.astype(np.int64)
-        return np.searchsorted(self._actions, actions.astype(self._actions.dtype)).astype(np.int64)
 
 
 def _order(user: np.ndarray, time: np.ndarray | None) -> np.ndarray:
     """Positions that sort by user, then time, then position."""
     if time is None or len(time) == 0:
         return np.argsort(user, kind="stable")
+    if np.issubdtype(time.dtype, np.floating):
+        return np.lexsort((time, user))
     time = time.astype(np.int64)
     earliest, latest = int(time.min()), int(time.max())
     span = latest - earliest + 1

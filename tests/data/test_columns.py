@@ -6,13 +6,17 @@ from datetime import date, datetime, timedelta, timezone
 import polars as pl
 import pytest
 
-from hstu.data.columns import clean_ids, clean_masks, clean_times, clean_values
+from hstu.data.columns import clean_ids, clean_masks, clean_times, clean_values, whole_seconds
 
 NOON = 1_717_157_400  # 2024-05-31T12:10:00Z
 
 
 def column(values: list, dtype: pl.DataType | None = None) -> pl.Series:
     return pl.Series("c", values, dtype=dtype)
+
+
+def seconds(values: list) -> list[int]:
+    return whole_seconds(*clean_times(column(values), "f")).to_list()
 
 
 @pytest.mark.parametrize(
@@ -101,20 +105,20 @@ def test_wrong_masks_are_refused(values: list) -> None:
 )
 def test_times_are_seconds(values: list, unit: str | None, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
-        assert clean_times(column(values), "f")[1].to_list() == [NOON]
+        assert seconds(values) == [NOON]
     assert [record.getMessage() for record in caplog.records] == (
         [f"f: column 'c' is taken as {unit}, judged by its size"] if unit else []
     )
 
 
 def test_times_before_1970_round_down() -> None:
-    assert clean_times(column([-1.5]), "f")[1].to_list() == [-2]
-    assert clean_times(column(["1969-12-31T23:59:58.5"]), "f")[1].to_list() == [-2]
-    assert clean_times(column([date(1970, 1, 2)]), "f")[1].to_list() == [86_400]
+    assert seconds([-1.5]) == [-2]
+    assert seconds(["1969-12-31T23:59:58.5"]) == [-2]
+    assert seconds([date(1970, 1, 2)]) == [86_400]
 
 
 def test_dates_beyond_2262_do_not_wrap() -> None:
-    assert clean_times(column(["9999-12-31"]), "f")[1].to_list() == [253_402_214_400]
+    assert seconds(["9999-12-31"]) == [253_402_214_400]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,9 @@ import polars as pl
 import pytest
 
 from hstu.data import EncodedDataset, SequenceDataset
-from hstu.data.interactions import InteractionSpec, encode_interactions, preprocess_interactions
+from hstu.data import table as module
+from hstu.data.table import preprocess_interactions
+from tests.samples import read_back
 
 SPEC = {"name": "log", "time_column": "t", "action_column": "a"}
 
@@ -27,7 +30,9 @@ def log(num_users: int = 30, num_items: int = 25, events: int = 600, seed: int =
 
 
 def encode(frame: pl.DataFrame, users: pl.DataFrame | None = None, **options) -> EncodedDataset:
-    return encode_interactions(frame, InteractionSpec(**SPEC | options), users=users)
+    with tempfile.TemporaryDirectory() as folder:
+        preprocess_interactions(frame, data_dir=folder, users=users, **SPEC | options)
+        return read_back(Path(folder) / "log")
 
 
 def sequences(dataset: EncodedDataset, name: str) -> list[np.ndarray]:
@@ -181,10 +186,12 @@ def short_users(frame: pl.DataFrame) -> pl.DataFrame:
     return pl.concat([frame, pl.DataFrame(rare)])
 
 
-def test_users_with_too_few_events_are_named_and_can_be_dropped() -> None:
+def test_users_with_few_events_stay_and_can_be_dropped(caplog: pytest.LogCaptureFixture) -> None:
     frame = short_users(log())
-    with pytest.raises(ValueError, match=r"log.csv: 2 of 32 users have fewer than 3 .*901 with 1.*--min_user_events 3"):
-        encode(frame, file="log.csv")
+    with caplog.at_level("INFO"):
+        assert encode(frame, file="log.csv").lengths.min() == 1
+    assert "log.csv: 2 of 32 users have fewer than 3 events" in caplog.text
+    assert "--min_user_events 3" in caplog.text
     assert encode(frame, min_user_events=3).schema == encode(log()).schema
 
 
@@ -245,3 +252,62 @@ def test_wrong_users_are_refused(users: pl.DataFrame, message: str) -> None:
 def test_a_context_named_like_another_feature_is_refused() -> None:
     with pytest.raises(ValueError, match="'item_id' appears twice; rename one"):
         encode(log(), users_table().rename({"city": "item_id"}))
+
+
+WHOLE_COLUMNS = [
+    # Each column is what it is as a whole, though its first block looks otherwise.
+    {"user_id": [str(7 * k % 35) for k in range(39)] + ["x"]},
+    {"item_id": [str(k % 9) for k in range(39)] + ["007"]},
+    {"a": [str(k % 5) for k in range(39)] + ["like"]},
+    {"a": [str(k % 5) for k in range(39)] + ["2.5"]},
+    {"t": [str(k) for k in range(39)] + ["5.5"]},
+    {"t": [1_700_000_000_000 + k for k in range(40)]},
+    {"t": ["1700000000001.5"] + [f"{1_700_000_000_000 - 700 * k}" for k in range(39)]},
+    {"t": [f"2024-05-{k % 28 + 1:02}T12:00:00Z" for k in range(39)] + ["2024-05-30"]},
+]
+
+
+def small_log(**columns: list) -> pl.DataFrame:
+    whole = {"user_id": [k % 4 for k in range(40)], "item_id": [k % 7 for k in range(40)]}
+    return pl.DataFrame(whole | {"t": list(range(40)), "a": [k % 3 for k in range(40)]} | columns)
+
+
+@pytest.mark.parametrize("columns", WHOLE_COLUMNS)
+def test_blocks_make_no_difference(columns: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = encode(small_log(**columns))
+    monkeypatch.setattr(module, "ROWS_AT_ONCE", 7)
+    blocks = encode(small_log(**columns))
+    assert blocks.schema == whole.schema and blocks.vocabularies == whole.vocabularies
+    for name in whole.events:
+        np.testing.assert_array_equal(blocks.events[name], whole.events[name])
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"item_id": ["1"] * 30 + [None] + ["x"] * 9}, "column 'item_id', row 31: value None is missing"),
+        ({"user_id": ["1"] * 30 + [" "] + ["x"] * 9}, "column 'user_id', row 31: value ' ' is empty"),
+        ({"t": ["17"] * 33 + ["noon"] + ["18"] * 6}, "column 't', row 34: value 'noon' is no time"),
+        ({"t": [1_700_000_000_000] * 35 + [1_700_000_000] * 5}, "row 36: value 1700000000 is no time in milliseconds"),
+        ({"a": ["1"] * 20 + ["nan"] * 20}, "column 'a', row 21: value nan is not finite"),
+    ],
+)
+def test_rows_of_later_blocks_are_named(columns: dict, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ROWS_AT_ONCE", 7)
+    with pytest.raises(ValueError, match=message):
+        encode(small_log(**columns), duplicates="keep")
+
+
+@pytest.mark.parametrize("rows", [1 << 18, 7])
+def test_repeated_rows_are_found_wherever_they_are(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ROWS_AT_ONCE", rows)
+    frame = small_log()
+    twice = pl.concat([frame[:20], frame[3:5], frame[20:], frame[3:4]])
+    with pytest.raises(
+        ValueError, match=r"3 rows repeat an earlier one in every column, the first is row 21 \(3, 3, 3, 0\)"
+    ):
+        encode(twice)
+    dropped, wanted = encode(twice, duplicates="drop", min_item_events=6), encode(frame, min_item_events=6)
+    assert dropped.schema == wanted.schema and dropped.schema.counts["events"] < 40
+    for name in wanted.events:
+        np.testing.assert_array_equal(dropped.events[name], wanted.events[name])

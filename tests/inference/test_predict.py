@@ -13,8 +13,8 @@ import polars as pl
 import pytest
 
 from hstu.cli import export, predict
-from hstu.data.interactions import preprocess_interactions
 from hstu.data.synthetic import SyntheticConfig, generate
+from hstu.data.table import preprocess_interactions
 from hstu.metrics.ranking import ranking_scores
 from tests import launch
 from tests.tiny import BINDINGS

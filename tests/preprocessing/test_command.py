@@ -94,7 +94,7 @@ def test_custom_and_a_failed_run_after_it(command: Command, tmp_path: Path) -> N
     assert result.returncode == 0, result.stderr
     before = {path: path.read_bytes() for path in (tmp_path / "d").rglob("*") if path.is_file()}
     log.write_text("user_id,sku,ts\n" + "".join(lines[:1]))
-    assert_refused(command(*flags), "1 of 1 users have fewer than 3 events", "--min_user_events 3")
+    assert_refused(command(*flags, "--min_user_events=3"), "no event passes --min_user_events 3")
     assert {path: path.read_bytes() for path in (tmp_path / "d").rglob("*") if path.is_file()} == before
 
 

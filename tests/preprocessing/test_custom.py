@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import polars as pl
@@ -7,7 +8,10 @@ import pytest
 
 from hstu.data import EncodedDataset
 from hstu.data.interactions import InteractionSpec
-from preprocessing.custom import encode_custom, read_table
+from hstu.data.writer import writing
+from preprocessing import custom
+from preprocessing.custom import encode_custom, open_table
+from tests.samples import read_back
 
 from .conftest import ratings
 
@@ -17,7 +21,10 @@ COLUMNS = {"user_column": "who", "item_column": "what", "time_column": "when", "
 
 def encode(path: Path, users: Path | None = None, **options) -> EncodedDataset:
     spec = InteractionSpec(name="mine", file=str(path), users_file=str(users), **COLUMNS | options)
-    return encode_custom(path, spec, users)
+    with tempfile.TemporaryDirectory() as folder:
+        with writing(folder) as writer:
+            writer.schema(encode_custom(path, spec, writer, lambda *_: None, users))
+        return read_back(Path(folder))
 
 
 def test_all_formats_give_the_same_data_set(tmp_path: Path) -> None:
@@ -26,8 +33,9 @@ def test_all_formats_give_the_same_data_set(tmp_path: Path) -> None:
     FRAME.write_csv(tmp_path / "a.txt", separator=";")
     FRAME.write_csv(tmp_path / "bom.csv", include_bom=True)
     FRAME.write_parquet(tmp_path / "a.parquet")
+    FRAME.write_ndjson(tmp_path / "a.jsonl")
     found = [encode(path) for path in sorted(tmp_path.iterdir())]
-    assert len(found) == 5
+    assert len(found) == 6
     for dataset in found[1:]:
         assert dataset.schema.features == found[0].schema.features
         assert all((dataset.events[name] == found[0].events[name]).all() for name in found[0].events)
@@ -43,8 +51,8 @@ def test_quoted_strings_and_dates(tmp_path: Path) -> None:
         "ann,rice,like,2024-06-01 08:30:00\n"
     )
     dataset = encode(path)
-    assert dataset.vocabularies["item_id"].to_pylist() == ["milk", "rice", "tea, green"]
-    assert dataset.events["item_id"].tolist() == [0, 2, 1]
+    assert dataset.vocabularies["item_id"].to_pylist() == ["tea, green", "milk", "rice"]
+    assert dataset.events["item_id"].tolist() == [1, 0, 2]
     assert dataset.vocabularies["action"].to_pylist() == ["like", "skip"]
     assert list(dataset.schema.source) == ["log.csv"] and len(dataset.schema.source["log.csv"]) == 64
 
@@ -59,6 +67,7 @@ def test_users_file(tmp_path: Path) -> None:
     assert len(dataset.schema.source) == 2
 
 
+JSON = '{"who":1,"what":2,"stars":3,"when":4}\n'
 TEXT = {"user_column": "user_id", "item_column": "item_id", "time_column": None, "action_column": None}
 
 
@@ -66,9 +75,9 @@ def test_text_of_pairs(tmp_path: Path) -> None:
     path = tmp_path / "pairs.txt"
     path.write_text("u2 30\nu1\t7\n\nu2   10 \nu1 8\nu2 20\nu1 7\n")
     dataset = encode(path, **TEXT, duplicates="keep")
-    assert dataset.vocabularies["user_id"].to_pylist() == ["u1", "u2"]
+    assert dataset.vocabularies["user_id"].to_pylist() == ["u2", "u1"]
     assert dataset.vocabularies["item_id"].to_pylist() == [7, 8, 10, 20, 30]
-    assert dataset.events["item_id"].tolist() == [0, 1, 0, 4, 2, 3]
+    assert dataset.events["item_id"].tolist() == [4, 2, 3, 0, 1, 0]
     assert dataset.schema.time is None and dataset.schema.action is None
 
 
@@ -101,6 +110,11 @@ def test_text_with_a_header_is_a_table(tmp_path: Path) -> None:
         ("log.csv", "who,what,stars,when\n1,2,nan,4\n", {}, "column 'stars', row 1: value nan is not finite"),
         ("log.csv", "who,what,stars,when\n1,2,3,noon\n", {}, "column 'when', row 1: value 'noon' is no time"),
         ("log.parquet", "no parquet", {}, "log.parquet: cannot be read"),
+        ("log.jsonl", "", {}, "log.jsonl: (is empty|cannot be read)"),
+        ("log.jsonl", '{"who":1,"what":2}\n', {}, "column 'when' is missing; present: who, what"),
+        ("log.jsonl", JSON + '{"who":1,"when":3}\n', {}, "column 'what', row 2: value None is missing"),
+        ("log.jsonl", JSON + '{"who":1,"what":\n', {}, "log.jsonl: cannot be read"),
+        ("log.jsonl", JSON + "[1,2,3,4]\n", {}, "log.jsonl: cannot be read"),
         ("log.csv", b"who,what\n\xff\xfe,1\n", {}, "log.csv: cannot be read"),
         ("log.txt", "", TEXT, "log.txt: is empty"),
         ("log.txt", "1 2\n\n3\n", TEXT, "line 3 holds '3' alone"),
@@ -115,7 +129,7 @@ def test_wrong_files_are_refused(tmp_path: Path, name: str, content: str | bytes
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    for read in (lambda path: encode(path), lambda path: read_table(path, ["who"])):
+    for read in (lambda path: encode(path), lambda path: open_table(path, ["who"])):
         with pytest.raises(ValueError, match=r"absent.csv: cannot be read"):
             read(tmp_path / "absent.csv")
 
@@ -125,3 +139,26 @@ def test_a_users_file_without_a_header_is_refused(tmp_path: Path) -> None:
     (tmp_path / "users.txt").write_text("1 north\n")
     with pytest.raises(ValueError, match="users.txt: the first line is no header with the column 'who'"):
         encode(tmp_path / "log.csv", tmp_path / "users.txt")
+
+
+def test_a_file_of_many_blocks_is_one_of_few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    FRAME.write_csv(tmp_path / "a.csv")
+    FRAME.write_parquet(tmp_path / "a.parquet")
+    (tmp_path / "text.txt").write_text("".join(f"{user} {item}\n" for user, item in FRAME["who", "what"].iter_rows()))
+    options = {"a.csv": {}, "a.parquet": {}, "text.txt": TEXT | {"duplicates": "keep"}}
+    wanted = {name: encode(tmp_path / name, **more) for name, more in options.items()}
+    monkeypatch.setattr(custom, "ROWS_AT_ONCE", 10)
+    for name, more in options.items():
+        assert len(list(open_table(tmp_path / name, ["who", "what"]).read(None))) > 5
+        found = encode(tmp_path / name, **more)
+        assert found.schema == wanted[name].schema and found.vocabularies == wanted[name].vocabularies
+        assert all((found.events[key] == wanted[name].events[key]).all() for key in found.events)
+
+
+def test_a_short_line_far_down_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(custom, "ROWS_AT_ONCE", 10)
+    FRAME.write_csv(tmp_path / "log.csv")
+    with (tmp_path / "log.csv").open("a") as file:
+        file.write("1,2\n")
+    with pytest.raises(ValueError, match=f"line {FRAME.height + 2} has 2 fields, the header has 4"):
+        encode(tmp_path / "log.csv")
