@@ -36,6 +36,8 @@ class RetrievalArgs(Args):
     label_smoothing: float = 0.0
     #: "dot": items follow NetworkArgs.output_norm. "cosine": both sides of length one. "mol": see above.
     similarity: Literal["dot", "cosine", "mol"] = "dot"
+    #: Add a learned number of each item to its dot products, in training, evaluation and predictions.
+    item_bias: bool = False
     mol_query_groups: int = 4
     mol_item_groups: int = 4
     mol_channels: int = 16
@@ -85,6 +87,8 @@ class RetrievalArgs(Args):
         if self.logq_correction and (self.loss != "sampled_softmax" or self.negatives == "uniform"):
             raise self.error("logq_correction", "changes nothing where all items are as probable; use it with in_batch "
                              "or log_uniform negatives")  # fmt: skip
+        if self.item_bias and self.similarity != "dot":
+            raise self.error("item_bias", f"is a part of dot products; {self.similarity} has none")
         if self.mol_mutual_information and (self.similarity != "mol" or self.loss == "bce"):
             raise self.error("mol_mutual_information", "needs similarity = 'mol' and a softmax loss")
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from hstu.config import Config, RetrievalArgs
 from hstu.data.batch import POOL, Batch
@@ -28,6 +29,7 @@ class RetrievalModel(Encoder):
         self.num_items = schema.item.vocab_size or 0
         self.similarity = make_similarity(self.args, config.network.hidden_size, self.postprocess.norm)
         initialize(self.similarity, "xavier_uniform", 0.0)
+        self.item_bias = nn.Parameter(torch.zeros(self.num_items)) if self.args.item_bias else None
         self.sampler = NegativeSampler(self.args.negatives, self.num_items, self.args.num_negatives, self.seed)
         width = self.embeddings.widths[self.item]
         if width != config.network.hidden_size:
@@ -46,11 +48,11 @@ class RetrievalModel(Encoder):
             columns = self.sampler.columns(keys, pool_ids.numel())
         embedded = self.embeddings(batch.with_pool(pool_ids).features)
         contest = Contest(
-            query=self.similarity.queries(self.rows(embedded, batch, targets)),
+            query=self.query_vectors(self.rows(embedded, batch, targets)),
             # Labels are items of the batch: their embeddings are already at hand.
-            positive=self.item_vectors(embedded[self.item][targets]),
+            positive=self.item_vectors(embedded[self.item][targets], batch.labels),
             positive_ids=batch.labels,
-            pool=self.item_vectors(embedded[POOL]),
+            pool=self.item_vectors(embedded[POOL], pool_ids),
             pool_ids=pool_ids,
             columns=columns,
         )
@@ -59,8 +61,7 @@ class RetrievalModel(Encoder):
     def queries(self, batch: Batch) -> Tensor:
         """Return what scores the item after each labelled event, [L, ..] float32."""
         embedded = self.embeddings(batch.with_pool(batch.labels[:0]).features)
-        out: Tensor = self.similarity.queries(self.rows(embedded, batch, following(batch)))
-        return out
+        return self.query_vectors(self.rows(embedded, batch, following(batch)))
 
     def training_targets(self, batch: Batch) -> tuple[Batch, Tensor]:
         """Return the batch with what training predicts as labels, and the events that are predicted, [L] int64."""
@@ -70,14 +71,19 @@ class RetrievalModel(Encoder):
         """Return the hidden rows that predict the events ``targets`` [L], [L, D] float32."""
         return self.encode(embedded, batch)
 
-    def item_vectors(self, embedded: Tensor) -> Tensor:
-        """Return items as training and evaluation score them, [n, ..] float32."""
+    def query_vectors(self, rows: Tensor) -> Tensor:
+        """Return hidden rows [L, D] as training and evaluation score them, [L, ..] float32."""
+        out: Tensor = self.similarity.queries(rows)
+        return out if self.item_bias is None else torch.cat([out, torch.ones_like(out[:, :1])], 1)
+
+    def item_vectors(self, embedded: Tensor, ids: Tensor) -> Tensor:
+        """Return items ``ids`` [n] as training and evaluation score them, [n, ..] float32."""
         out: Tensor = self.similarity.items(embedded.float())
-        return out
+        return out if self.item_bias is None else torch.cat([out, self.item_bias[ids, None]], 1)
 
     def catalogue_vectors(self, batch: Batch, ids: Tensor) -> Tensor:
         """Return items ``ids`` [n] as they are scored, [n, ..] float32; ``batch`` lends its features."""
-        return self.item_vectors(self.embeddings(batch.with_pool(ids).features)[POOL])
+        return self.item_vectors(self.embeddings(batch.with_pool(ids).features)[POOL], ids)
 
     def scores(self, queries: Tensor, items: Tensor) -> Tensor:
         """Score ``queries`` [L, ..] against ``items`` [n, ..]: [L, n] float32."""

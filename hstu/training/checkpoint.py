@@ -59,7 +59,7 @@ def model_identity(config: Config, schema: Schema) -> dict[str, Any]:
         head = ("prediction_head_arch", "prediction_head_act_type", "num_tasks")
         identity |= {f"RankingArgs.{name}": getattr(config.ranking, name) for name in head}
     if config.retrieval is not None:
-        shape = ("similarity", "mol_query_groups", "mol_item_groups", "mol_channels", "mol_gate_channels")
+        shape = ("similarity", "item_bias", "mol_query_groups", "mol_item_groups", "mol_channels", "mol_gate_channels")
         identity |= {f"RetrievalArgs.{name}": getattr(config.retrieval, name) for name in shape}
     loaded: dict[str, Any] = json.loads(json.dumps(identity))
     return loaded

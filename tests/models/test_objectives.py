@@ -29,12 +29,15 @@ BCE = ("RetrievalArgs.loss='bce'", "RetrievalArgs.num_negatives=1", "RetrievalAr
 POPULAR = ("RetrievalArgs.sampling_strategy='log_uniform'",)
 LOG_Q = ("RetrievalArgs.logq_correction=True",)
 IN_BATCH = ("RetrievalArgs.num_negatives=-1",)
+BIAS = ("RetrievalArgs.item_bias=True",)
 OBJECTIVES = {
     "mol": MOL,
     "mol_full": (*MOL, *FULL, "RetrievalArgs.mol_mutual_information=0.1"),
     "mol_bce": (*MOL, *BCE),
     "bce": BCE,
     "smooth": (*FULL, "RetrievalArgs.label_smoothing=0.1"),
+    "bias": (*FULL, *BIAS, "RetrievalArgs.label_smoothing=0.1"),
+    "bias_in_batch_log_q": (*IN_BATCH, *LOG_Q, *BIAS),
     "popular": (*POPULAR, *LOG_Q),
     "in_batch_log_q": (*IN_BATCH, *LOG_Q),
     "mol_in_batch_log_q": (*MOL, *IN_BATCH, *LOG_Q),
@@ -91,6 +94,23 @@ def test_gradients_reach_every_parameter_and_nothing_moves_none(dataset: Sequenc
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", ["full", "sampled"])
+def test_the_bias_of_an_item_is_added_to_its_dot_products(dataset: SequenceDataset, name: str) -> None:
+    config = make_config("retrieval", *BIAS, *(FULL if name == "full" else ()))
+    model, batch = built(dataset, config), batch_of(dataset, config)
+    bias = model.item_bias.clone()
+    vectors = model.catalogue_vectors(batch, torch.arange(30))
+    scores = model.scores(model.queries(batch), vectors)
+    model.item_bias.zero_()
+    before = model.scores(model.queries(batch), model.catalogue_vectors(batch, torch.arange(30)))
+    torch.testing.assert_close(scores, before + bias)
+    model.item_bias.copy_(bias)
+    if name == "full":
+        expected = torch.nn.functional.cross_entropy(scores / model.args.temperature, batch.labels, reduction="sum")
+        torch.testing.assert_close(model(batch).total, expected, rtol=1e-5, atol=1e-4)
+
+
+@torch.no_grad()
 def test_the_binary_loss_never_takes_an_item_of_the_sample(dataset: SequenceDataset) -> None:
     config = make_config("retrieval", *BCE)
     model, batch = built(dataset, config), batch_of(dataset, config)
@@ -137,6 +157,7 @@ REFUSED = [
     ("RetrievalArgs.logq_correction=True", FULL, "as probable"),
     ("RetrievalArgs.mol_mutual_information=0.1", (), "needs similarity = 'mol'"),
     ("RetrievalArgs.mol_dropout=1", MOL, "below 1"),
+    ("RetrievalArgs.item_bias=True", ("RetrievalArgs.similarity='cosine'",), "is a part of dot products"),
     ("RetrievalArgs.similarity='euclid'", (), "one of 'dot', 'cosine', 'mol'"),
 ]
 

@@ -1,11 +1,12 @@
 """Cross-entropy against few sampled places of the pool: rows of the pool are read where they lie, never gathered.
 
-What is a product of matrices for the whole pool is a bag of embeddings here: a query's gradient is a weighted sum of
-the rows that it sampled, a pool row's one of the queries that sampled it.
+What is a product of matrices for the whole pool is a sampled product here, or a bag of embeddings: a query's gradient
+is a weighted sum of the rows that it sampled, a pool row's one of the queries that sampled it.
 """
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -69,31 +70,32 @@ class _SampledCrossEntropy(torch.autograd.Function):
 
 
 def _scores(query: Tensor, pool: Tensor, columns: Tensor) -> Tensor:
-    """Return <query_l, pool_c> for each of the columns c of l, [L, K]: the gradient of a bag's weights."""
-    starts, bags = _starts(columns), torch.arange(columns.shape[0], device=columns.device)
-    bags = bags.repeat_interleave(columns.shape[1])
-    dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        query.contiguous(), pool.contiguous(), columns.flatten(), starts, bags, 0, -1
-    )
-    return dots.view(columns.shape)
+    """Return <query_l, pool_c> for each of the columns c of l, [L, K]."""
+    starts = torch.arange(columns.shape[0] + 1, device=columns.device) * columns.shape[1]
+    zeros = query.new_zeros(columns.numel())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        # A place that is sampled twice breaks an invariant of the format, but not this product.
+        wanted = torch.sparse_csr_tensor(
+            starts, columns.flatten(), zeros, (query.shape[0], pool.shape[0]), check_invariants=False
+        )
+    return torch.sparse.sampled_addmm(wanted, query, pool.T, beta=0.0).values().view(columns.shape)
 
 
 def _bags(columns: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
     """Return the sums of rows[columns] under ``weights``, [L, D]."""
+    starts = torch.arange(columns.shape[0], device=columns.device) * columns.shape[1]
     return F.embedding_bag(
-        columns.flatten(), rows.to(weights.dtype), _starts(columns), per_sample_weights=weights.flatten(), mode="sum"
+        columns.flatten(), rows.to(weights.dtype), starts, per_sample_weights=weights.flatten(), mode="sum"
     )
 
 
 def _transposed_bags(columns: Tensor, query: Tensor, weights: Tensor, pool_size: int) -> Tensor:
     """Return for each place of the pool the sum of the queries that sampled it, under ``weights``: [P, D]."""
-    places, order = columns.flatten().to(torch.int32).sort(stable=True)
-    starts = torch.searchsorted(places, torch.arange(pool_size, dtype=torch.int32, device=places.device))
+    kind = torch.int16 if pool_size < 2**15 else torch.int32  # fewer bits are sorted faster
+    places, order = columns.flatten().to(kind).sort(stable=True)
+    starts = torch.searchsorted(places, torch.arange(pool_size, dtype=kind, device=places.device))
     queries = order.div(columns.shape[1], rounding_mode="floor")
     return F.embedding_bag(
         queries, query.to(weights.dtype), starts, per_sample_weights=weights.flatten()[order], mode="sum"
     )
-
-
-def _starts(columns: Tensor) -> Tensor:
-    return torch.arange(columns.shape[0], device=columns.device) * columns.shape[1]
