@@ -56,10 +56,14 @@ class ShardedTables(Embeddings):
         self.replicated = EmbeddingTables(replicated).to(mesh.device)
         self.collections: dict[str, DistributedModelParallel] = {}
         self._features: dict[str, list[str]] = {}
+        #: How each table is laid out over ranks, and by which kernel.
+        self.layout = dict.fromkeys((t.name for t in replicated), "data_parallel")
         for width in sorted({_stored_width(t) for t in tables if t not in replicated}):
             members = tuple(t for t in tables if _stored_width(t) == width and t not in replicated)
             self._features[str(width)] = [feature for t in members for feature in t.features]
-            self.collections[str(width)] = _shard(members, embedding, optimizer, mesh)
+            self.collections[str(width)] = sharded = _shard(members, embedding, optimizer, mesh)
+            for name, plan in sharded.plan.get_plan_for_module("").items():
+                self.layout[name] = f"{plan.sharding_type} {plan.compute_kernel}"
         self.shards = nn.ModuleDict(self.collections)
         self.fill()
 

@@ -64,7 +64,7 @@ class RunLogger:
         """Log a training record."""
         self.run.append(record)
         self._curves("train", record["step"], {k: v for k, v in record.items() if isinstance(v, float)})
-        speed = f"{record['sequences_per_second']:,.0f} seq/s {record['tokens_per_second']:,.0f} tok/s"
+        speed = _format_speed(record)
         if self.bar is not None:
             self.bar.set_postfix_str(f"loss {record['loss']:.4f} {speed}")
             return
@@ -97,6 +97,16 @@ class RunLogger:
 def format_metrics(metrics: dict[str, float | None]) -> str:
     """Return ``HR@10 0.1234  NDCG@10 0.0567``."""
     return "  ".join(f"{name} " + ("undefined" if value is None else f"{value:.4f}") for name, value in metrics.items())
+
+
+def _format_speed(record: dict[str, Any]) -> str:
+    """Return ``1,041 seq/s 14,707 tok/s 12.3 GFLOP/s  waits 2%  1.2 GiB``."""
+    parts = [f"{record['sequences_per_second']:,.0f} seq/s {record['tokens_per_second']:,.0f} tok/s"]
+    parts.append(f"{record['flops_per_second'] / 1e9:,.1f} GFLOP/s")
+    if "mfu" in record:
+        parts.append(f"MFU {record['mfu']:.1%}")
+    parts.append(f"waits {record['data_wait_share']:.0%}  {record['memory_gib']:.1f} GiB")
+    return "  ".join(parts)
 
 
 def check_loggers(loggers: tuple[str, ...]) -> None:

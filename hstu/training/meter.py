@@ -6,8 +6,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import psutil
 import torch
 
+from hstu.data.batch import Batch
 from hstu.models.losses import LossSum
 from hstu.parallel import Mesh
 
@@ -23,24 +25,31 @@ def not_finite(what: str, step: int, where: str = "") -> TrainingError:
 
 
 class Meter:
-    """Sums over steps and ranks since the last log line; time spent elsewhere does not count."""
+    """Sums over steps and ranks since the last log line; time spent elsewhere does not count.
 
-    def __init__(self, mesh: Mesh) -> None:
-        self.mesh, self.has_negatives = mesh, False
+    Args:
+        mesh: The ranks.
+        peak: Floating-point operations a second that one of them can do, if that is known.
+    """
+
+    def __init__(self, mesh: Mesh, peak: float | None = None) -> None:
+        self.mesh, self.has_negatives, self.peak = mesh, False, peak
         self._reset()
 
     def _reset(self) -> None:
         # Loss and live negatives gather on the device, so that no step waits for it.
         self.sums = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
         self.labels = self.sequences = self.tokens = self.batches = self.skipped = 0
+        self.flops = self.waited = 0.0
         self.start()
 
     def start(self) -> None:
         """Start the clock of the next line."""
         self.away, self.since = 0.0, time.perf_counter()
 
-    def add(self, loss: LossSum, sequences: int, tokens: int) -> None:
+    def add(self, loss: LossSum, sequences: int, tokens: int, flops: float) -> None:
         """Count one batch that was trained on."""
+        self.flops += flops
         self.batches += 1
         self.sums[0] += loss.total.detach()
         self.has_negatives = loss.live_negatives is not None
@@ -50,6 +59,16 @@ class Meter:
         self.sequences += sequences
         self.tokens += tokens
 
+    def waiting(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Yield ``batches``, and count the time that they keep the step waiting."""
+        while True:
+            start = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - start
+            if batch is None:
+                return
+            yield batch
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Leave out the time spent inside."""
@@ -58,8 +77,15 @@ class Meter:
         self.away += time.perf_counter() - start
 
     def state(self) -> list[float]:
-        """Return loss, live negatives, labels, sequences and tokens since the last line, summed over all ranks."""
-        host = torch.tensor([self.labels, self.sequences, self.tokens], dtype=torch.float64, device=self.sums.device)
+        """Return what happened since the last line, summed over all ranks.
+
+        Loss, live negatives, labels, sequences, tokens, floating-point operations, seconds of waiting for data.
+        """
+        host = torch.tensor(
+            [self.labels, self.sequences, self.tokens, self.flops, self.waited],
+            dtype=torch.float64,
+            device=self.sums.device,
+        )
         totals: list[float] = self.mesh.sum(torch.cat([self.sums, host])).tolist()
         return totals
 
@@ -76,13 +102,18 @@ class Meter:
         Raises:
             TrainingError: if a label has less than one negative on average.
         """
-        loss, live, labels, sequences, tokens = self.state()
+        loss, live, labels, sequences, tokens, flops, waited = self.state()
         seconds = max(1e-9, time.perf_counter() - self.since - self.away)
         record = {
             "loss": loss / max(1.0, labels),
             "sequences_per_second": sequences / seconds,
             "tokens_per_second": tokens / seconds,
+            "flops_per_second": flops / seconds,
+            "data_wait_share": waited / self.mesh.world_size / seconds,
+            "memory_gib": self._memory() / 2**30,
         }
+        if self.peak:
+            record["mfu"] = flops / seconds / self.mesh.world_size / self.peak
         if self.skipped:
             record["skipped_steps"] = self.skipped
         if self.has_negatives:
@@ -94,3 +125,9 @@ class Meter:
                 )
         self._reset()
         return record
+
+    def _memory(self) -> int:
+        """Return the most memory that tensors took on this GPU, or what this process takes on a CPU, in bytes."""
+        if self.mesh.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.mesh.device)
+        return int(psutil.Process().memory_info().rss)

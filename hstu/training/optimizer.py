@@ -85,17 +85,18 @@ class Optimizer:
 
         With the distributed optimizer each rank holds a part of them, and they are gathered.
         """
-        return {f"{part.name}.{key}": self._whole(part, value) for part, key, value in self._moments()}
+        return {f"{part.name}.{key}": self._whole(part, value) for part, key, value in self.moments()}
 
     def load(self, state: dict[str, Tensor], step: int) -> None:
         """Take ``state`` as ``state()`` returned it, after ``step`` steps."""
-        for part, key, value in self._moments():
+        for part, key, value in self.moments():
             value.copy_(part.of(state[f"{part.name}.{key}"]))
         for moments in self.dense.state.values():
             if "step" in moments:  # which Adam's bias correction needs; every parameter's is the run's
                 moments["step"].fill_(step)
 
-    def _moments(self) -> Iterator[tuple[_Part, str, Tensor]]:
+    def moments(self) -> Iterator[tuple[_Part, str, Tensor]]:
+        """Yield the tensors that this rank holds beside each dense weight, with their part and name."""
         self._allocate()
         for part in self.parts:
             for key, value in self.dense.state[part.stepped].items():

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 
 import torch
 
-from hstu.config import TrainerArgs
+from hstu.config import Config
 from hstu.data.batch import Batch
 from hstu.data.reader import SequenceDataset
 from hstu.parallel import Parallelized
 from hstu.training.checkpoint_files import Progress
 from hstu.training.meter import Meter, not_finite
 from hstu.training.optimizer import Optimizer
+from hstu.training.work import batch_flops
 
 logger = logging.getLogger(__name__)
 
@@ -28,14 +29,14 @@ class Stepper:
         parallel: The distributed model.
         optimizer: Both optimizers.
         meter: Counts what was trained on.
-        args: What to do with a loss that is not finite.
+        config: The run.
         dataset: Knows the original ids of users.
     """
 
     def __init__(
-        self, parallel: Parallelized, optimizer: Optimizer, meter: Meter, args: TrainerArgs, dataset: SequenceDataset
+        self, parallel: Parallelized, optimizer: Optimizer, meter: Meter, config: Config, dataset: SequenceDataset
     ) -> None:
-        self.parallel, self.optimizer, self.meter, self.args = parallel, optimizer, meter, args
+        self.parallel, self.optimizer, self.meter, self.config = parallel, optimizer, meter, config
         self.mesh, self.model, self.dataset = parallel.mesh, parallel.model, dataset
         self.skipped_in_a_row = 0
 
@@ -66,7 +67,9 @@ class Stepper:
                 # Ranks average gradients, hence their number.
                 (loss.total * (self.mesh.world_size / max(1.0, total))).backward()
             progress.table_steps += 1
-            self.meter.add(loss, batch.num_samples, self.model.num_tokens(batch))
+            work = batch_flops(self.model, self.config, batch)
+            # A rank without a sample got a stand-in, whose user is -1.
+            self.meter.add(loss, int((batch.users >= 0).sum()), self.model.num_tokens(batch), work)
         else:
             self.optimizer.step()
             self.skipped_in_a_row = 0
@@ -82,7 +85,7 @@ class Stepper:
         more = f" and {len(users) - _NAMED_USERS} more in train.log" if len(users) > _NAMED_USERS else ""
         error = not_finite("the loss", step, f"; users of the batch: {', '.join(users[:_NAMED_USERS])}{more}")
         self.skipped_in_a_row += 1
-        if self.args.nonfinite_loss == "stop" or self.skipped_in_a_row > _MOST_SKIPPED:
+        if self.config.trainer.nonfinite_loss == "stop" or self.skipped_in_a_row > _MOST_SKIPPED:
             raise error
         logger.warning("%s; the step is skipped", error)
         self.meter.skipped += 1

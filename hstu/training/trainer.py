@@ -21,6 +21,7 @@ from hstu.parallel.balance import deal, sample_costs
 from hstu.training.checkpoint import Checkpointer, model_identity
 from hstu.training.checkpoint_files import Progress, find_checkpoint, supersede
 from hstu.training.evaluate import best_possible, evaluate, improves
+from hstu.training.hardware import present_gpu
 from hstu.training.interrupt import StopRequest
 from hstu.training.logging import RunLogger, check_loggers, format_metrics
 from hstu.training.meter import Meter, not_finite
@@ -29,6 +30,7 @@ from hstu.training.plot import draw_curves, sketch_curves
 from hstu.training.profile import profiler
 from hstu.training.run_directory import RunDirectory
 from hstu.training.step import Stepper
+from hstu.training.summary import describe_data, memory_table
 from hstu.training.watchdog import beat, watchdog
 
 logger = logging.getLogger(__name__)
@@ -86,8 +88,9 @@ class Trainer:
             model_identity(config, dataset.schema),
             args.keep_last_checkpoints,
         )
-        self.meter = Meter(mesh)
-        self.stepper = Stepper(self.parallel, self.optimizer, self.meter, args, dataset)
+        gpu = present_gpu()
+        self.meter = Meter(mesh, None if gpu is None else gpu.peak(config.network.dtype_str))
+        self.stepper = Stepper(self.parallel, self.optimizer, self.meter, config, dataset)
         torch.manual_seed(args.seed + mesh.rank)
 
     def _deal(self, events: np.ndarray, ranks: int) -> list[np.ndarray]:
@@ -123,7 +126,8 @@ class Trainer:
         Raises:
             TrainingError: if the loss is not finite or there are no negatives; the last checkpoint stays.
         """
-        logger.info(self._summary())
+        logger.info("%s\n%s", describe_data(self.dataset, self.config), memory_table(self.parallel, self.optimizer))
+        logger.info(self._plan())
         self._rewind()
         seconds = self.config.trainer.hang_timeout_seconds
         self.mesh.set_timeout(2 * seconds)  # the watchdog speaks first
@@ -163,7 +167,7 @@ class Trainer:
         self.meter.start()
         while progress.step < self.total_steps and not progress.stopped_early:
             epoch, first = divmod(progress.samples, size)
-            batches = loader.epoch(epoch, first)
+            batches = self.meter.waiting(loader.epoch(epoch, first))
             for step_batches in zip(*[batches] * loader.micro_batches, strict=True):
                 rate = self.stepper.take(step_batches, progress)
                 progress.samples = min(progress.samples + loader.global_batch_size, (epoch + 1) * size)
@@ -281,16 +285,11 @@ class Trainer:
                 first, epoch, loader.global_batch_size, self.total_steps,
             )  # fmt: skip
 
-    def _summary(self) -> str:
-        counts, mesh = self.dataset.schema.counts, self.mesh
-        dense = sum(p.numel() for p in self.parallel.dense.ddp.module.parameters())
-        tables = sum(t.rows * t.width for t in self.parallel.tables.tables)
+    def _plan(self) -> str:
+        mesh, loader = self.mesh, self.loaders["train"]
         return (
-            f"{self.config.task} on {self.dataset.schema.name}: {counts['users']:,} users, {counts['items']:,} items, "
-            f"{counts['events']:,} events\n"
-            f"{dense:,} dense and {tables:,} table weights; {mesh.world_size} rank(s) on {mesh.device.type}; "
-            f"{self.total_steps:,} steps of {self.loaders['train'].global_batch_size} sequences, "
-            f"{self.loaders['train'].steps_per_epoch} an epoch; run directory {self.run.path}"
+            f"{mesh.world_size} rank(s) on {mesh.device.type}; {self.total_steps:,} steps of "
+            f"{loader.global_batch_size} sequences, {loader.steps_per_epoch} an epoch; run directory {self.run.path}"
         )
 
 

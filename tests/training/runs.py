@@ -15,6 +15,7 @@ from hstu.training.run_directory import RunDirectory
 from hstu.training.trainer import Trainer
 from tests.tiny import BINDINGS
 
+CLOCK = ("data_wait_share", "memory_gib")
 #: Dropout is on, and every step is a line of metrics.jsonl.
 EVERY_STEP = ("NetworkArgs.hidden_dropout=0.2", "TrainerArgs.log_interval=1", "TrainerArgs.eval_interval=10")
 
@@ -35,7 +36,11 @@ def trainer(
 def records(run: Path, kind: str = "train") -> list[dict[str, Any]]:
     """Return the records of one kind in the order of ``metrics.jsonl``, without what depends on the clock."""
     found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in r.items() if not k.endswith("_per_second")} for r in found if r["kind"] == kind]
+    return [
+        {k: v for k, v in r.items() if not k.endswith("_per_second") and k not in CLOCK}
+        for r in found
+        if r["kind"] == kind
+    ]
 
 
 def losses(run: Path) -> dict[int, float]:

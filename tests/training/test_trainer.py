@@ -38,12 +38,15 @@ def test_records(data: Path, tmp_path: Path, task: str) -> None:
         ("train", None, 6),
         ("eval", "valid", 6),
     ]
-    keys = {"kind", "step", "epoch", "loss", "lr", "sequences_per_second", "tokens_per_second"}
+    keys = {"kind", "step", "epoch", "loss", "lr", "sequences_per_second", "tokens_per_second", "flops_per_second"}
+    keys |= {"data_wait_share", "memory_gib"}
     for record in lines:
         if record["kind"] == "train":
             assert record.keys() - {"live_negatives"} == keys
             assert record["lr"] == 3e-3 and record["tokens_per_second"] > record["sequences_per_second"] > 0
             assert record["epoch"] == (record["step"] - 1) // 4
+            assert 0 < record["data_wait_share"] < 1 and 0.1 < record["memory_gib"] < 10
+            assert record["flops_per_second"] > 1e3 * record["tokens_per_second"]
         else:
             assert record.keys() >= EVAL_KEYS
     final = json.loads((tmp_path / "eval.json").read_text())

@@ -1,0 +1,65 @@
+"""The work of a batch in floating-point operations, counted exactly from its lengths: for the log and for planning."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from hstu.config import Config
+from hstu.data.batch import Batch
+from hstu.models import RankingModel, RetrievalModel
+from hstu.ops.attention.mask import Mask
+from hstu.ops.flops import attention_flops, cross_entropy_flops, visible_pairs
+
+
+def batch_flops(model: RankingModel | RetrievalModel, config: Config, batch: Batch) -> float:
+    """Return the operations of a forward and backward pass over ``batch``, which is in host memory.
+
+    Matrix products alone: of every weight with its tokens, of attention with the pairs that the mask lets see each
+    other, and of the scores. Not counted: attention of a HuggingFace backbone, a mixture of logits, and lookups. The
+    pool of in-batch negatives counts as far as this rank's labels fill it.
+    """
+    contexts = sum((batch.lengths(name) for name in model.preprocess.contexts), batch.num_candidates * 0)
+    events, candidates = batch.lengths(batch.item), batch.num_candidates
+    per_event = 2 if config.layout == "interleave" else 1
+    lengths = contexts + per_event * (events - candidates) + candidates
+    labels = model.num_labels(batch)
+    heads = model.head if isinstance(model, RankingModel) else model.similarity
+    weights = matrix_elements(model.backbone) * int(lengths.sum()) + matrix_elements(heads) * labels
+    # One product forward, two backward.
+    work = 6.0 * weights + config.network.num_layers * _attention(config, lengths, contexts, candidates)
+    if isinstance(model, RetrievalModel):
+        work += cross_entropy_flops(labels, _pool_size(model, batch), config.network.hidden_size).total
+    return work
+
+
+def matrix_elements(module: nn.Module) -> int:
+    """Return the elements of the weights that each token is multiplied with."""
+    owners = [part for part in module.modules() if not isinstance(part, nn.Embedding)]
+    return sum(w.numel() for part in owners for w in part.parameters(recurse=False) if w.dim() == 2)
+
+
+def _attention(config: Config, lengths: Tensor, contexts: Tensor, candidates: Tensor) -> int:
+    network = config.network
+    if network.backbone == "gru" or network.is_hugging_face:
+        return 0
+    mask = Mask(
+        causal=not network.is_masked,
+        context_full=network.context_attention == "full",
+        candidate_group_size=network.target_group_size,
+        max_attn_len=network.max_attn_len,
+        num_context=contexts,
+        num_candidates=candidates,
+    )
+    values = network.value_channels or network.kv_channels
+    pairs = int(visible_pairs(lengths, mask).sum())
+    return attention_flops(pairs, network.num_attention_heads, network.kv_channels, values).total
+
+
+def _pool_size(model: RetrievalModel, batch: Batch) -> int:
+    """Return the items that each label token is scored against."""
+    sampler = model.sampler
+    if model.args.loss == "bce":
+        return 1
+    if sampler.num_negatives != -1 and sampler.strategy != "all":
+        return sampler.num_negatives
+    return batch.labels.unique().numel() if sampler.strategy == "in_batch" else sampler.num_items

@@ -1,0 +1,66 @@
+"""Counted work against loops over tokens; what a rank without a sample counts; the table at the start."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from hstu.training.summary import memory_rows, memory_table
+from hstu.training.work import batch_flops, matrix_elements
+from tests.training.runs import trainer
+
+
+@pytest.mark.parametrize("candidates", [0, 3])
+def test_ranking_work_by_hand(data: Path, tmp_path: Path, candidates: int) -> None:
+    with trainer(data, tmp_path, "ranking", f"DatasetArgs.max_num_candidates={candidates}") as run:
+        batch = next(run.loaders["train"].epoch(0))
+        found = batch_flops(run.model, run.config, batch)
+    hidden, heads, width, layers, expected = 16, 2, 8, 2, 0
+    for events, own in zip(batch.lengths("item_id").tolist(), batch.num_candidates.tolist(), strict=True):
+        history = 1 + 2 * (events - own)  # one context token, then item and action of each event
+        pairs = sum(i + 1 for i in range(history)) + own * (history + 1)
+        tokens = history + own
+        expected += layers * 6 * tokens * (hidden * 4 * heads * width + heads * width * hidden)
+        expected += layers * 2 * pairs * heads * (2 * width + 5 * width)
+    expected += 6 * batch.labels.numel() * (16 * 16 + 16)
+    assert found == expected
+
+
+@pytest.mark.parametrize("backbone", ["hstu", "sasrec", "llama", "gru"])
+def test_products_of_the_backbone_are_those_that_torch_counts(data: Path, tmp_path: Path, backbone: str) -> None:
+    """Of one token, which attends to itself alone: what is left are the products with weights."""
+    with trainer(data, tmp_path, "retrieval", f"NetworkArgs.backbone='{backbone}'") as run:
+        one = torch.nn.Sequential(*[m for m in run.model.backbone.modules() if isinstance(m, torch.nn.Linear)])
+        with FlopCounterMode(display=False) as counter:
+            for layer in one:
+                layer(torch.zeros(1, layer.in_features))
+        if backbone != "gru":
+            assert counter.get_total_flops() == 2 * matrix_elements(run.model.backbone)
+        else:
+            assert matrix_elements(run.model.backbone) == 2 * 6 * 16 * 16
+
+
+def test_a_stand_in_counts_nothing(data: Path, tmp_path: Path) -> None:
+    with trainer(data, tmp_path, "ranking") as run:
+        loader = replace(run.loaders["train"], batch_size=119, rank=1, world_size=2, deal=None)
+        (full, *_), loader = list(loader.epoch(0)), replace(loader, batch_size=1, rank=1)
+        split = replace(loader.split, users=loader.split.users[:1], stop=loader.split.stop[:1])
+        (empty,) = replace(loader, split=split).epoch(0)
+        assert full.num_samples > 0 and empty.num_samples == 1
+        run.stepper.take([empty], run.progress)
+        record = run.meter.read(1)
+    assert record["sequences_per_second"] == record["tokens_per_second"] == record["flops_per_second"] == 0
+
+
+def test_the_table_at_the_start(data: Path, tmp_path: Path) -> None:
+    with trainer(data, tmp_path, "ranking", "OptimizerArgs.sparse_optimizer_str='rowwise_adagrad'") as run:
+        rows = {row[0]: row[1:] for row in memory_rows(run.parallel, run.optimizer)}
+        text = memory_table(run.parallel, run.optimizer)
+        dense = sum(p.numel() for p in run.parallel.dense.ddp.module.parameters())
+    assert rows["dense, with gradients"] == (f"{dense:,}", "", 8 * dense, 8 * dense)
+    assert rows["table item_id"] == ("120 x 16", "row_wise fused", 120 * 16 * 4, 120 * 4)
+    assert text.splitlines()[-1].split()[0] == "all" and len(text.splitlines()) == len(rows) + 2
