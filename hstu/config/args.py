@@ -10,7 +10,7 @@ from hstu.config.base import Args, ConfigError
 from hstu.config.retrieval import RetrievalArgs
 
 RANKING_METRICS = ("AUC", "GAUC", "NE", "LOGLOSS", "ACCURACY")
-ShardingType = Literal["row_wise", "table_wise", "column_wise", "data_parallel"]
+ShardingType = Literal["auto", "row_wise", "table_wise", "column_wise", "data_parallel"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,14 +160,28 @@ class DatasetArgs(Args):
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddingArgs(Args):
-    """How tables are laid out over ranks: one type for all, or by table name."""
+    """How tables are laid out over ranks: one type for all, or by table name.
+
+    ``auto`` leaves row-, table- or column-wise to TorchRec's planner; ``data_parallel`` is whole on every rank.
+    """
 
     sharding_type: ShardingType = "row_wise"
     table_sharding_types: dict[str, ShardingType] = field(default_factory=dict)
+    #: Sharded tables that stay in host memory, with a cache on the GPU. Without a GPU all tables are there.
+    uvm_caching_tables: tuple[str, ...] = ()
+    #: Share of their rows that the cache holds.
+    uvm_cache_load_factor: float = 0.2
 
     def of(self, table: str) -> str:
         """Return the sharding type of ``table``."""
         return self.table_sharding_types.get(table, self.sharding_type)
+
+    def validate(self) -> None:
+        if not 0 < self.uvm_cache_load_factor <= 1:
+            raise self.error("uvm_cache_load_factor", "must be above 0 and at most 1")
+        for table in self.uvm_caching_tables:
+            if self.of(table) == "data_parallel":
+                raise self.error("uvm_caching_tables", f"table {table!r} is data_parallel: a dense weight on the GPU")
 
 
 @dataclass(frozen=True, kw_only=True)

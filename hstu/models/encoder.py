@@ -102,11 +102,10 @@ def make_tables(config: Config, schema: Schema) -> tuple[Table, ...]:
     if inputs.action is not None:
         widths[inputs.action] = network.action_embedding_dim
     widths |= {name: network.contextual_embedding_dim for name in inputs.contexts}
-    for table in config.embedding.table_sharding_types:
+    named = {field: getattr(config.embedding, field) for field in ("table_sharding_types", "uvm_caching_tables")}
+    for field, table in ((field, table) for field, tables in named.items() for table in tables):
         if table not in widths:
-            raise ConfigError(
-                "EmbeddingArgs.table_sharding_types", f": no table {table!r}; tables: {', '.join(widths)}"
-            )
+            raise ConfigError(f"EmbeddingArgs.{field}", f": no table {table!r}; tables: {', '.join(widths)}")
     rows = {feature.name: feature.vocab_size for feature in schema.features}
     return tuple(
         Table(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from typing import Any
 
+import psutil
 import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torch import Tensor, nn
@@ -12,12 +15,15 @@ from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
-from torchrec.distributed.types import ShardingEnv
+from torchrec.distributed.planner.types import PlannerError
+from torchrec.distributed.types import CacheParams, ShardingEnv
 
 from hstu.config import ConfigError, EmbeddingArgs, OptimizerArgs
 from hstu.models.embedding import Embeddings, EmbeddingTables, Table
 from hstu.parallel.fused_adam import adam_on_host
 from hstu.parallel.mesh import Mesh
+
+logger = logging.getLogger(__name__)
 
 _OPTIMIZERS = {
     "sgd": EmbOptimType.EXACT_SGD,
@@ -104,6 +110,29 @@ class ShardedTables(Embeddings):
                     shard.tensor.copy_(stored[:, column : column + columns])
 
 
+def _topology(mesh: Mesh) -> Topology:
+    """Describe the ranks and their memory to the planner."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", mesh.world_size))
+    memory: dict[str, int] = {"ddr_cap": psutil.virtual_memory().total // local}
+    if mesh.device.type == "cuda":
+        memory["hbm_cap"] = torch.cuda.get_device_properties(mesh.device).total_memory
+    return Topology(world_size=mesh.world_size, compute_device=mesh.device.type, local_world_size=local, **memory)
+
+
+def _constraints(table: str, embedding: EmbeddingArgs, optimizer: str, mesh: Mesh) -> ParameterConstraints:
+    """Return what the planner may choose from for ``table``."""
+    kinds = [embedding.of(table)]
+    if kinds == ["auto"]:
+        kinds = ["row_wise", "table_wise", *(["column_wise"] if optimizer != "rowwise_adagrad" else [])]
+    if table not in embedding.uvm_caching_tables:
+        return ParameterConstraints(sharding_types=kinds, compute_kernels=["fused"])
+    if mesh.device.type == "cpu":
+        logger.info("EmbeddingArgs.uvm_caching_tables: %s is in host memory as all tables are: there is no GPU", table)
+        return ParameterConstraints(sharding_types=kinds, compute_kernels=["fused"])
+    cache = CacheParams(load_factor=embedding.uvm_cache_load_factor)
+    return ParameterConstraints(sharding_types=kinds, compute_kernels=["fused_uvm_caching"], cache_params=cache)
+
+
 def _stored_width(table: Table) -> int:
     """FBGEMM's kernels want rows of a multiple of 4; the columns beyond the table's own stay zero."""
     return -(-table.width // 4) * 4
@@ -140,12 +169,17 @@ def _shard(
         use_index_dedup=mesh.device.type == "cuda",
     )
     planner = EmbeddingShardingPlanner(
-        topology=Topology(world_size=mesh.world_size, compute_device=mesh.device.type),
-        constraints={t.name: ParameterConstraints(sharding_types=[embedding.of(t.name)]) for t in tables},
+        topology=_topology(mesh),
+        constraints={t.name: _constraints(t.name, embedding, kind, mesh) for t in tables},
         storage_reservation=FixedPercentageStorageReservation(percentage=0.15),
     )
-    # Every rank plans for itself, which is deterministic: a plan that fails then fails everywhere.
-    plan = planner.plan(collection, [sharder])
+    try:
+        # Every rank plans for itself, which is deterministic: a plan that fails then fails everywhere.
+        plan = planner.plan(collection, [sharder])
+    except PlannerError as error:
+        sizes = ", ".join(f"{t.name} {t.rows:,} x {t.width}" for t in tables)
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError("EmbeddingArgs.sharding_type", f": no layout of the tables {sizes} fits: {reason}") from None
     with adam_on_host():
         return DistributedModelParallel(
             collection,

@@ -112,6 +112,11 @@ CASES = {
             (*SGD, *ACCUMULATED, *FULL, *sharding("data_parallel")),
             "short",
         ),
+        Case(
+            "retrieval-adam-auto",
+            "retrieval",
+            (*sharding("auto", segment="row_wise"), "EmbeddingArgs.uvm_caching_tables=('item_id',)"),
+        ),
         Case("ranking-adagrad", "ranking", ("OptimizerArgs.sparse_optimizer_str='adagrad'",), plain_steps=0),
         Case("retrieval-adam-uniform", "retrieval", ("NetworkArgs.preset='research'",)),
         Case("retrieval-sgd-uniform", "retrieval", (*SGD, *sharding("table_wise"))),

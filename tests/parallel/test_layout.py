@@ -1,0 +1,63 @@
+"""What the config says of tables reaches TorchRec's planner."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torchrec.distributed.planner import planners
+
+from hstu.config import EmbeddingArgs
+from hstu.parallel import embedding as module
+from hstu.parallel.embedding import _constraints
+from hstu.parallel.mesh import Mesh
+from tests.tiny import write_tiny
+from tests.training.runs import trainer
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny(tmp_path_factory.mktemp("layout") / "synthetic", num_users=40)
+
+
+def test_kernels_and_types(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logging.getLogger("hstu"), "propagate", True)
+    caplog.set_level(logging.INFO, "hstu")
+    own = dict(table_sharding_types={"b": "table_wise"}, uvm_caching_tables=("b",), uvm_cache_load_factor=0.3)
+    args = EmbeddingArgs(sharding_type="auto", **own)  # type: ignore[arg-type]
+    with Mesh.create() as cpu:
+        gpu = replace(cpu, device=torch.device("cuda", 0))
+        found = _constraints("a", args, "adam", gpu)
+        assert found.sharding_types == ["row_wise", "table_wise", "column_wise"] and found.compute_kernels == ["fused"]
+        assert _constraints("a", args, "rowwise_adagrad", gpu).sharding_types == ["row_wise", "table_wise"]
+        cached = _constraints("b", args, "adam", gpu)
+        assert (cached.sharding_types, cached.compute_kernels) == (["table_wise"], ["fused_uvm_caching"])
+        assert cached.cache_params is not None and cached.cache_params.load_factor == 0.3
+        assert _constraints("b", args, "adam", cpu).compute_kernels == ["fused"]
+    assert "uvm_caching_tables: b is in host memory as all tables are" in caplog.text
+
+
+def test_the_chosen_layout_is_told(data: Path, tmp_path: Path) -> None:
+    bindings = ("EmbeddingArgs.sharding_type='auto'", "EmbeddingArgs.table_sharding_types={'segment': 'data_parallel'}")
+    with trainer(data, tmp_path, "ranking", *bindings) as run:
+        layout = run.parallel.tables.layout
+    assert layout["segment"] == "data_parallel" and layout.keys() == {"item_id", "action", "segment"}
+    assert layout["item_id"].split()[0] in ("row_wise", "table_wise", "column_wise")
+
+
+def test_tables_that_do_not_fit_are_named(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_topology", lambda mesh: planners.Topology(1, "cpu", ddr_cap=1000))
+    with pytest.raises(ValueError, match="no layout of the tables .*item_id 120 x 16.* fits"), trainer(data, tmp_path):
+        pass
+
+
+@pytest.mark.parametrize(("binding", "message"), [
+    ("EmbeddingArgs.uvm_caching_tables=('nothing',)", "no table 'nothing'"),
+    ("EmbeddingArgs.uvm_cache_load_factor=0.0", "above 0"),
+])  # fmt: skip
+def test_mistakes(data: Path, tmp_path: Path, binding: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message), trainer(data, tmp_path, "ranking", binding):
+        pass
