@@ -1,10 +1,13 @@
 """Amazon reviews of 2014: every rating is an event, its action the rating.
 
-Published are csv files `user,item,rating,timestamp` without a header and without a checksum: the number of ratings is
-checked instead. Users and items with fewer than 5 ratings are dropped in one of two published ways:
+Published are csv files `user,item,rating,timestamp` without a header and without a checksum. Checked instead are the
+numbers of ratings that the download page (jmcauley.ucsd.edu/data/amazon) states beside the files, and after the filter
+the numbers of papers (https://arxiv.org/abs/2008.07873 for the 5-cores). Users and items with fewer than 5 ratings are
+dropped in one of two published ways:
 
-- books: counted once, over all ratings. The 695,762 items that are left with a rating are the published
-  catalogue, also those of users who are left with fewer than 5 ratings and are dropped then.
+- books: counted once, over all ratings. The 695,762 items that are left with a rating are the catalogue of the code
+  beside https://arxiv.org/abs/2402.17152, also those of users who are left with fewer than 5 ratings and are dropped
+  then.
 - beauty, sports, toys: counted again until every user and item has 5 (the "5-core").
 """
 

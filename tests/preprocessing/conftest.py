@@ -78,9 +78,16 @@ def write_ml_20m(directory: Path, rows: list[tuple[int, int, int, int]]) -> None
     (directory / "ratings.csv").write_text("userId,movieId,rating,timestamp\n" + "".join(lines))
 
 
-def make(name: str, *directories: Path, known: Published | None = None, check_counts: bool = False, **filters: int):
+def make(
+    name: str,
+    *directories: Path,
+    directory: Path | None = None,
+    known: Published | None = None,
+    check_counts: bool = False,
+    **filters: int,
+) -> SequenceDataset:
     """Make a published data set of raw files in the directories; returns it opened."""
-    target = directories[0] / "made" / name
+    target = directory or directories[0] / "made" / name
     make_published(
         name,
         known or DATASETS[name],
