@@ -14,7 +14,12 @@ CASES: dict[str, tuple[int, int, int, int | None, float]] = {
     "sampled": (7, 19, 5, 4, 0.2),
     "wide": (33, 70, 50, 20, 1.0),
     "all_wide": (18, 130, 64, None, 0.5),
+    "all_odd": (35, 67, 25, None, 1.0),
+    "all_wider": (5, 33, 256, None, 2.0),
     "one": (1, 1, 1, 1, 1.0),
+    "all_one": (1, 1, 1, None, 1.0),
+    "all_no_tokens": (0, 5, 3, None, 1.0),
+    "empty_pool": (5, 0, 3, None, 1.0),
     "no_tokens": (0, 5, 3, 2, 1.0),
     "no_negatives": (5, 6, 3, 0, 1.0),
 }

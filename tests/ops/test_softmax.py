@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from hstu.ops import softmax
 from hstu.ops.softmax import chunked, pool_cross_entropy, sampled
+from hstu.ops.softmax.problem import Problem
 from tests.ops.softmax_cases import CASES, build, results
 
 
@@ -32,9 +33,9 @@ def test_sampled(name: str) -> None:
 def test_few_columns_are_read_where_they_lie(monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[int] = []
 
-    def spy(*arguments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        called.append(arguments[-1].shape[1])
-        return sampled.pool_cross_entropy_sampled(*arguments)
+    def spy(query: torch.Tensor, positive: torch.Tensor, pool: torch.Tensor, problem: Problem) -> tuple:
+        called.append(problem.columns.shape[1])
+        return sampled.pool_cross_entropy_sampled(query, positive, pool, problem)
 
     monkeypatch.setattr(softmax, "pool_cross_entropy_sampled", spy)
     for count in (2, 30):

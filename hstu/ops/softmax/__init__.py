@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hstu.ops.checks import values_readable
 from hstu.ops.softmax.chunked import pool_cross_entropy_chunked
+from hstu.ops.softmax.problem import Problem
 from hstu.ops.softmax.reference import pool_cross_entropy_reference
 from hstu.ops.softmax.sampled import pool_cross_entropy_sampled
 
@@ -43,8 +44,9 @@ def pool_cross_entropy(
         pool_ids: ``[P]`` int64.
         temperature: divides the scores; positive.
         columns: ``[L, K]`` int64, places in the pool of each query's negatives; None takes all of it.
-        backend: ``"auto"``, ``"reference"``, ``"chunked"`` (matrix products of bounded size, any device); for
-            ``columns`` also ``"sampled"`` or ``"triton"``: each sampled row is read where it lies.
+        backend: ``"auto"``, ``"reference"``, ``"chunked"`` (matrix products of bounded size, any device),
+            ``"triton"`` (no score leaves the kernel) or, for ``columns`` alone, ``"sampled"``. The last two read
+            each sampled row where it lies. Auto leaves a whole pool to ``"chunked"``.
 
     Returns:
         ``(loss [L] float32 or wider, live [L] int64)``: the number of negatives that took part. Differentiable
@@ -66,16 +68,17 @@ def pool_cross_entropy(
         )
         few = columns is not None and 0 < columns.shape[1] < FEW * pool.shape[0]
         backend = "triton" if fits and columns is not None else "sampled" if few else "chunked"
+    problem = Problem(positive_ids, pool_ids, temperature, columns)
     if backend == "triton":
         from hstu.ops.softmax.triton import pool_cross_entropy_triton
 
-        return pool_cross_entropy_triton(query, positive, positive_ids, pool, pool_ids, temperature, columns)
-    if backend == "sampled":
-        if columns is None:
-            raise ValueError("backend 'sampled' is for sampled columns: use backend='chunked' for the whole pool")
-        return pool_cross_entropy_sampled(query, positive, positive_ids, pool, pool_ids, temperature, columns)
-    run = pool_cross_entropy_reference if backend == "reference" else pool_cross_entropy_chunked
-    return run(query, positive, positive_ids, pool, pool_ids, temperature, columns)
+        return pool_cross_entropy_triton(query, positive, pool, problem)
+    run = {
+        "reference": pool_cross_entropy_reference,
+        "chunked": pool_cross_entropy_chunked,
+        "sampled": pool_cross_entropy_sampled,
+    }[backend]
+    return run(query, positive, pool, problem)
 
 
 def _check(

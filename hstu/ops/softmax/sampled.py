@@ -14,40 +14,36 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from hstu.ops.softmax.problem import Problem
+
 
 def pool_cross_entropy_sampled(
-    query: Tensor,
-    positive: Tensor,
-    positive_ids: Tensor,
-    pool: Tensor,
-    pool_ids: Tensor,
-    temperature: float,
-    columns: Tensor,
+    query: Tensor, positive: Tensor, pool: Tensor, problem: Problem
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`hstu.ops.softmax.pool_cross_entropy`. Keeps the scores ``[L, K]`` for the backward."""
-    return _SampledCrossEntropy.apply(query, positive, pool, positive_ids, pool_ids, temperature, columns)
+    """See :func:`hstu.ops.softmax.pool_cross_entropy`. Keeps the scores ``[L, K]`` for the backward.
+
+    Raises:
+        ValueError: no ``columns``.
+    """
+    if problem.columns is None:
+        raise ValueError("backend 'sampled' is for sampled columns: use backend='chunked' for the whole pool")
+    return _SampledCrossEntropy.apply(query, positive, pool, problem, problem.columns)
 
 
 class _SampledCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        query: Tensor,
-        positive: Tensor,
-        pool: Tensor,
-        positive_ids: Tensor,
-        pool_ids: Tensor,
-        temperature: float,
-        columns: Tensor,
+        ctx: Any, query: Tensor, positive: Tensor, pool: Tensor, problem: Problem, columns: Tensor
     ) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(query.dtype, torch.float32)
-        right = (query * positive).sum(-1, dtype=wide).div_(temperature)
-        same = pool_ids[columns] == positive_ids[:, None]
-        scores = _scores(query.to(wide), pool.to(wide), columns).div_(temperature).masked_fill_(same, -torch.inf)
+        right = (query * positive).sum(-1, dtype=wide).div_(problem.temperature)
+        same = problem.same()
+        scores = _scores(query.to(wide), pool.to(wide), columns)
+        scores = scores.div_(problem.temperature).masked_fill_(same, -torch.inf)
         total = torch.logaddexp(scores.logsumexp(1), right)
         live = same.shape[1] - same.sum(1)
         ctx.save_for_backward(query, positive, pool, columns, scores, right, total)
-        ctx.temperature = temperature
+        ctx.temperature = problem.temperature
         ctx.mark_non_differentiable(live)
         return total - right, live
 
@@ -66,7 +62,7 @@ class _SampledCrossEntropy(torch.autograd.Function):
         if need_pool:
             d_pool = _transposed_bags(columns, query, weights, pool.shape[0]).to(pool.dtype)
         d_positive = (d_right * query).to(positive.dtype) if need_positive else None
-        return d_query, d_positive, d_pool, None, None, None, None
+        return d_query, d_positive, d_pool, None, None
 
 
 def _scores(query: Tensor, pool: Tensor, columns: Tensor) -> Tensor:

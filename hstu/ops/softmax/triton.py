@@ -1,4 +1,4 @@
-"""Cross-entropy against sampled items in one pass: the kernel reads each sampled row where it lies."""
+"""Cross-entropy by kernels that keep no score: sampled rows are read where they lie, a whole pool in tiles."""
 
 from __future__ import annotations
 
@@ -6,182 +6,104 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# mypy: allow-untyped-defs
+from hstu.ops.softmax.problem import Problem
+from hstu.ops.softmax.triton_kernels import (
+    pool_backward_pool,
+    pool_backward_query,
+    pool_forward,
+    sampled_backward,
+    sampled_forward,
+)
+
+MAX_WIDTH = 256
 
 
-def pool_cross_entropy_triton(
-    query: Tensor,
-    positive: Tensor,
-    positive_ids: Tensor,
-    pool: Tensor,
-    pool_ids: Tensor,
-    temperature: float,
-    columns: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """See :func:`hstu.ops.softmax.pool_cross_entropy`; the pool's gradient is summed by atomic additions.
+def pool_cross_entropy_triton(query: Tensor, positive: Tensor, pool: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
+    """See :func:`hstu.ops.softmax.pool_cross_entropy`; with ``columns`` the pool's gradient is summed atomically.
 
     Raises:
-        ValueError: no ``columns`` (matrix products do that better: use ``"chunked"``), or float64.
+        ValueError: float64, or a whole pool of rows wider than 256.
     """
-    if columns is None:
-        raise ValueError("backend 'triton' is for sampled columns: use backend='chunked' for the whole pool")
     if query.dtype == torch.float64:
         raise ValueError("the Triton kernels do not do float64: use backend='chunked'")
-    return _SampledCrossEntropy.apply(query, positive, positive_ids, pool, pool_ids, temperature, columns)
+    if problem.columns is None and query.shape[1] > MAX_WIDTH:
+        raise ValueError(f"rows of {query.shape[1]} are too wide for the kernel, at most {MAX_WIDTH}: use 'chunked'")
+    return _TritonCrossEntropy.apply(query, positive, pool, problem)
 
 
-@triton.jit
-def _sampled_scores(
-    QUERY,
-    POOL,
-    POSITIVE_IDS,
-    POOL_IDS,
-    COLUMNS,
-    token,
-    k0,
-    sampled,
-    width,
-    inverse_temperature,
-    BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Query, sampled rows, their scores, which of them are live, and their places in the pool."""
-    d = tl.arange(0, BLOCK_D)
-    place = k0 + tl.arange(0, BLOCK_K)
-    query = tl.load(QUERY + token * width + d, mask=d < width, other=0.0).to(tl.float32)
-    column = tl.load(COLUMNS + token * sampled + place, mask=place < sampled, other=0)
-    live = (place < sampled) & (tl.load(POOL_IDS + column) != tl.load(POSITIVE_IDS + token))
-    rows = tl.load(POOL + column[:, None] * width + d[None, :], mask=d[None, :] < width, other=0.0)
-    rows = rows.to(tl.float32)
-    scores = tl.sum(rows * query[None, :], 1) * inverse_temperature
-    return query, rows, scores, live, column
-
-
-@triton.jit
-def sampled_forward(
-    QUERY,
-    POOL,
-    POSITIVE_IDS,
-    POOL_IDS,
-    COLUMNS,
-    RIGHT,
-    TOTAL,
-    LIVE,
-    sampled,
-    width,
-    inverse_temperature,
-    BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """One program a token: logarithm of the sum of exponentials, kept relative to the greatest so far."""
-    token = tl.program_id(0).to(tl.int64)
-    greatest = tl.load(RIGHT + token)
-    total = greatest * 0.0 + 1.0
-    count = 0
-    for k0 in range(0, sampled, BLOCK_K):
-        _, _, scores, live, _ = _sampled_scores(
-            QUERY, POOL, POSITIVE_IDS, POOL_IDS, COLUMNS, token, k0, sampled, width, inverse_temperature,
-            BLOCK_K, BLOCK_D,
-        )  # fmt: skip
-        scores = tl.where(live, scores, float("-inf"))
-        above = tl.maximum(greatest, tl.max(scores))
-        total = total * tl.exp(greatest - above) + tl.sum(tl.exp(scores - above))
-        greatest = above
-        count += tl.sum(live.to(tl.int32))
-    tl.store(TOTAL + token, greatest + tl.log(total))
-    tl.store(LIVE + token, count)
-
-
-@triton.jit
-def sampled_backward(
-    QUERY,
-    POOL,
-    POSITIVE_IDS,
-    POOL_IDS,
-    COLUMNS,
-    TOTAL,
-    GRAD,
-    D_QUERY,
-    D_POOL,
-    sampled,
-    width,
-    inverse_temperature,
-    NEED_POOL: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """One program a token: its query's gradient, and its share of the pool's; GRAD holds the temperature."""
-    token = tl.program_id(0).to(tl.int64)
-    d = tl.arange(0, BLOCK_D)
-    total = tl.load(TOTAL + token)
-    grad = tl.load(GRAD + token)
-    d_query = tl.zeros((BLOCK_D,), tl.float32)
-    for k0 in range(0, sampled, BLOCK_K):
-        query, rows, scores, live, column = _sampled_scores(
-            QUERY, POOL, POSITIVE_IDS, POOL_IDS, COLUMNS, token, k0, sampled, width, inverse_temperature,
-            BLOCK_K, BLOCK_D,
-        )  # fmt: skip
-        weights = tl.where(live, tl.exp(scores - total) * grad, 0.0)
-        d_query += tl.sum(weights[:, None] * rows, 0)
-        if NEED_POOL:
-            share = weights[:, None] * query[None, :]
-            inside = live[:, None] & (d[None, :] < width)
-            tl.atomic_add(D_POOL + column[:, None] * width + d[None, :], share, mask=inside, sem="relaxed")
-    tl.store(D_QUERY + token * width + d, d_query, mask=d < width)
-
-
-def _blocks(width: int) -> dict[str, int]:
-    block = triton.next_power_of_2(max(width, 16))
-    return {"BLOCK_D": block, "BLOCK_K": max(1, min(64, 4096 // block))}
-
-
-class _SampledCrossEntropy(torch.autograd.Function):
+class _TritonCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        positive: Tensor,
-        positive_ids: Tensor,
-        pool: Tensor,
-        pool_ids: Tensor,
-        temperature: float,
-        columns: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        query, pool, columns = query.contiguous(), pool.contiguous(), columns.contiguous()
+    def forward(ctx: Any, query: Tensor, positive: Tensor, pool: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
+        query, pool = query.contiguous(), pool.contiguous()
         tokens, width = query.shape
-        right = (query * positive).sum(-1, dtype=torch.float32).div_(temperature)
+        right = (query * positive).sum(-1, dtype=torch.float32).div_(problem.temperature)
         total = torch.empty(tokens, dtype=torch.float32, device=query.device)
         live = torch.empty(tokens, dtype=torch.int64, device=query.device)
-        if tokens:
+        inputs = (query, pool, problem.positive_ids, problem.pool_ids)
+        scale = 1.0 / problem.temperature
+        if tokens and problem.columns is not None:
+            columns = problem.columns.contiguous()
             sampled_forward[(tokens,)](
-                query, pool, positive_ids, pool_ids, columns, right, total, live, columns.shape[1], width,
-                1.0 / temperature, **_blocks(width),
-            )  # fmt: skip
-        ctx.save_for_backward(query, positive, positive_ids, pool, pool_ids, columns, total, right)
-        ctx.temperature = temperature
+                *inputs, columns, right, total, live, columns.shape[1], width, scale, **_sampled_blocks(width)
+            )
+        elif tokens:
+            blocks = _pool_blocks(query)
+            pool_forward[(triton.cdiv(tokens, blocks["BLOCK_M"]),)](
+                *inputs, right, total, live, tokens, pool.shape[0], width, scale, **blocks
+            )
+        ctx.save_for_backward(query, positive, pool, total, right)
+        ctx.problem = problem
         ctx.mark_non_differentiable(live)
         return total - right, live
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        query, positive, positive_ids, pool, pool_ids, columns, total, right = ctx.saved_tensors
-        tokens, width = query.shape
-        grad = (grad / ctx.temperature).float().contiguous()
+        query, positive, pool, total, right = ctx.saved_tensors
+        problem: Problem = ctx.problem
+        need_pool = ctx.needs_input_grad[2]
+        grad = (grad / problem.temperature).float().contiguous()
         d_query = torch.zeros(query.shape, dtype=torch.float32, device=query.device)
-        need_pool = ctx.needs_input_grad[3]
         d_pool = torch.zeros(pool.shape if need_pool else (0,), dtype=torch.float32, device=query.device)
-        if tokens:
-            sampled_backward[(tokens,)](
-                query, pool, positive_ids, pool_ids, columns, total, grad, d_query, d_pool, columns.shape[1],
-                width, 1.0 / ctx.temperature, NEED_POOL=need_pool, **_blocks(width),
-            )  # fmt: skip
+        if len(query):
+            _negatives_backward(query, pool, total, grad, d_query, d_pool, problem)
         d_right = (torch.expm1(right - total) * grad)[:, None]
         d_query += d_right * positive
         d_positive = (d_right * query).to(positive.dtype)
-        gradient = d_pool.to(pool.dtype) if need_pool else None
-        return d_query.to(query.dtype), d_positive, None, gradient, None, None, None
+        return d_query.to(query.dtype), d_positive, d_pool.to(pool.dtype) if need_pool else None, None
+
+
+def _negatives_backward(
+    query: Tensor, pool: Tensor, total: Tensor, grad: Tensor, d_query: Tensor, d_pool: Tensor, problem: Problem
+) -> None:
+    """Write what the negatives contribute to ``d_query`` and, unless empty, ``d_pool``."""
+    tokens, width = query.shape
+    places, need_pool, scale = pool.shape[0], d_pool.dim() == 2, 1.0 / problem.temperature
+    inputs = (query, pool, problem.positive_ids, problem.pool_ids)
+    if problem.columns is not None:
+        columns = problem.columns.contiguous()
+        sampled_backward[(tokens,)](
+            *inputs, columns, total, grad, d_query, d_pool, columns.shape[1], width, scale,
+            NEED_POOL=need_pool, **_sampled_blocks(width),
+        )  # fmt: skip
+        return
+    blocks = _pool_blocks(query)
+    sizes = (tokens, places, width, scale)
+    pool_backward_query[(triton.cdiv(tokens, blocks["BLOCK_M"]),)](*inputs, total, grad, d_query, *sizes, **blocks)
+    if need_pool and places:
+        pool_backward_pool[(triton.cdiv(places, blocks["BLOCK_N"]),)](*inputs, total, grad, d_pool, *sizes, **blocks)
+
+
+def _sampled_blocks(width: int) -> dict[str, int]:
+    block = triton.next_power_of_2(max(width, 16))
+    return {"BLOCK_D": block, "BLOCK_K": max(1, min(64, 4096 // block))}
+
+
+def _pool_blocks(query: Tensor) -> dict[str, Any]:
+    block = triton.next_power_of_2(max(query.shape[1], 16))
+    side = 64 if block * query.element_size() <= 256 else 32
+    precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return {"BLOCK_M": side, "BLOCK_N": side, "BLOCK_D": block, "PRECISION": precision}

@@ -10,8 +10,8 @@ from tests.ops.softmax_cases import CASES, build, results
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case[3] is not None])
-def test_sampled(name: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("name", CASES)
+def test_loss_and_gradients(name: str, dtype: torch.dtype) -> None:
     problem = build(CASES[name], dtype)
     exact = {key: x.double() if x.is_floating_point() else x for key, x in problem.items() if torch.is_tensor(x)}
     expected = results(problem | exact, "reference")
@@ -24,6 +24,8 @@ def test_sampled(name: str, dtype: torch.dtype) -> None:
         assert error <= 3 * allowed + 2e-6 * expected[key].abs().max(), key
 
 
-def test_the_whole_pool_is_refused() -> None:
-    with pytest.raises(ValueError, match="chunked"):
-        pool_cross_entropy(**build(CASES["all"], torch.float32), backend="triton")
+@pytest.mark.parametrize("change, message", [(dict(width=300), "too wide"), (dict(dtype=torch.float64), "float64")])
+def test_what_the_kernels_do_not_do_is_refused(change: dict, message: str) -> None:
+    problem = build((2, 3, change.get("width", 4), None, 1.0), change.get("dtype", torch.float32))
+    with pytest.raises(ValueError, match=message):
+        pool_cross_entropy(**problem, backend="triton")
