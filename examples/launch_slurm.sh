@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Trains on several nodes of a Slurm cluster:
+#
+#   sbatch --nodes=4 examples/launch_slurm.sh retrieval --gin-config-file F --run-dir DIR
+#
+# from the root of the repository, its environment active, DIR on a file system that all nodes share. Slurm sends
+# SIGTERM two minutes before the time is up: the run saves and ends, and the same command goes on.
+#SBATCH --job-name=hstu
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=64
+#SBATCH --time=24:00:00
+#SBATCH --signal=TERM@120
+#SBATCH --requeue
+set -euo pipefail
+head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export NODES=$SLURM_JOB_NUM_NODES HEAD=$head JOB=$SLURM_JOB_ID
+export OMP_NUM_THREADS=$((SLURM_CPUS_PER_TASK / 8))
+exec srun --kill-on-bad-exit=1 bash examples/launch_torchrun.sh "$@"

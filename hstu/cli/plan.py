@@ -1,0 +1,96 @@
+"""`python -m hstu.cli.plan`: memory and speed of a run on GPUs that are not here, and which degrees to choose.
+
+    python -m hstu.cli.plan --gin-config-file F --nodes N --gpus-per-node G --gpu h100|h200|b200
+
+The data set has to be here, for the sizes of tables and the lengths of sequences. Exit code 1 if nothing fits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Literal
+
+from hstu.cli.command import find_dataset
+from hstu.cli.flags import underscore_flags
+from hstu.config import ConfigError, load_config
+from hstu.config.load import find_config
+
+_SHOWN = 8
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the plans; 2 for a user's mistake."""
+    parser = argparse.ArgumentParser(
+        prog="python -m hstu.cli.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--gin_config_file", required=True, help="a path, or the name of one in configs/")
+    parser.add_argument("--gin_bindings", action="append", default=[], help='"Class.field=value"; repeatable')
+    parser.add_argument("--task", choices=["ranking", "retrieval"], help="default: the one whose Args the file sets")
+    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--gpus_per_node", type=int, default=8)
+    parser.add_argument("--gpu", choices=["h100", "h200", "b200"], default="h100")
+    parser.add_argument("--efficiency", type=float, default=0.4, help="share of the peak that arithmetic reaches")
+    args = parser.parse_args(underscore_flags(sys.argv[1:] if argv is None else argv))
+    try:
+        return plan(args)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def plan(args: argparse.Namespace) -> int:
+    """Print the plans of ``args``.
+
+    Raises:
+        ValueError: for a config that cannot be used, or a data set that is not here.
+    """
+    from hstu.data.loader import BatchLoader
+    from hstu.data.reader import SequenceDataset
+    from hstu.data.splits import make_splits
+    from hstu.models import make_collator
+    from hstu.training.hardware import GPUS
+    from hstu.training.plan import fits, make_plans, measure_demand
+    from hstu.training.run_directory import RunDirectory
+
+    if args.nodes < 1 or args.gpus_per_node < 1 or not 0 < args.efficiency <= 1:
+        raise ConfigError("--nodes, --gpus-per-node", "must be above zero, and --efficiency at most 1")
+    text = find_config(args.gin_config_file).read_text()
+    task: Literal["ranking", "retrieval"] = args.task or ("ranking" if "RankingArgs." in text else "retrieval")
+    config = load_config(task, [args.gin_config_file], args.gin_bindings).config
+    dataset = SequenceDataset.open(find_dataset(config.dataset, RunDirectory(Path("runs"))))
+    split, size = make_splits(config.dataset, dataset)["train"], config.trainer.train_batch_size
+    collate = make_collator(config, dataset.schema)
+    loader = BatchLoader(dataset=dataset, split=split, collate=collate, batch_size=size, shuffle=True)
+    demand, gpu = measure_demand(config, dataset, next(loader.epoch(0))), GPUS[args.gpu]
+    plans = make_plans(config, demand, gpu, args.nodes, args.gpus_per_node, args.efficiency)
+    rows = sum(table.rows for table in demand.tables)
+    print(
+        f"{task} on {dataset.schema.name}, {args.nodes} x {args.gpus_per_node} {args.gpu}: {demand.dense:,} dense "
+        f"weights, {rows:,} rows of sharded tables\na data rank's batch: {size} sequences, {demand.tokens:,} tokens, "
+        f"{demand.flops / 1e9:,.1f} GFLOP; arithmetic at {args.efficiency:.0%} of the peak, kernel launches not counted"
+    )
+    print("data ctx tp | memory GB: dense  tables  activ.    all | ms: step   arith traffic  tables   grads     ctx"
+          "      tp |    tokens/s    MFU")  # fmt: skip
+    for p in plans[:_SHOWN]:
+        memory = (p.dense_memory, p.table_memory, p.activation_memory, p.memory)
+        times = (p.step, p.arithmetic, p.traffic, p.table_time, p.gradient_time, p.context_time, p.tensor_time)
+        print(
+            f"{p.data:4} {p.context:3} {p.tensor:2} | {'':10}" + "".join(f"{size / 1e9:8.2f}" for size in memory)
+            + " |" + "".join(f"{1e3 * time:8.2f}" if n else f"{1e3 * time:9.2f}" for n, time in enumerate(times))
+            + f" | {p.tokens_per_second:11,.0f} {p.mfu:6.1%}" + ("" if fits(p, gpu) else "  does not fit")
+        )  # fmt: skip
+    best = plans[0]
+    if not fits(best, gpu):
+        print(f"nothing fits into {gpu.memory / 1e9:.0f} GB: take more GPUs, or lower TrainerArgs.train_batch_size")
+        return 1
+    print(
+        f"choose ContextParallelArgs.context_parallel_size={best.context} "
+        f"TensorModelParallelArgs.tensor_model_parallel_size={best.tensor}, which leaves {best.data} data rank(s)"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,227 @@
+"""A run on GPUs that are not here: memory, communication and time of a step from a stated model.
+
+Per GPU, with world = data x context x tensor ranks, and rates from the data sheets:
+
+- memory: weights and gradients of 4 bytes (backbone matrices over the tensor ranks), moments, tables and their moments
+  over all ranks, and activations: what one pass over a real batch keeps for its backward pass, measured here and
+  divided by context and tensor ranks;
+- arithmetic: counted operations at ``efficiency`` of the peak;
+- memory traffic: weights and moments once, activations three times;
+- tables: rows of the looked-up ids, out and back; dense gradients: a ring all-reduce; context: keys and values to the
+  other ranks of the group, and twice that backward; tensor: two all-reduces of the stream a layer. A group that fits
+  into a node uses NVLink, another one the network;
+- a step is the sum of these; with overlap, gradients hide behind two thirds of the arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torchrec import KeyedJaggedTensor
+
+from hstu.config import Config
+from hstu.data.batch import Batch
+from hstu.data.reader import SequenceDataset
+from hstu.models import RankingModel, RetrievalModel, build_model
+from hstu.models.embedding import Embeddings, Table
+from hstu.parallel.embedding import sparse_optimizer_name
+from hstu.training.hardware import Gpu
+from hstu.training.work import batch_flops, matrix_elements
+
+_FLOAT = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demand:
+    """What a step of one data rank needs, however it is spread.
+
+    Attributes:
+        dense: Elements of the dense weights, replicated tables among them.
+        backbone: Those of them that tensor ranks share.
+        tables: The sharded tables.
+        activations: Bytes kept for the backward pass.
+        flops: Operations of a forward and backward pass.
+        tokens: Tokens of the stream.
+        lookups: Bytes of the rows looked up.
+    """
+
+    dense: int
+    backbone: int
+    tables: tuple[Table, ...]
+    activations: int
+    flops: float
+    tokens: int
+    lookups: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """One choice of degrees. Memory in bytes a GPU, times in seconds a step."""
+
+    data: int
+    context: int
+    tensor: int
+    dense_memory: float
+    table_memory: float
+    activation_memory: float
+    arithmetic: float
+    traffic: float
+    table_time: float
+    gradient_time: float
+    context_time: float
+    tensor_time: float
+    tokens_per_second: float
+    mfu: float
+
+    @property
+    def memory(self) -> float:
+        """Bytes in all."""
+        return self.dense_memory + self.table_memory + self.activation_memory
+
+    @property
+    def step(self) -> float:
+        """Seconds in all."""
+        exposed = self.table_time + self.gradient_time + self.context_time + self.tensor_time
+        return self.arithmetic + self.traffic + exposed
+
+
+class _Blank(Embeddings):
+    """Stands for tables that need not be here."""
+
+    def forward(self, features: KeyedJaggedTensor) -> dict[str, Tensor]:
+        """Return rows of the right shapes."""
+        counts = dict(zip(features.keys(), features.length_per_key(), strict=True))
+        widths = self.widths
+        return {name: torch.rand(counts[name], widths[name], requires_grad=True) for name in counts if name in widths}
+
+
+def measure_demand(config: Config, dataset: SequenceDataset, batch: Batch) -> Demand:
+    """Build the model without its tables, and pass ``batch`` of one data rank through it."""
+    model = build_model(config, dataset.schema, allocate_tables=False)
+    every = model.embeddings.tables
+    model.embeddings = _Blank(every)
+    tables = tuple(table for table in every if config.embedding.of(table.name) != "data_parallel")
+    replicated = sum(table.rows * table.width for table in every if table not in tables)
+    sizes, widths = dict(zip(batch.features.keys(), batch.features.length_per_key(), strict=True)), _widths(every)
+    return Demand(
+        dense=sum(p.numel() for p in model.parameters()) + replicated,
+        backbone=matrix_elements(model.backbone),
+        tables=tables,
+        activations=kept_for_backward(model, batch),
+        flops=batch_flops(model, config, batch),
+        tokens=model.num_tokens(batch),
+        lookups=sum(count * widths.get(name, 0) for name, count in sizes.items()) * _FLOAT,
+    )
+
+
+def kept_for_backward(model: RankingModel | RetrievalModel, batch: Batch) -> int:
+    """Return the bytes of the tensors, weights aside, that a forward pass over ``batch`` keeps."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model(batch)
+    size = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    assert loss.total.requires_grad
+    return size
+
+
+def make_plans(config: Config, demand: Demand, gpu: Gpu, nodes: int, per_node: int, efficiency: float) -> list[Plan]:
+    """Return a plan for each choice of degrees, the most tokens a second first, of those that fit before the others.
+
+    Args:
+        config: The run.
+        demand: Of one data rank.
+        gpu: What each GPU can do.
+        nodes: Machines.
+        per_node: GPUs of each.
+        efficiency: Share of the peak that arithmetic reaches.
+    """
+    plans = [
+        _plan(config, demand, gpu, nodes * per_node, per_node, context, tensor, efficiency)
+        for context, tensor in _degrees(config, nodes * per_node, per_node)
+    ]
+    return sorted(plans, key=lambda plan: (not fits(plan, gpu), -plan.tokens_per_second))
+
+
+def fits(plan: Plan, gpu: Gpu) -> bool:
+    """Return whether a plan leaves a tenth of the memory for what it does not count."""
+    return plan.memory <= 0.9 * gpu.memory
+
+
+def table_bytes(table: Table, optimizer: str, ranks: int) -> tuple[int, int]:
+    """Return the bytes of the weights and of the moments of the largest row-wise shard of ``table``."""
+    rows, width = -(-table.rows // ranks), -(-table.width // 4) * 4
+    moments = {"sgd": 0, "adagrad": rows * width, "rowwise_adagrad": rows, "adam": 2 * rows * width}[optimizer]
+    return rows * width * _FLOAT, moments * _FLOAT
+
+
+def dense_bytes(config: Config, elements: int, ranks: int) -> tuple[int, int]:
+    """Return the bytes of dense weights with their gradients, and of moments, over ``ranks`` if they are split."""
+    args = config.optimizer
+    moments = int(args.sgd_momentum > 0) if args.optimizer_str == "sgd" else 2
+    share = ranks if args.use_distributed_optimizer else 1
+    return 2 * elements * _FLOAT, -(-moments * elements // share) * _FLOAT
+
+
+def _degrees(config: Config, world: int, per_node: int) -> Iterator[tuple[int, int]]:
+    heads = config.network.num_attention_heads
+    for tensor in (1, 2, 4, 8):
+        if tensor > per_node or heads % tensor or world % tensor:
+            continue
+        context = 1
+        while world % (context * tensor) == 0:
+            yield context, tensor
+            context *= 2
+
+
+def _plan(
+    config: Config, demand: Demand, gpu: Gpu, world: int, per_node: int, context: int, tensor: int, efficiency: float
+) -> Plan:
+    network, optimizer = config.network, sparse_optimizer_name(config.optimizer)
+    data, element = world // (context * tensor), 2 if network.dtype_str == "bfloat16" else 4
+    dense = demand.dense - demand.backbone + demand.backbone // tensor
+    weights, moments = dense_bytes(config, dense, data * context)
+    shards = [table_bytes(table, optimizer, world) for table in demand.tables]
+    activations, tokens = demand.activations / (context * tensor), demand.tokens / context
+
+    def rate(ranks: int) -> float:
+        return gpu.node_rate if ranks <= per_node else gpu.network_rate
+
+    values = network.value_channels or network.kv_channels
+    sent = tokens * network.num_attention_heads * (network.kv_channels + values) / tensor * element * (context - 1)
+    stream = tokens * network.hidden_size * element * 2 * (tensor - 1) / tensor
+    arithmetic = demand.flops / (context * tensor) / (efficiency * gpu.peak(network.dtype_str))
+    gradients = 2 * dense * _FLOAT * (data * context - 1) / (data * context) / rate(world)
+    hidden = 2 / 3 * arithmetic if config.optimizer.overlap_grad_reduce else 0.0
+    plan = Plan(
+        data=data,
+        context=context,
+        tensor=tensor,
+        dense_memory=weights + moments,
+        table_memory=sum(map(sum, shards)),
+        activation_memory=activations,
+        arithmetic=arithmetic,
+        traffic=(2 * (weights + moments) + 3 * activations) / gpu.memory_rate,
+        table_time=2 * demand.lookups / context * (world - 1) / world / rate(world),
+        gradient_time=max(0.0, gradients - hidden),
+        context_time=3 * network.num_layers * sent / rate(context * tensor),
+        tensor_time=2 * network.num_layers * stream / rate(tensor),
+        tokens_per_second=0.0,
+        mfu=0.0,
+    )
+    speed = data * demand.tokens / plan.step
+    mfu = demand.flops / (context * tensor) / plan.step / gpu.peak(network.dtype_str)
+    return replace(plan, tokens_per_second=speed, mfu=mfu)
+
+
+def _widths(tables: tuple[Table, ...]) -> dict[str, int]:
+    return {feature: table.width for table in tables for feature in table.features}

@@ -1,0 +1,115 @@
+"""What is planned for GPUs that are not here, against what is measured here."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from hstu.cli.plan import main
+from hstu.config import load_config
+from hstu.data.reader import SequenceDataset
+from hstu.models.embedding import Table
+from hstu.parallel.embedding import sparse_optimizer_name
+from hstu.training.hardware import GPUS
+from hstu.training.plan import Demand, dense_bytes, fits, make_plans, measure_demand, table_bytes
+from hstu.training.summary import memory_rows
+from tests.launch import ROOT, run, torchrun_command
+from tests.tiny import BINDINGS, write_tiny
+from tests.training.runs import trainer
+
+SGD = ("OptimizerArgs.optimizer_str='sgd'",)
+OPTIMIZERS = (
+    ("OptimizerArgs.optimizer_str='adamw'",),
+    SGD,
+    (
+        "OptimizerArgs.optimizer_str='sgd'",
+        "OptimizerArgs.sgd_momentum=0.5",
+        "OptimizerArgs.sparse_optimizer_str='adam'",
+    ),
+    ("OptimizerArgs.sparse_optimizer_str='adagrad'", "EmbeddingArgs.table_sharding_types={'segment': 'data_parallel'}"),
+    ("OptimizerArgs.sparse_optimizer_str='rowwise_adagrad'", "NetworkArgs.item_embedding_dim=22"),
+)
+
+
+@pytest.mark.parametrize("bindings", OPTIMIZERS)
+def test_weights_moments_and_tables_are_exact(data: Path, tmp_path: Path, bindings: tuple[str, ...]) -> None:
+    with trainer(data, tmp_path, "ranking", *bindings) as run_:
+        demand = measure_demand(run_.config, run_.dataset, next(run_.loaders["train"].epoch(0)))
+        (_, _, _, *dense), *tables = memory_rows(run_.parallel, run_.optimizer)
+    assert list(dense_bytes(run_.config, demand.dense, 1)) == dense
+    kind = sparse_optimizer_name(run_.config.optimizer)
+    planned = {f"table {table.name}": table_bytes(table, kind, 1) for table in demand.tables}
+    assert planned == {row[0]: row[3:] for row in tables}
+
+
+def test_a_shard_is_the_largest_one() -> None:
+    table = Table(name="t", rows=125, width=6, features=("t",), std=0.1, seed=0)
+    assert table_bytes(table, "adam", 2) == (63 * 8 * 4, 2 * 63 * 8 * 4)
+
+
+def test_activations_are_within_a_factor_of_two_of_the_measured_peak(tmp_path: Path) -> None:
+    data = write_tiny(tmp_path / "synthetic", num_users=300, num_items=300, min_seqlen=50, max_seqlen=200)
+    done = run(torchrun_command(1, Path(__file__).with_name("peak_worker.py"), str(data)), timeout=100, cwd=tmp_path)
+    assert done.code == 0, done.err
+    planned, measured = json.loads(done.out)
+    assert planned > 1e8 and 0.5 < measured / planned < 2, (planned, measured)
+
+
+def demand(data: Path, *bindings: str) -> tuple[Demand, object]:
+    config = load_config("ranking", [], [*BINDINGS["ranking"], *bindings]).config
+    with trainer(data, data.parent / "unused", "ranking", *bindings) as run_:
+        return measure_demand(config, SequenceDataset.open(data), next(run_.loaders["train"].epoch(0))), config
+
+
+def test_degrees_cover_the_world_and_divide_the_work(data: Path) -> None:
+    found, config = demand(data)
+    plans = make_plans(config, found, GPUS["h100"], 2, 4, 0.4)  # type: ignore[arg-type]
+    degrees = {(p.data, p.context, p.tensor) for p in plans}
+    assert degrees == {(8, 1, 1), (4, 2, 1), (2, 4, 1), (1, 8, 1), (4, 1, 2), (2, 2, 2), (1, 4, 2)}, "two heads"
+    one = {(p.context, p.tensor): p for p in plans}
+    assert one[8, 1].activation_memory == one[1, 1].activation_memory / 8
+    assert one[8, 1].arithmetic == pytest.approx(one[1, 1].arithmetic / 8)
+    assert one[1, 1].context_time == one[1, 1].tensor_time == 0 < min(one[2, 1].context_time, one[1, 2].tensor_time)
+    assert one[1, 2].dense_memory < one[1, 1].dense_memory
+    # A group inside the node sends nine times as fast.
+    assert one[8, 1].context_time / one[4, 1].context_time == pytest.approx(9 * (7 / 8) / (3 / 4))
+    (alone,) = make_plans(config, found, GPUS["h100"], 1, 1, 0.4)  # type: ignore[arg-type]
+    assert alone.gradient_time == alone.table_time == 0 < alone.step
+    assert alone.mfu == pytest.approx(found.flops / alone.step / GPUS["h100"].float32) and alone.mfu < 0.4
+
+
+def test_what_fits_comes_first(data: Path) -> None:
+    found, config = demand(data)
+    large = Demand(**{**vars(found), "activations": 200e9})
+    plans = make_plans(config, large, GPUS["h200"], 1, 8, 0.4)  # type: ignore[arg-type]
+    flags = [fits(plan, GPUS["h200"]) for plan in plans]
+    assert flags == sorted(flags, reverse=True) and flags[0] and not flags[-1]
+    assert plans[0].context * plans[0].tensor == 2
+
+
+def test_command(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = ("--gin-config-file", "synthetic_ranking.gin", f"--gin-bindings=DatasetArgs.dataset_path='{data}'")
+    assert main([*own, "--nodes=2", "--gpus-per-node=8", "--gpu=b200"]) == 0
+    out = capsys.readouterr().out
+    assert "2 x 8 b200" in out and "choose ContextParallelArgs.context_parallel_size=1" in out
+    assert main([*own, "--nodes=0"]) == 2 and main(["--gin-config-file", "none.gin"]) == 2
+    err = capsys.readouterr().err.splitlines()
+    assert len(err) == 2 and all(line.startswith("error: ") for line in err)
+
+
+@pytest.mark.parametrize("name", ["launch_torchrun.sh", "launch_slurm.sh"])
+def test_launch_files_parse(name: str) -> None:
+    assert subprocess.run(["bash", "-n", str(ROOT / "examples" / name)], timeout=10).returncode == 0
+
+
+@pytest.mark.slow
+def test_the_torchrun_file_trains(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bindings = (*BINDINGS["ranking"], f"DatasetArgs.dataset_path='{data}'", "TrainerArgs.max_train_iters=2")
+    flags = [f"--gin-bindings={line}" for line in bindings]
+    command = ["env", "PER_NODE=2", "PORT=0", "bash", str(ROOT / "examples" / "launch_torchrun.sh"), "ranking"]
+    done = run([*command, "--gin-config-file=synthetic_ranking.gin", f"--run-dir={tmp_path}/run", *flags], timeout=150)
+    assert done.code == 0, done.err
+    assert json.loads((tmp_path / "run" / "eval.json").read_text())["step"] == 2
