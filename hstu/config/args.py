@@ -39,6 +39,8 @@ class TrainerArgs(Args):
     #: Steps between checkpoints; -1 saves only the best and the last one.
     ckpt_save_interval: int = -1
     keep_last_checkpoints: int = 2
+    #: "native": the next batch is copied and its ids travel to the tables while this one is computed; same losses.
+    pipeline_type: Literal["none", "native"] = "none"
     #: Deal the samples of a global batch to ranks by predicted work, not by count; losses stay the same.
     enable_balanced_shuffler: bool = True
     #: Where curves go beside metrics.jsonl: "tensorboard", "wandb".

@@ -41,7 +41,6 @@ _MEMBERS = {
 # Options of recsys-examples that its gin files carry, and what becomes of them here.
 _RENAMED = {"DatasetArgs.max_sequence_length": "max_history_seqlen"}
 _IGNORED = {
-    "TrainerArgs.pipeline_type": "batches are not pipelined; losses are the same",
     "TrainerArgs.ckpt_save_dir": "checkpoints go to <run-dir>/checkpoints; choose it with --run-dir",
     "TrainerArgs.ckpt_load_dir": "load with --checkpoint PATH",
     "NetworkArgs.recompute_input_layernorm": "nothing is recomputed; results are the same",
@@ -49,7 +48,10 @@ _IGNORED = {
     "NetworkArgs.embedding_backend": "tables are TorchRec's",
     "NetworkArgs.disable_contextual_mask": "set NetworkArgs.context_attention instead",
 }
-_REPLACED_VALUES = {("NetworkArgs.kernel_backend", "cutlass"): "auto"}
+_REPLACED_VALUES = {
+    ("TrainerArgs.pipeline_type", "prefetch"): "native",
+    ("NetworkArgs.kernel_backend", "cutlass"): "auto",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import psutil
@@ -70,6 +72,7 @@ class ShardedTables(Embeddings):
             self.collections[str(width)] = sharded = _shard(members, embedding, optimizer, mesh)
             for name, plan in sharded.plan.get_plan_for_module("").items():
                 self.layout[name] = f"{plan.sharding_type} {plan.compute_kernel}"
+        self._answer: Callable[[dict[str, KeyedJaggedTensor]], dict[str, Any]] = self._look_up
         self.shards = nn.ModuleDict(self.collections)
         self.fill()
 
@@ -88,13 +91,26 @@ class ShardedTables(Embeddings):
     def forward(self, features: KeyedJaggedTensor) -> dict[str, Tensor]:
         """Look up every feature: name -> [ids of the feature, width]."""
         found: dict[str, Tensor] = self.replicated(features)
-        place = {name: index for index, name in enumerate(features.keys())}
-        for width, collection in self.collections.items():
+        place, chosen = {name: index for index, name in enumerate(features.keys())}, {}
+        for width in self.collections:
             # TorchRec fixes the order of features by the first batch and would not notice another one.
             wanted = [place[name] for name in self._features[width]]
-            chosen = features if wanted == list(range(len(place))) else features.permute(wanted)
-            found |= {name: jagged.values()[:, : self.widths[name]] for name, jagged in collection(chosen).items()}
+            chosen[width] = features if wanted == list(range(len(place))) else features.permute(wanted)
+        for rows in self._answer(chosen).values():
+            found |= {name: jagged.values()[:, : self.widths[name]] for name, jagged in rows.items()}
         return found
+
+    @contextmanager
+    def answered_by(self, answer: Callable[[dict[str, KeyedJaggedTensor]], dict[str, Any]]) -> Iterator[None]:
+        """Inside, ``answer`` stands for the collections: from what each of them looks up to its rows."""
+        before, self._answer = self._answer, answer
+        try:
+            yield
+        finally:
+            self._answer = before
+
+    def _look_up(self, chosen: dict[str, KeyedJaggedTensor]) -> dict[str, Any]:
+        return {width: self.collections[width](ids) for width, ids in chosen.items()}
 
     @torch.no_grad()
     def fill(self) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from hstu.config import Config
 from hstu.data.batch import Batch
 from hstu.data.reader import SequenceDataset
+from hstu.models.losses import LossSum
 from hstu.parallel import Parallelized
+from hstu.parallel.pipeline import LookupPipeline
 from hstu.training.checkpoint_files import Progress
 from hstu.training.meter import Meter, not_finite
 from hstu.training.optimizer import Optimizer
@@ -39,6 +42,9 @@ class Stepper:
         self.parallel, self.optimizer, self.meter, self.config = parallel, optimizer, meter, config
         self.mesh, self.model, self.dataset = parallel.mesh, parallel.model, dataset
         self.skipped_in_a_row = 0
+        self.pipeline: LookupPipeline | None = None
+        if config.trainer.pipeline_type == "native" and parallel.tables.collections:
+            self.pipeline = LookupPipeline(parallel.model, parallel.tables, self.mesh.device)
 
     def take(self, batches: Sequence[Batch], progress: Progress) -> float:
         """Take the step after ``progress.step`` and count it in ``progress``; returns the learning rate.
@@ -57,15 +63,10 @@ class Stepper:
         labels = float(sum(self.model.num_labels(batch) for batch in batches))
         for number, batch in enumerate(batches, 1):
             with self.parallel.dense.accumulate(last=number == len(batches)):
-                loss = self.model(batch.to(self.mesh.device, non_blocking=True))
-                broken = ~loss.total.detach().isfinite()
-                facts = torch.stack([torch.full_like(broken, labels, dtype=torch.float64), broken.double()])
-                total, ranks_broken = self.mesh.sum(facts).tolist()
-                if ranks_broken:
-                    self._refuse(batch, bool(broken), progress.step + 1)
+                loss, broken = self._run(batch, labels)
+                if broken is not None:
+                    self._refuse(batch, broken, progress.step + 1)
                     break
-                # Ranks average gradients, hence their number.
-                (loss.total * (self.mesh.world_size / max(1.0, total))).backward()
             progress.table_steps += 1
             work = batch_flops(self.model, self.config, batch)
             # A rank without a sample got a stand-in, whose user is -1.
@@ -76,6 +77,45 @@ class Stepper:
             progress.dense_steps += 1
         progress.step += 1
         return rate
+
+    def steps(self, batches: Iterator[Batch], progress: Progress) -> Iterator[tuple[Batch, ...]]:
+        """Group the batches of an epoch into those of a step, each to be taken before the next is asked for."""
+        size, trainer = self.config.trainer.gradient_accumulation_steps, self.config.trainer
+        if self.pipeline is None:
+            yield from zip(*[batches] * size, strict=True)
+            return
+        batches, ahead = itertools.tee(batches)
+        for step in zip(*[batches] * size, strict=True):
+            if self.pipeline.is_empty:  # nothing is in flight while tables are looked up for an evaluation
+                to_evaluation = trainer.eval_interval - progress.step % trainer.eval_interval
+                number = min(to_evaluation, self.optimizer.total_steps - progress.step)
+                self.pipeline.feed(itertools.islice(ahead, number * size))
+            yield step
+
+    def _run(self, batch: Batch, labels: float) -> tuple[LossSum, bool | None]:
+        """Run ``batch`` forward and, unless its loss is not finite on some rank, backward.
+
+        Returns:
+            The loss, and whether this rank's is the one that is not finite; None if all are.
+        """
+
+        def compute(own: Batch) -> tuple[torch.Tensor | None, tuple[LossSum, bool | None]]:
+            loss = self.model(own)
+            broken = ~loss.total.detach().isfinite()
+            facts = torch.stack([torch.full_like(broken, labels, dtype=torch.float64), broken.double()])
+            total, ranks_broken = self.mesh.sum(facts).tolist()
+            if ranks_broken:
+                return None, (loss, bool(broken))
+            # Ranks average gradients, hence their number.
+            return loss.total * (self.mesh.world_size / max(1.0, total)), (loss, None)
+
+        if self.pipeline is not None:
+            result: tuple[LossSum, bool | None] = self.pipeline.run(compute)
+            return result
+        scaled, result = compute(batch.to(self.mesh.device, non_blocking=True))
+        if scaled is not None:
+            scaled.backward()
+        return result
 
     def _refuse(self, batch: Batch, broken: bool, step: int) -> None:
         """Stop, or say that the step is left out; all ranks agree, for they sum the same facts."""

@@ -168,7 +168,7 @@ class Trainer:
         while progress.step < self.total_steps and not progress.stopped_early:
             epoch, first = divmod(progress.samples, size)
             batches = self.meter.waiting(loader.epoch(epoch, first))
-            for step_batches in zip(*[batches] * loader.micro_batches, strict=True):
+            for step_batches in self.stepper.steps(batches, progress):
                 rate = self.stepper.take(step_batches, progress)
                 progress.samples = min(progress.samples + loader.global_batch_size, (epoch + 1) * size)
                 beat()

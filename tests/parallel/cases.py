@@ -44,6 +44,7 @@ SASREC_MOL = (
     "RetrievalArgs.sampling_strategy='log_uniform'",
     "RetrievalArgs.logq_correction=True",
 )
+PIPELINED = ("TrainerArgs.pipeline_type='native'", "TrainerArgs.eval_interval=7")
 ACCUMULATED = ("TrainerArgs.gradient_accumulation_steps=2",)
 WIDTHS = ("NetworkArgs.item_embedding_dim=22", "NetworkArgs.action_embedding_dim=6")
 
@@ -117,6 +118,14 @@ CASES = {
             "retrieval",
             (*sharding("auto", segment="row_wise"), "EmbeddingArgs.uvm_caching_tables=('item_id',)"),
         ),
+        Case(
+            "ranking-adam-pipelined-short",
+            "ranking",
+            (*PIPELINED, *WIDTHS, *FAST_TABLES, *sharding("row_wise", segment="data_parallel")),
+            data="short",
+            plain_steps=0,
+        ),
+        Case("retrieval-adam-pipelined", "retrieval", (*PIPELINED, *IN_BATCH, *sharding("table_wise"))),
         Case("ranking-adagrad", "ranking", ("OptimizerArgs.sparse_optimizer_str='adagrad'",), plain_steps=0),
         Case("retrieval-adam-uniform", "retrieval", ("NetworkArgs.preset='research'",)),
         Case("retrieval-sgd-uniform", "retrieval", (*SGD, *sharding("table_wise"))),

@@ -72,9 +72,14 @@ def train(config: Config, dataset: SequenceDataset, mesh: Mesh, planted: str | N
     trainer = Trainer(config, dataset, mesh, RunDirectory(Path("unused")))
     losses = []
     with fault(planted, trainer):
-        for batches in steps_of(trainer.loaders["train"], trainer.total_steps):
-            trainer.stepper.take(batches, trainer.progress)
-            losses.append(trainer.meter.read(trainer.progress.step)["loss"])
+        while trainer.progress.step < trainer.total_steps:
+            loader = trainer.loaders["train"]
+            epoch = loader.epoch(trainer.progress.step // loader.steps_per_epoch)
+            for batches in trainer.stepper.steps(epoch, trainer.progress):
+                trainer.stepper.take(batches, trainer.progress)
+                losses.append(trainer.meter.read(trainer.progress.step)["loss"])
+                if trainer.progress.step == trainer.total_steps:
+                    break
     shards = {
         name.split(".")[-2]: [list(s.shard_sizes) for s in weight.metadata().shards_metadata]
         for collection in trainer.parallel.tables.collections.values()

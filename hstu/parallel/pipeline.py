@@ -1,0 +1,132 @@
+"""Batches in flight: the next one is copied and its ids travel to the tables while this one is computed.
+
+TorchRec's ``TrainPipelineSparseDist`` over the lookups alone, for what a model looks up is known only once it has
+drawn its negatives: a batch that enters the pipeline runs through the model up to its lookup, which tells the ids.
+Weights are read when a batch is computed, so that losses are those of the plain loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchrec import KeyedJaggedTensor
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+from torchrec.streamable import Pipelineable
+
+from hstu.data.batch import Batch
+from hstu.models import RankingModel, RetrievalModel
+from hstu.parallel.embedding import ShardedTables
+
+
+class _Known(Pipelineable):
+    """A batch on the device, and as ``ids_<width>`` what each collection of tables looks up for it."""
+
+    def __init__(self, batch: Batch, chosen: dict[str, KeyedJaggedTensor]) -> None:
+        self.batch = batch
+        for width, ids in chosen.items():
+            setattr(self, f"ids_{width}", ids)
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> _Known:
+        raise AssertionError("it is made where it is needed")
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        for value in vars(self).values():
+            value.record_stream(stream)
+
+
+class _Lookups(nn.Module):
+    """The lookups of every collection: all that the pipeline has to see of the model."""
+
+    def __init__(self, tables: ShardedTables) -> None:
+        super().__init__()
+        self.widths = tuple(tables.collections)
+        for width, collection in tables.collections.items():
+            setattr(self, f"table_{width}", collection.module)
+
+    def forward(self, known: _Known) -> list[Any]:
+        return [getattr(self, f"table_{width}")(getattr(known, f"ids_{width}")) for width in self.widths]
+
+
+class _LookedUp(Exception):
+    """Ends a pass through the model at its lookup."""
+
+
+class LookupPipeline(TrainPipelineSparseDist):
+    """Runs batches through a model, with copies and exchanges of ids ahead.
+
+    Args:
+        model: The distributed model.
+        tables: Its embeddings.
+        device: Where it computes.
+    """
+
+    def __init__(self, model: RankingModel | RetrievalModel, tables: ShardedTables, device: torch.device) -> None:
+        self.model, self.tables = model, tables
+        self._source: Iterator[Batch] = iter(())
+        self._compute: Callable[[Batch], tuple[Tensor | None, Any]] | None = None
+        nothing: Any = SimpleNamespace(zero_grad=lambda: None, step=lambda: None)  # steps are taken outside
+        lookups = _Lookups(tables)
+        super().__init__(lookups, nothing, device, execute_all_batches=True, custom_model_fwd=self._forward)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether every batch that was fed has been run."""
+        return not self.batches
+
+    def feed(self, source: Iterator[Batch]) -> None:
+        """Take the next batches from ``source``; before its end tables can be used only by ``run``."""
+        assert self.is_empty
+        self._source = source
+
+    def run(self, compute: Callable[[Batch], tuple[Tensor | None, Any]]) -> Any:
+        """Run the next batch forward and backward.
+
+        Args:
+            compute: From a batch on the device to the scalar to differentiate, or None for no backward pass, and a
+                result.
+
+        Returns:
+            The result.
+        """
+        self._compute = compute
+        result = self.progress(self._source)
+        if self.is_empty:
+            self.detach()  # evaluation looks up without a pipeline
+        return result
+
+    def copy_batch_to_gpu(self, dataloader_iter: Iterator[Any]) -> tuple[Any, Any]:
+        """Copy the next batch, and find out what it looks up."""
+        batch, context = super().copy_batch_to_gpu(dataloader_iter)
+        if batch is None:
+            return None, context
+        with self._stream_context(self._memcpy_stream), torch.no_grad():
+            return _Known(batch, self._looked_up(batch)), context
+
+    def _looked_up(self, batch: Batch) -> dict[str, KeyedJaggedTensor]:
+        seen: list[dict[str, KeyedJaggedTensor]] = []
+
+        def note(chosen: dict[str, KeyedJaggedTensor]) -> Any:
+            seen.append(chosen)
+            raise _LookedUp
+
+        try:
+            with self.tables.answered_by(note):
+                self.model(batch)
+        except _LookedUp:
+            pass
+        (chosen,) = seen
+        return chosen
+
+    def _forward(self, known: Any) -> tuple[Any, Any]:
+        found = dict(zip(self._model.widths, self._model(known), strict=True))
+        assert self._compute is not None
+        with self.tables.answered_by(lambda chosen: found):
+            return self._compute(known.batch)
+
+    def _backward(self, losses: Tensor | None) -> None:
+        if losses is not None:
+            losses.backward()
