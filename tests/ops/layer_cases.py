@@ -74,10 +74,10 @@ def results(
     options: LayerOptions,
     arguments: dict[str, Any],
     backend: str,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
 ) -> dict[str, torch.Tensor]:
-    """Output and every gradient, computed in ``dtype``."""
-    inputs = {name: x.detach().to(dtype).requires_grad_() for name, x in tensors.items()}
+    """Output and every gradient, computed in ``dtype``, or in those of the tensors."""
+    inputs = {name: x.detach().to(dtype or x.dtype).requires_grad_() for name, x in tensors.items()}
     arguments = dict(arguments)
     timestamps = arguments.pop("timestamps")
     own = dict(inputs)
@@ -86,6 +86,6 @@ def results(
         arguments["bias"] = RelativeBias(position=own.pop("position"), time=own.pop("time"), timestamps=timestamps)
     out = hstu_layer(x, weights=LayerWeights(**own), options=options, backend=backend, **arguments)
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    (out * weights.to(dtype)).sum().backward()
+    (out * weights.to(out.dtype)).sum().backward()
     grads = {f"d_{name}": torch.zeros_like(x) if x.grad is None else x.grad for name, x in inputs.items()}
     return {"out": out.detach()} | grads

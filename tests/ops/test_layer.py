@@ -20,6 +20,25 @@ def test_output_and_gradients(name: str) -> None:
         torch.testing.assert_close(ours[key], expected[key], msg=lambda text, key=key: f"{key}: {text}")
 
 
+def as_bfloat16(tensors: dict[str, torch.Tensor], narrow: bool) -> dict[str, torch.Tensor]:
+    """Products with weights that bfloat16 holds: in it, or exactly."""
+    products = {"uvqk", "uvqk_bias", "output", "output_bias"}
+    rounded = {name: x.bfloat16() if name in products else x for name, x in tensors.items()}
+    return rounded if narrow else {name: x.float() for name, x in rounded.items()}
+
+
+@pytest.mark.parametrize("name", ["production", "research", "kept_concat_u"])
+def test_low_precision_products_beside_float32_norms(name: str) -> None:
+    """The stream, the norms and the tables stay in float32; the error is that of rounding in the plain layer."""
+    tensors, options, arguments = build(LAYERS[name], torch.float32)
+    exact = results(as_bfloat16(tensors, narrow=False), options, arguments, "reference", torch.float64)
+    narrow = as_bfloat16(tensors, narrow=True)
+    plain, ours = (results(narrow, options, arguments, backend, None) for backend in ("reference", "cpu"))
+    for key, truth in exact.items():
+        error, allowed = ((x[key].double() - truth).abs().max() for x in (ours, plain))
+        assert ours[key].dtype == plain[key].dtype and error <= 2 * allowed, key
+
+
 @pytest.mark.parametrize("gate", ["mul", "concat"])
 def test_dropout_is_drawn_again_in_the_backward(gate: str) -> None:
     """Keeping or computing again gives one result bit for bit, and about the right share is dropped."""

@@ -38,7 +38,7 @@ def hstu_layer(
     weights and the tables of the relative bias.
 
     Args:
-        x: ``[T, D]``, of the dtype of the weights.
+        x: ``[T, D]``, of the dtype of the norms' weights; that of the products may be narrower.
         offsets: ``[B + 1]`` int64.
         weights: of the layer.
         options: shape, form, and what the backward computes again instead of keeping it.
@@ -61,12 +61,18 @@ def hstu_layer(
     if backend == "reference":
         return hstu_layer_reference(x, offsets, weights, options, {**attention, "backend": "reference"})
     bias = attention.get("bias") or RelativeBias()
-    call = _prepare(x, offsets, options, bias, backend, dict(attention))
+    call = _prepare(x, weights.uvqk.dtype, offsets, options, bias, backend, dict(attention))
     return FusedLayer.apply(x, call, *weights.tensors(), bias.position, bias.time)
 
 
 def _prepare(
-    x: Tensor, offsets: Tensor, options: LayerOptions, bias: RelativeBias, backend: str, attention: dict[str, Any]
+    x: Tensor,
+    products: torch.dtype,
+    offsets: Tensor,
+    options: LayerOptions,
+    bias: RelativeBias,
+    backend: str,
+    attention: dict[str, Any],
 ) -> LayerCall:
     attention.pop("bias", None)
     max_seqlen, scaling_seqlen = attention.pop("max_seqlen"), attention.pop("scaling_seqlen")
@@ -76,7 +82,7 @@ def _prepare(
     if context not in ("causal", "full"):
         raise ValueError(f"context_attention is {context!r}: choose 'causal' or 'full'")
     mask = Mask(context_full=context == "full", **attention)
-    one, shape = x.new_empty(()), (x.shape[0], options.num_heads)
+    one, shape = x.new_empty((), dtype=products), (x.shape[0], options.num_heads)
     qk, v = (one.expand(*shape, width) for width in (options.qk_width, options.v_width))
     check_arguments(qk, qk, v, offsets, max_seqlen, scaling_seqlen, mask, bias)
     kernels: TorchKernels = TorchKernels()
@@ -111,8 +117,9 @@ def _check(x: Tensor, weights: LayerWeights, options: LayerOptions) -> None:
         tensor = getattr(weights, name)
         if tensor is None:
             continue
-        if tuple(tensor.shape) != shape or tensor.dtype != x.dtype or tensor.device != x.device:
+        dtype = x.dtype if "norm" in name else weights.uvqk.dtype
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype or tensor.device != x.device:
             raise ValueError(
-                f"weights.{name} must be {list(shape)} of {x.dtype} on {x.device}, "
+                f"weights.{name} must be {list(shape)} of {dtype} on {x.device}, "
                 f"got {list(tensor.shape)} of {tensor.dtype} on {tensor.device}"
             )

@@ -56,12 +56,12 @@ class FusedLayer(torch.autograd.Function):
         norm_w, norm_b, uvqk_w, uvqk_b, gate_w, gate_b, out_w, out_b, position, time = rest
         assert uvqk_w is not None and out_w is not None
         options, kernels = call.options, call.kernels
-        n, mean, deviation = kernels.norm(x, norm_w, norm_b, options.eps)
+        n, mean, deviation = kernels.norm(x, norm_w, norm_b, options.eps, uvqk_w.dtype)
         z, active = kernels.project(n, uvqk_w, uvqk_b, options.silu_columns)
         u, v, q, k = call.split(active)
         o = call.attention.forward(q, k, v, position, time).flatten(1)
         gated, o_mean, o_deviation = kernels.gate(u, o, gate_w, gate_b, options, call.seed)
-        out = F.linear(gated, out_w, out_b).add_(x)
+        out = F.linear(gated, out_w, out_b).to(x.dtype).add_(x)
         ctx.save_for_backward(
             x,
             *rest,
@@ -91,17 +91,18 @@ class FusedLayer(torch.autograd.Function):
         if gated is None:
             gated = kernels.gate(u, o, gate_w, gate_b, options, call.seed)[0]
         grad = grad.contiguous()
-        d_out_w, d_out_b = grad.T @ gated, None if out_b is None else grad.sum(0)
+        low = grad.to(gated.dtype)
+        d_out_w, d_out_b = low.T @ gated, None if out_b is None else grad.sum(0)
         d_active = torch.empty_like(active)
         du, dv, dq, dk = call.split(d_active)
         do, d_gate_w, d_gate_b = kernels.gate_backward(
-            grad @ out_w, u, o, o_mean, o_deviation, gate_w, gate_b, options, call.seed, du
+            low @ out_w, u, o, o_mean, o_deviation, gate_w, gate_b, options, call.seed, du
         )
         d_tables = call.attention.backward(
             do.view(v.shape), (q, k, v), (position, time), (dq, dk, dv), tuple(ctx.needs_input_grad[10:12])
         )
         dz = kernels.activate_backward(d_active, z, options.silu_columns)
-        n = kernels.norm(x, norm_w, norm_b, options.eps)[0] if n is None else n
+        n = kernels.norm(x, norm_w, norm_b, options.eps, dz.dtype)[0] if n is None else n
         d_uvqk_w, d_uvqk_b = dz.T @ n, None if uvqk_b is None else dz.sum(0)
         dx, d_norm_w, d_norm_b = kernels.norm_backward(dz @ uvqk_w, x, mean, deviation, norm_w, norm_b, grad)
         weights = (d_norm_w, d_norm_b, d_uvqk_w, d_uvqk_b, d_gate_w, d_gate_b, d_out_w, d_out_b)

@@ -14,9 +14,12 @@ aten = torch.ops.aten
 class TorchKernels:
     """Pieces of the fused layer; :class:`hstu.ops.layer.triton.TritonKernels` replaces some of them."""
 
-    def norm(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Layer norm over the last dimension: output, mean and reciprocal deviation."""
-        return torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
+    def norm(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Layer norm over the last dimension: output in ``dtype``, mean and reciprocal deviation."""
+        n, mean, deviation = torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
+        return n.to(dtype), mean, deviation
 
     def norm_backward(
         self,
@@ -30,6 +33,7 @@ class TorchKernels:
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Gradients of x (plus ``residual``), weight and bias."""
         wanted = [True, weight is not None, bias is not None]
+        grad = grad.to(x.dtype)
         dx, dw, db = aten.native_layer_norm_backward(grad, x, x.shape[-1:], mean, deviation, weight, bias, wanted)
         return dx.add_(residual), dw if wanted[1] else None, db if wanted[2] else None
 
@@ -56,8 +60,8 @@ class TorchKernels:
         self, u: Tensor, o: Tensor, weight: Tensor | None, bias: Tensor | None, options: LayerOptions, seed: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """``dropout(u * norm(o))`` or of the concatenation; mean and reciprocal deviation of o."""
-        n, mean, deviation = torch.native_layer_norm(o, o.shape[-1:], weight, bias, options.eps)
-        gated = n.mul_(u)
+        n, mean, deviation = torch.native_layer_norm(_wide(o), o.shape[-1:], weight, bias, options.eps)
+        gated = n.mul_(u).to(u.dtype)
         if options.gate == "concat":
             gated = torch.cat([u, o, gated], 1)
         if options.dropout:
@@ -80,15 +84,16 @@ class TorchKernels:
         """Write the gradient of u to ``du``; return those of o, weight and bias."""
         if options.dropout:
             grad = grad * self._keep(grad, options, seed)
-        width = o.shape[1]
+        width, o = o.shape[1], _wide(o)
         d_gated = grad[:, -width:]
-        n = torch.native_layer_norm(o, o.shape[-1:], weight, bias, options.eps)[0]
+        n = torch.native_layer_norm(o, o.shape[-1:], weight, bias, options.eps)[0].to(u.dtype)
         torch.mul(d_gated, n, out=du)
         residual = grad.new_zeros(())
         if options.gate == "concat":
             du += grad[:, :width]
             residual = grad[:, width : 2 * width]
-        return self.norm_backward(d_gated * u, o, mean, deviation, weight, bias, residual)
+        do, dw, db = self.norm_backward(d_gated * u, o, mean, deviation, weight, bias, residual)
+        return do.to(u.dtype), dw, db
 
     @staticmethod
     def _keep(like: Tensor, options: LayerOptions, seed: int) -> Tensor:
@@ -96,3 +101,8 @@ class TorchKernels:
         generator = torch.Generator(like.device).manual_seed(seed)
         keep = torch.empty_like(like).bernoulli_(1.0 - options.dropout, generator=generator)
         return keep.div_(1.0 - options.dropout)
+
+
+def _wide(o: Tensor) -> Tensor:
+    """The norm's weights stay in float32 beside low-precision products."""
+    return o.to(torch.promote_types(o.dtype, torch.float32))

@@ -17,13 +17,15 @@ def hstu_layer_reference(
 ) -> Tensor:
     """See :func:`hstu.ops.layer.hstu_layer`."""
     n = F.layer_norm(x, x.shape[-1:], weights.norm_weight, weights.norm_bias, options.eps)
-    z = F.linear(n, weights.uvqk, weights.uvqk_bias)
+    z = F.linear(n.to(weights.uvqk.dtype), weights.uvqk, weights.uvqk_bias)
     active = options.silu_columns
     u, v, q, k = torch.cat([F.silu(z[:, :active]), z[:, active:]], 1).split(options.splits, 1)
     heads = (options.num_heads, -1)
     o = hstu_attention(q.unflatten(1, heads), k.unflatten(1, heads), v.unflatten(1, heads), offsets, **attention)
     o = o.flatten(1)
-    gated = u * F.layer_norm(o, o.shape[-1:], weights.gate_norm_weight, weights.gate_norm_bias, options.eps)
+    wide = o.to(x.dtype)
+    gated = u * F.layer_norm(wide, o.shape[-1:], weights.gate_norm_weight, weights.gate_norm_bias, options.eps)
     if options.gate == "concat":
         gated = torch.cat([u, o, gated], 1)
-    return F.linear(F.dropout(gated, options.dropout), weights.output, weights.output_bias) + x
+    gated = F.dropout(gated, options.dropout).to(weights.output.dtype)
+    return F.linear(gated, weights.output, weights.output_bias) + x

@@ -18,9 +18,11 @@ PRODUCT_FLOAT32 = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 16, "GROUP": 8, "num
 class TritonKernels(TorchKernels):
     """Norms, gate and the first product of a layer on a GPU."""
 
-    def norm(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    def norm(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """As the parent's."""
-        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        y = torch.empty(x.shape, dtype=dtype, device=x.device)
         mean, deviation = (torch.empty(len(x), dtype=torch.float32, device=x.device) for _ in range(2))
         if y.numel():
             norm_forward[(len(x),)](
