@@ -11,10 +11,12 @@ from hstu.config.args import (
     TensorModelParallelArgs,
     TrainerArgs,
 )
+from hstu.config.backbones import RECOMPUTE
 from hstu.config.base import Args, ConfigError
 from hstu.config.load import LoadedConfig, find_config, load_config
 
 __all__ = [
+    "RECOMPUTE",
     "Args",
     "Config",
     "ConfigError",

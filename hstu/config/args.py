@@ -247,6 +247,11 @@ class NetworkArgs(Args):
     embedding_initializer_std: float = 0.02
     dtype_str: Literal["float32", "bfloat16"] = "float32"
     kernel_backend: Literal["auto", "pytorch", "triton"] = "auto"
+    #: What the backward of hstu computes again instead of keeping it, for memory: the norm of a layer's input, SiLU of
+    #: u, v, q and k, the gated attention output.
+    recompute_input_layernorm: bool = False
+    recompute_input_silu: bool = False
+    recompute_gate: bool = False
 
     def validate(self) -> None:
         self.require_positive("num_layers", "hidden_size", "num_attention_heads", "kv_channels")

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
 
 BACKBONES = ("hstu", "sasrec", "llama", "bert", "gru", "hf:<config>")
 HUGGING_FACE = "hf:"
+RECOMPUTE = ("recompute_input_layernorm", "recompute_input_silu", "recompute_gate")
 
 # Field: value when unset, backbones with a use for it, what it belongs to.
 _USES: dict[str, tuple[object, tuple[str, ...], str]] = {
@@ -17,6 +18,7 @@ _USES: dict[str, tuple[object, tuple[str, ...], str]] = {
     "gate": (None, ("hstu",), "gated attention output"),
     "value_channels": (None, ("hstu",), "heads whose values have a width of their own"),
     "scaling_seqlen": (-1, ("hstu",), "attention without softmax"),
+    **{field: (False, ("hstu",), "the fused layer") for field in RECOMPUTE},
     "ffn_hidden_size": (None, ("sasrec", "llama", "bert", "hf"), "feed-forward layers"),
     "num_query_groups": (None, ("llama",), "grouped-query attention"),
     "norm_placement": (None, ("sasrec", "bert"), "a choice between pre- and post-norm"),
@@ -38,6 +40,9 @@ def check_backbone(network: NetworkArgs) -> None:
             raise network.error(field, f"belongs to {what} ({', '.join(users)}), which {name} does not have")
     if name != "hstu" and network.kernel_backend == "triton":
         raise network.error("kernel_backend", f"the Triton kernels are those of hstu; use 'auto' for {name}")
+    for field in RECOMPUTE:
+        if getattr(network, field) and network.kernel_backend == "pytorch":
+            raise network.error(field, "needs the fused layer: NetworkArgs.kernel_backend = 'auto' or 'triton'")
     if network.is_causal is not None and network.is_causal == network.is_masked:
         trained = "masked items from both sides" if network.is_masked else "what follows"
         raise network.error("is_causal", f"{name} is trained to predict {trained}; leave it unset")

@@ -43,8 +43,6 @@ _RENAMED = {"DatasetArgs.max_sequence_length": "max_history_seqlen"}
 _IGNORED = {
     "TrainerArgs.ckpt_save_dir": "checkpoints go to <run-dir>/checkpoints; choose it with --run-dir",
     "TrainerArgs.ckpt_load_dir": "load with --checkpoint PATH",
-    "NetworkArgs.recompute_input_layernorm": "nothing is recomputed; results are the same",
-    "NetworkArgs.recompute_input_silu": "nothing is recomputed; results are the same",
     "NetworkArgs.embedding_backend": "tables are TorchRec's",
     "NetworkArgs.disable_contextual_mask": "set NetworkArgs.context_attention instead",
 }

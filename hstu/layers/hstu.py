@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hstu.layers.dropout import dropout
 from hstu.layers.tokens import Tokens
-from hstu.ops import RelativeBias, hstu_attention
+from hstu.ops import LayerOptions, LayerWeights, RelativeBias, hstu_attention, hstu_layer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,10 @@ class HSTUConfig:
         candidate_group_size: Candidates that see each other.
         dropout: On the gated attention output.
         norm_eps: Epsilon of the layer norms.
-        backend: Of the attention.
+        recompute_norm: Normalise the input again in the backward instead of keeping the result.
+        recompute_silu: Likewise SiLU of u, v, q, k.
+        recompute_gate: Likewise the gated attention output.
+        backend: Of the attention, or of the whole layer where it is fused.
     """
 
     hidden_size: int
@@ -60,6 +63,9 @@ class HSTUConfig:
     candidate_group_size: int = 1
     dropout: float = 0.0
     norm_eps: float = 1e-5
+    recompute_norm: bool = False
+    recompute_silu: bool = False
+    recompute_gate: bool = False
     backend: Literal["auto", "reference", "triton"] = "auto"
 
 
@@ -87,6 +93,8 @@ class HSTULayer(nn.Module):
 
     def forward(self, x: Tensor, tokens: Tokens) -> Tensor:
         """Map [T, D] to [T, D]; ``tokens`` gives the sequences, not the values."""
+        if self._is_fused(x):
+            return self._fused(x, tokens)
         projected = self.uvqk(self.input_norm(x))
         if self.config.silu_on == "uvqk":
             projected = F.silu(projected)
@@ -100,13 +108,64 @@ class HSTULayer(nn.Module):
         out: Tensor = self.output(dropout(gated, self.config.dropout, self.training)) + x
         return out
 
+    def _is_fused(self, x: Tensor) -> bool:
+        """Whether one operation does the layer: on a GPU, and where the backward is to compute again.
+
+        It needs whole weights and sequences on this rank. On a CPU it keeps less but takes a quarter longer.
+        """
+        config = self.config
+        whole = type(self.uvqk) is nn.Linear and type(self.output) is nn.Linear
+        recomputes = config.recompute_norm or config.recompute_silu or config.recompute_gate
+        assert whole or not recomputes
+        return whole and (recomputes or (x.is_cuda and config.backend != "reference"))
+
+    def _fused(self, x: Tensor, tokens: Tokens) -> Tensor:
+        config, device = self.config, x.device.type
+        # Under autocast the products are narrow, the stream and the norms are not.
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+        def narrow(weight: Tensor | None) -> Tensor | None:
+            return None if weight is None else weight.to(dtype)
+
+        weights = LayerWeights(
+            uvqk=self.uvqk.weight.to(dtype),
+            output=self.output.weight.to(dtype),
+            uvqk_bias=narrow(self.uvqk.bias),
+            output_bias=narrow(self.output.bias),
+            norm_weight=self.input_norm.weight,
+            norm_bias=self.input_norm.bias,
+            gate_norm_weight=self.attention_norm.weight,
+            gate_norm_bias=self.attention_norm.bias,
+        )
+        options = LayerOptions(
+            num_heads=config.num_heads,
+            qk_width=config.qk_channels,
+            v_width=config.value_channels,
+            silu_on=config.silu_on,
+            gate=config.gate,
+            eps=config.norm_eps,
+            dropout=config.dropout if self.training else 0.0,
+            recompute_norm=config.recompute_norm,
+            recompute_silu=config.recompute_silu,
+            recompute_gate=config.recompute_gate,
+        )
+        with torch.autocast(device, enabled=False):
+            return hstu_layer(x, tokens.offsets, weights, options, **self._attention_arguments(tokens))
+
     def _attention(self, q: Tensor, k: Tensor, v: Tensor, tokens: Tokens) -> Tensor:
-        config, heads = self.config, self.config.num_heads
+        heads = self.config.num_heads
         out = hstu_attention(
             q.unflatten(-1, (heads, -1)),
             k.unflatten(-1, (heads, -1)),
             v.unflatten(-1, (heads, -1)),
             tokens.offsets,
+            **self._attention_arguments(tokens),
+        )
+        return out.flatten(-2)
+
+    def _attention_arguments(self, tokens: Tokens) -> dict[str, Any]:
+        config = self.config
+        return dict(
             max_seqlen=config.max_tokens,
             scaling_seqlen=config.scaling_seqlen,
             alpha=config.alpha,
@@ -118,7 +177,6 @@ class HSTULayer(nn.Module):
             bias=self._bias(tokens),
             backend=config.backend,
         )
-        return out.flatten(-2)
 
     def _bias(self, tokens: Tokens) -> RelativeBias | None:
         if self.position_table is None and self.time_table is None:

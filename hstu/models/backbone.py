@@ -69,6 +69,9 @@ def _hstu_config(network: NetworkArgs, max_tokens: int) -> HSTUConfig:
         max_attn_len=network.max_attn_len,
         candidate_group_size=network.target_group_size,
         dropout=network.hidden_dropout,
+        recompute_norm=network.recompute_input_layernorm,
+        recompute_silu=network.recompute_input_silu,
+        recompute_gate=network.recompute_gate,
         backend={"auto": "auto", "pytorch": "reference", "triton": "triton"}[network.kernel_backend],  # type: ignore[arg-type]
         **fields,
     )

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.remote_device import _remote_device
 
-from hstu.config import Config
+from hstu.config import RECOMPUTE, Config
 from hstu.data.schema import Schema
 from hstu.parallel import Parallelized
 from hstu.parallel.embedding import sparse_optimizer_name
@@ -40,7 +40,7 @@ _DENSE_OPTIMIZER = "optimizer/"
 
 def model_identity(config: Config, schema: Schema) -> dict[str, Any]:
     """Return what must agree between a checkpoint and the model that loads it, as JSON values."""
-    runtime = {"hidden_dropout", "input_dropout", "dtype_str", "kernel_backend"}
+    runtime = {"hidden_dropout", "input_dropout", "dtype_str", "kernel_backend", *RECOMPUTE}
     network = {
         f"NetworkArgs.{name}": value
         for name, value in dataclasses.asdict(config.network).items()

@@ -169,6 +169,12 @@ def test_a_mistake_in_a_binding_names_the_flag(line: str, parts: list[str], tmp_
     assert "--gin-bindings" in message and "run.gin" not in message, message
 
 
+def test_recomputing_needs_the_fused_layer(tmp_path: Path) -> None:
+    for line in ("NetworkArgs.kernel_backend = 'pytorch'", "NetworkArgs.backbone = 'sasrec'"):
+        message = message_of(tmp_path, RANKING, ("NetworkArgs.recompute_input_silu = True", line))
+        assert "NetworkArgs.recompute_input_silu = True" in message and "fused layer" in message
+
+
 def test_an_open_bracket_is_reported_with_its_file(tmp_path: Path) -> None:
     assert "run.gin:" in (message := message_of(tmp_path, RANKING + "TrainerArgs.seed = [3\n"))
     assert "not closed" in message
@@ -292,7 +298,7 @@ def test_shipped_movielens_configs_are_the_published_ones(task: str, text: str, 
     [
         "TrainerArgs.ckpt_save_dir = './x'",
         "TrainerArgs.ckpt_load_dir = './x'",
-        "NetworkArgs.recompute_input_layernorm = True",
+        "NetworkArgs.embedding_backend = 'FBGEMM'",
         "NetworkArgs.kernel_backend = 'cutlass'",
     ],
 )

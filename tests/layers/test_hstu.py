@@ -21,6 +21,7 @@ STREAMS = {
     "context_and_candidates": (LENGTHS, CONTEXT, CANDIDATES),
     "nothing": ((0, 0), None, None),
 }
+RECOMPUTED = dict(recompute_norm=True, recompute_silu=True, recompute_gate=True)
 VARIANTS: dict[str, dict[str, Any]] = {
     "as_published": {},
     "concat": {"gate": "concat"},
@@ -29,6 +30,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "groups": {"candidate_group_size": 2},
     "window": {"max_attn_len": 2},
     "full_context": {"context_attention": "full"},
+    "fused": {"recompute_silu": True},
+    "fused_concat_window": {**RECOMPUTED, "gate": "concat", "silu_on": "u", "max_attn_len": 2},
 }
 
 
@@ -105,6 +108,42 @@ def test_lower_precision_stays_near(preset: str, dtype: torch.dtype) -> None:
     assert (low.double() - exact).abs().max() <= bound * exact.abs().max()
 
 
+@pytest.mark.parametrize("preset", ["research", "production"])
+def test_the_fused_layer_under_autocast_is_as_near_as_the_plain_one(preset: str) -> None:
+    """Outputs and gradients in the same types, as far from float64 as what bfloat16 loses in the plain layer."""
+    tokens = make_tokens(LENGTHS, CONTEXT, CANDIDATES, dtype=torch.float64)
+    block = make_block(make_config(preset), dtype=torch.float64)
+    exact = outputs_and_gradients(lambda x: block(tokens.with_values(x)), block, tokens.values)
+    found = []
+    for options in ({}, RECOMPUTED):
+        block = make_block(make_config(preset, **options))
+        with torch.autocast("cpu", torch.bfloat16):
+            run = outputs_and_gradients(lambda x, b=block: b(tokens.with_values(x)), block, tokens.values.float())
+        found.append(run)
+    for name, truth in exact.items():
+        plain, fused = (run[name] for run in found)
+        error, allowed = ((x.double() - truth).abs().max() for x in (fused, plain))
+        assert fused.dtype == plain.dtype and error <= 2 * allowed, name
+
+
+def test_recomputing_keeps_less_for_the_backward() -> None:
+    kept = []
+    for options in ({}, dict(recompute_norm=True), RECOMPUTED):
+        block, tokens, sizes = make_block(make_config("production", **options)), make_tokens(LENGTHS), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, s=sizes: s.append(x) or x, lambda x: x):
+            block(tokens.with_values(tokens.values.clone().requires_grad_()))
+        kept.append(sum(x.numel() for x in {x.data_ptr(): x for x in sizes}.values()))
+    assert kept[0] > kept[1] > kept[2]
+
+
+def test_the_fused_layer_drops_in_training_alone() -> None:
+    block = make_block(make_config("production", dropout=0.5, **RECOMPUTED))
+    tokens = make_tokens(LENGTHS)
+    assert not torch.equal(block(tokens), block(tokens))
+    block.eval()
+    assert torch.equal(block(tokens), block(tokens))
+
+
 # What no row may depend on
 
 
@@ -141,6 +180,8 @@ PERTURBED = {
     "groups": {"candidate_group_size": 2},
     "window": {"max_attn_len": 3},
     "full_context": {"context_attention": "full"},
+    "fused": {"recompute_silu": True},
+    "fused_concat_window": {**RECOMPUTED, "gate": "concat", "silu_on": "u", "max_attn_len": 2},
 }
 
 
@@ -250,18 +291,18 @@ def test_the_bound_on_tokens_does_not_scale_attention() -> None:
 @pytest.mark.parametrize("preset", ["research", "production"])
 @torch.no_grad()
 def test_a_candidates_row_does_not_depend_on_its_place_or_company(preset: str) -> None:
-    tokens = make_tokens((9,), (1,), (4,))
-    block = make_block(make_config(preset, bias_query_time="own"), 2)
+    tokens = make_tokens((9,), (1,), (4,), dtype=torch.float64)
+    block = make_block(make_config(preset, bias_query_time="own"), 2, torch.float64)
     rows = block(tokens)
     for order in ([0, 1, 2, 3, 4, 8, 6, 5, 7], [0, 1, 2, 3, 4, 6, 7, 8, 5]):
         moved = Tokens(**{**vars(tokens), "values": tokens.values[order], "timestamps": tokens.timestamps[order]})
         # Sums over the history are added up in another order: rounding may differ, nothing else.
-        torch.testing.assert_close(block(moved), rows[order], rtol=1e-6, atol=2e-6)
+        torch.testing.assert_close(block(moved), rows[order], rtol=1e-12, atol=1e-12)
     for candidate in range(5, 9):
         kept = [0, 1, 2, 3, 4, candidate]
         alone = make_tokens((6,), (1,), (1,))
         alone = Tokens(**{**vars(alone), "values": tokens.values[kept], "timestamps": tokens.timestamps[kept]})
-        torch.testing.assert_close(block(alone), rows[kept], rtol=1e-6, atol=2e-6)
+        torch.testing.assert_close(block(alone), rows[kept], rtol=1e-12, atol=1e-12)
 
 
 def test_dropout_only_while_training() -> None:
