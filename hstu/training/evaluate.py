@@ -102,7 +102,8 @@ def _retrieval(model: RetrievalModel, loader: BatchLoader, mesh: Mesh, config: C
     names, filter_seen = config.eval_metrics, config.retrieval.filter_seen
     sums = torch.zeros(len(names) + 1, dtype=torch.float64)
     sampled_names = [name for name in names if name.endswith(SAMPLED_100)]
-    block = max(1, _SCORE_ELEMENTS // catalogue.shape[0])
+    elements = _SCORE_ELEMENTS // 8 if sampled_names else _SCORE_ELEMENTS  # random numbers take more than scores
+    block = max(1, elements // catalogue.shape[0])
     assert not loader.shuffle, "the first epoch of an unshuffled split numbers samples by their rows"
     scored = []
     for batch in _batches(loader, config, mesh.device):

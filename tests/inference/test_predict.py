@@ -187,6 +187,7 @@ def test_a_ranking_run_scores_held_out_events_and_candidates_alike(tmp_path: Pat
         ("retrieval", ["--users", "log.csv"], "column 'user_id' is missing"),
         ("retrieval", ["--users", "log.csv", *COLUMNS], "column 'plan' is missing"),
         ("retrieval", ["--output", "log.csv/x.parquet"], "cannot be written"),
+        ("retrieval", ["--approximate", "50"], "is for RetrievalArgs.similarity = 'mol'"),
         ("ranking", [], "--candidates: is required"),
     ],
 )
