@@ -26,9 +26,11 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "bce": ("retrieval", "RetrievalArgs.loss='bce'", "RetrievalArgs.num_negatives=1"),
     "masked": ("retrieval", "NetworkArgs.backbone='bert'"),
 }
+SLOW = ("widths", "uniform", "bce")
+QUICK = tuple(name for name in VARIANTS if name not in SLOW)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_the_same_records_as_without(data: Path, tmp_path: Path, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With dropout, evaluations, saves, and epochs of 4 steps."""
     (task, *bindings), ahead, run_one = VARIANTS[variant], [], LookupPipeline.run

@@ -28,6 +28,8 @@ VARIANTS = {
                         "OptimizerArgs.sparse_optimizer_str='rowwise_adagrad'"),
     "replicated": ("ranking", "EmbeddingArgs.sharding_type='data_parallel'", "OptimizerArgs.clip_grad=0.1"),
     "retrieval": ("retrieval", "NetworkArgs.preset='research'", "EmbeddingArgs.sharding_type='table_wise'"),
+    "accumulated": ("ranking", "TrainerArgs.gradient_accumulation_steps=2", "TrainerArgs.train_batch_size=16",
+                    "OptimizerArgs.sparse_max_gradient=0.01", "OptimizerArgs.sparse_lr_schedule='linear'"),
     "distributed-optimizer": ("ranking", "OptimizerArgs.use_distributed_optimizer=True"),
 }  # fmt: skip
 TWO_RANKS = ("adam", "retrieval", "distributed-optimizer")

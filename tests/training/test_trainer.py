@@ -261,6 +261,17 @@ def test_a_resumed_line_counts_only_its_own_time(data: Path, tmp_path: Path) -> 
     assert record["loss"] == 2.5 and record["sequences_per_second"] == 0
 
 
+@pytest.mark.parametrize(("start", "end"), [(2, 4), (0, 1)])
+def test_a_window_of_steps_is_profiled(data: Path, tmp_path: Path, start: int, end: int) -> None:
+    window = (f"TrainerArgs.profile_step_start={start}", f"TrainerArgs.profile_step_end={end}")
+    bindings = ("TrainerArgs.profile=True", "TrainerArgs.max_train_iters=6", *window)
+    with trainer(data, tmp_path, "ranking", *bindings) as run:
+        run.train()
+    events = json.loads((tmp_path / "profile" / "rank0.json").read_text())["traceEvents"]
+    steps = {event["name"] for event in events if str(event.get("name", "")).startswith("ProfilerStep#")}
+    assert steps == {f"ProfilerStep#{step}" for step in range(start, end)}
+
+
 def test_anomaly_detection_is_off(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     take = Stepper.take
