@@ -1,14 +1,22 @@
 """Reading and collating training batches: tokens per second of one core, and memory against the size of the data.
 
     python benchmarks/reader.py [--events 8000000] [--seconds 3] [--sizes 1000000 4000000 16000000]
+    python benchmarks/reader.py --only workers
 
 A token is an item or an action, as the model would see them. Data sets are random; each measurement runs in a
-process of its own, on one core, without workers. Prints tables and writes benchmarks/results/reader.json.
+process of its own, on one core, without workers.
+
+`workers` asks what a reader beside the training thread costs it: a loop that holds the interpreter, as one that
+launches kernels does (small operations, about 20 ms a step), is timed with batches that are there already, with those
+of a thread (what BatchLoader does), of a worker process (torch.utils.data.DataLoader) and without any worker.
+
+Prints tables and writes benchmarks/results/reader.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -16,20 +24,27 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pyarrow as pa
+import torch
+from torch.utils.data import DataLoader, IterableDataset
 
 from hstu.data import EncodedDataset, Feature, Schema, SequenceDataset, leave_one_out, write_dataset
+from hstu.data.batch import Batch
 from hstu.data.collate import Collator
 from hstu.data.loader import BatchLoader
 from hstu.data.schema import count_statistics
 
 ITEMS = 1_000_000
 TOKENS_PER_BATCH = 400_000
+STEP_TOKENS = 51_200  # 128 sequences of 200 events
+STEP_OPERATIONS = 10_000
 MIB = 2**20
 
 
@@ -61,6 +76,17 @@ def write(folder: Path, events: int, seqlen: int) -> None:
     )
 
 
+def make_loader(dataset: SequenceDataset, seqlen: int, tokens: int) -> BatchLoader:
+    """Shuffled training batches of about ``tokens``, without workers."""
+    return BatchLoader(
+        dataset=dataset,
+        split=leave_one_out(dataset.lengths)["train"],
+        collate=Collator(task="retrieval", max_history=seqlen),
+        batch_size=max(1, tokens // (2 * seqlen)),
+        shuffle=True,
+    )
+
+
 def read(folder: Path, seqlen: int, seconds: float) -> dict[str, float]:
     """Read shuffled epochs for ``seconds`` or longer, at least one; memory is counted above that of the imports."""
     memory = psutil.Process()
@@ -68,13 +94,7 @@ def read(folder: Path, seqlen: int, seconds: float) -> dict[str, float]:
     begin = time.perf_counter()
     dataset = SequenceDataset.open(folder)
     opened = time.perf_counter() - begin
-    loader = BatchLoader(
-        dataset=dataset,
-        split=leave_one_out(dataset.lengths)["train"],
-        collate=Collator(task="retrieval", max_history=seqlen),
-        batch_size=max(1, TOKENS_PER_BATCH // (2 * seqlen)),
-        shuffle=True,
-    )
+    loader = make_loader(dataset, seqlen, TOKENS_PER_BATCH)
     tokens, private, epoch, begin = 0, 0, 0, time.perf_counter()
     while epoch == 0 or time.perf_counter() - begin < seconds:
         for batch in loader.epoch(epoch):
@@ -90,6 +110,62 @@ def read(folder: Path, seqlen: int, seconds: float) -> dict[str, float]:
         "private_mib": round(private / MIB, 1),
         "mapped_mib": round(mapped / MIB, 1),
     }
+
+
+class Epochs(IterableDataset):
+    """What a worker process iterates over."""
+
+    def __init__(self, loader: BatchLoader) -> None:
+        self.loader = loader
+
+    def __iter__(self) -> Iterator[Batch]:
+        return batches(self.loader)
+
+
+def batches(loader: BatchLoader) -> Iterator[Batch]:
+    """Batches without end."""
+    return itertools.chain.from_iterable(map(loader.epoch, itertools.count()))
+
+
+def step_seconds(source: Iterable[Batch], steps: int) -> float:
+    """Median time of a step that takes a batch and then holds the interpreter."""
+    small, taken, source = torch.ones(8), [], iter(source)
+    for step in range(steps + 5):
+        begin = time.perf_counter()
+        next(source)
+        for _ in range(STEP_OPERATIONS):
+            small = small * 1.0
+        if step >= 5:  # the first ones start the workers
+            taken.append(time.perf_counter() - begin)
+    return float(np.median(taken))
+
+
+def beside(folder: Path, seqlen: int, steps: int) -> dict[str, float]:
+    """Milliseconds of a step with each kind of reader, the fastest of three rounds."""
+    torch.set_num_threads(1)
+    loader = make_loader(SequenceDataset.open(folder), seqlen, STEP_TOKENS)
+    there = list(itertools.islice(batches(loader), 4))
+    sources = {
+        "batches that are there": lambda: itertools.cycle(there),
+        "one thread": lambda: batches(replace(loader, num_workers=1)),
+        "one process": lambda: DataLoader(
+            Epochs(loader), batch_size=None, num_workers=1, multiprocessing_context="forkserver"
+        ),
+        "no worker": lambda: batches(loader),
+    }
+    rounds = [{name: step_seconds(source(), steps) for name, source in sources.items()} for _ in range(3)]
+    return {name: round(1000 * min(one[name] for one in rounds), 3) for name in sources}
+
+
+def compare_workers(seqlen: int, steps: int) -> dict[str, object]:
+    """Measure in this process, on all cores."""
+    with tempfile.TemporaryDirectory() as scratch:
+        write(Path(scratch), 2_000_000, seqlen)
+        row = {"seqlen": seqlen, "tokens_per_batch": STEP_TOKENS, "steps": steps, "load": round(os.getloadavg()[0], 1)}
+        row["step_ms"] = beside(Path(scratch), seqlen, steps)
+    for name, milliseconds in row["step_ms"].items():
+        print(f"workers: {milliseconds:8.2f} ms a step with {name}")
+    return row
 
 
 def measure(folder: Path, seqlen: int, seconds: float) -> dict[str, float]:
@@ -127,6 +203,8 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[200, 20_000])
     parser.add_argument("--sizes", type=int, nargs="+", default=[1_000_000, 4_000_000, 16_000_000])
     parser.add_argument("--seconds", type=float, default=3.0)
+    parser.add_argument("--steps", type=int, default=100, help="of `workers`")
+    parser.add_argument("--only", choices=("read", "workers"), help="default: both; the other's results stay")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "reader.json")
     parser.add_argument("--read", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--seqlen", type=int, default=200, help=argparse.SUPPRESS)
@@ -136,14 +214,13 @@ def main() -> None:
             os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
         print(json.dumps(read(arguments.read, arguments.seqlen, arguments.seconds)))
         return
-    results = compare(arguments)
-    record = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
-        "tokens_per_batch": TOKENS_PER_BATCH,
-        **results,
-    }
+    record = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+    about = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "machine": platform.machine()}
+    about |= {"cores": os.cpu_count(), "tokens_per_batch": TOKENS_PER_BATCH}
+    if arguments.only != "workers":
+        record |= about | compare(arguments)
+    if arguments.only != "read":
+        record["workers"] = {"date": about["date"]} | compare_workers(200, arguments.steps)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(record, indent=1) + "\n")
 
