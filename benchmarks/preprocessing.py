@@ -2,9 +2,11 @@
 
     python benchmarks/preprocessing.py --layout ml-20m --rows 20000000
     python benchmarks/preprocessing.py --layout kuairand-27k --rows 25000000 50000000 100000000
+    python benchmarks/preprocessing.py --layout custom --rows 10000000 20000000
 
 The files hold random events: MovieLens grouped by user as published, KuaiRand in the order of time, with all users
-mixed, which is the harder case for a sort by user. Each command runs in a process of its own; its peak is the sum of
+mixed, which is the harder case for a sort by user, and a shop's own log (custom) likewise, with ids that are strings
+and a column that is not read. Each command runs in a process of its own; its peak is the sum of
 the resident set sizes of its process tree, looked at every 20 ms, or the kernel's own high-water mark if that is more.
 Results are added to benchmarks/results/preprocessing.json. Generated files are removed unless --keep is given.
 """
@@ -88,7 +90,29 @@ def kuairand_27k(rows: int, folder: Path) -> None:
     (folder / "user_features_27k.csv").write_text("\n".join([",".join(kuairand.USER_FIELDS), *lines]) + "\n")
 
 
-LAYOUTS = {"ml-20m": movielens, "kuairand-27k": kuairand_27k}
+def custom(rows: int, folder: Path) -> None:
+    """One csv with a header, ids that are strings, quoted fields and a column without a role."""
+    with (folder / "log.csv").open("wb") as file:
+        file.write(b"customer,product,when,bought,note\n")
+        for rng, start, stop in blocks(rows):
+            number = stop - start
+            table = pl.DataFrame(
+                {
+                    "customer": (max(1, rows // 50) * rng.random(number) ** 1.5).astype(np.int64),
+                    "product": (500_000 * rng.random(number) ** 1.5).astype(np.int64),
+                    "when": 1_600_000_000 + np.arange(start, stop),
+                    "bought": rng.integers(0, 2, number),
+                }
+            )
+            ids = pl.format("c-{}", "customer"), pl.format("shoe {}, blue", "product")
+            table = table.select(
+                ids[0].alias("customer"), ids[1].alias("product"), "when", "bought", note=pl.lit("none")
+            )
+            table.write_csv(file, include_header=False)
+
+
+LAYOUTS = {"ml-20m": movielens, "kuairand-27k": kuairand_27k, "custom": custom}
+CUSTOM = ("user_column=customer", "item_column=product", "time_column=when", "action_column=bought", "name=custom")
 
 
 def blocks(rows: int) -> Iterator[tuple[np.random.Generator, int, int]]:
@@ -103,10 +127,12 @@ def run(layout: str, folder: Path) -> tuple[float, float, int]:
         sys.executable,
         str(ROOT / "preprocessing" / "preprocessor.py"),
         f"--dataset_name={layout}",
-        f"--raw_dir={folder}",
         f"--data_dir={folder / 'out'}",
-        "--check_counts=false",
     ]
+    if layout == "custom":
+        command += [f"--interactions={folder / 'log.csv'}", *(f"--{flag}" for flag in CUSTOM)]
+    else:
+        command += [f"--raw_dir={folder}", "--check_counts=false"]
     started, used = time.perf_counter(), cpu_seconds()
     process = subprocess.Popen(command)
     tree, peak = psutil.Process(process.pid), 0
