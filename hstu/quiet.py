@@ -16,6 +16,8 @@ _WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
     (r"`torch\.distributed\.(reduce_scatter_tensor|all_gather_into_tensor)` is deprecated", FutureWarning),
     # Megatron-Core's distributed optimizer looks for gradients on its own views of the parameters.
     (r"The \.grad attribute of a Tensor that is not a leaf Tensor is being accessed", UserWarning),
+    # Advice on how CUDA overlaps the sums of tensor parallelism with products: given in docs/scaling.md.
+    (r"When using async grad allreduce it is recommended to set the environment variable CUDA_DEVICE", UserWarning),
     # A default of Megatron-Core's TransformerConfig, about CUDA graphs, which nothing here turns on.
     (r"full scope is deprecated\. Use empty cuda_graph_scope", UserWarning),
 )

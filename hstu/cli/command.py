@@ -67,7 +67,13 @@ def open_trained(run_dir: str | Path, choice: str, bindings: list[str], mesh: Me
     task = recorded_task(run)
     if task is None:
         raise ValueError(f"--run_dir = {str(run_dir)!r}: holds no run (no operative.gin); give the directory of one")
-    config = load_config(task, [str(run.path / "operative.gin")], bindings).config
+    # However it was trained: any number of ranks may ask it, each on samples of its own.
+    degrees = [
+        "ContextParallelArgs.context_parallel_size = 1",
+        "TensorModelParallelArgs.tensor_model_parallel_size = 1",
+        "TensorModelParallelArgs.sequence_parallel = False",
+    ]
+    config = load_config(task, [str(run.path / "operative.gin")], [*bindings, *degrees]).config
     checkpoint = mesh.on_main(lambda: find_checkpoint(run.checkpoints, choice))
     if checkpoint is None:
         raise ValueError(f"--run_dir = {str(run_dir)!r}: has no finished checkpoint {choice!r}; train first")

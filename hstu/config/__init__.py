@@ -2,6 +2,7 @@
 
 from hstu.config.args import (
     Config,
+    ContextParallelArgs,
     DatasetArgs,
     EmbeddingArgs,
     NetworkArgs,
@@ -20,6 +21,7 @@ __all__ = [
     "Args",
     "Config",
     "ConfigError",
+    "ContextParallelArgs",
     "DatasetArgs",
     "EmbeddingArgs",
     "LoadedConfig",

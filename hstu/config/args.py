@@ -337,14 +337,27 @@ class OptimizerArgs(Args):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TensorModelParallelArgs(Args):
-    """Tensor parallelism of the dense weights."""
+class ContextParallelArgs(Args):
+    """Context parallelism: each rank holds a part of every sequence, for sequences too long for one."""
 
-    tensor_model_parallel_size: int = 1
+    context_parallel_size: int = 1
 
     def validate(self) -> None:
-        if self.tensor_model_parallel_size != 1:
-            raise self.error("tensor_model_parallel_size", "only 1 is supported")
+        self.require_positive("context_parallel_size")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorModelParallelArgs(Args):
+    """Tensor parallelism: each rank holds a part of the heads and of the feed-forward widths."""
+
+    tensor_model_parallel_size: int = 1
+    #: Also split tokens over these ranks between the products, where every rank would hold all of them.
+    sequence_parallel: bool = False
+
+    def validate(self) -> None:
+        self.require_positive("tensor_model_parallel_size")
+        if self.sequence_parallel and self.tensor_model_parallel_size == 1:
+            raise self.error("sequence_parallel", "needs TensorModelParallelArgs.tensor_model_parallel_size above 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -386,6 +399,7 @@ class Config:
     network: NetworkArgs
     optimizer: OptimizerArgs
     embedding: EmbeddingArgs = field(default_factory=EmbeddingArgs)
+    context_parallel: ContextParallelArgs = field(default_factory=ContextParallelArgs)
     tensor_model_parallel: TensorModelParallelArgs = field(default_factory=TensorModelParallelArgs)
     ranking: RankingArgs | None = None
     retrieval: RetrievalArgs | None = None

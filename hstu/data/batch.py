@@ -75,6 +75,17 @@ class Batch(Pipelineable):
         )
         return replace(self, features=features)
 
+    def only(self, kept: dict[str, Tensor]) -> Batch:
+        """Return this batch with only the values of each feature for which ``kept`` [n] bool is true, to look up."""
+        names, values, lengths = self.features.keys(), [], []
+        for name in names:
+            starts = torch.cat([kept[name].new_zeros(1, dtype=torch.int64), kept[name].cumsum(0)])
+            ends = self.lengths(name).cumsum(0)
+            values.append(self.ids(name)[kept[name]])
+            lengths.append(starts[ends].diff(prepend=starts[:1]))
+        sizes = [own.numel() for own in values]
+        return replace(self, features=keyed_features(names, torch.cat(values), torch.stack(lengths), sizes))
+
     def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
         """Copy to ``device``."""
         return self._map(lambda value: value.to(device, non_blocking=non_blocking))

@@ -45,7 +45,7 @@ def recommend(
             first, so many of them, as the h-indexer does (https://arxiv.org/abs/2306.04039); None: all, exactly.
     """
     first, vectors = _catalogue_part(model, loader, mesh)
-    gather = mesh.gather if mesh.world_size > 1 else None
+    gather = mesh.gather if mesh.tokens.size > 1 else None
     mixture = model.similarity if num_candidates is not None else None
     assert mixture is None or isinstance(mixture, MixtureOfLogits), "other similarities are exact at this price"
     coarse = vectors if mixture is None else mixture.coarse_items(vectors)
@@ -67,7 +67,7 @@ def user_vectors(model: RetrievalModel, loader: BatchLoader, mesh: Mesh) -> Iter
     model.eval()
     for batch in loader.epoch(0):
         batch = batch.to(mesh.device)
-        yield _joined(mesh, _labelled_samples(batch), model.queries(batch))
+        yield _joined(mesh, _labelled_samples(model.own_labels(batch)), model.queries(batch))
 
 
 @torch.no_grad()
@@ -81,7 +81,11 @@ def score_candidates(model: RankingModel, loader: BatchLoader, mesh: Mesh) -> It
     for batch in loader.epoch(0):
         batch = batch.to(mesh.device)
         logits = model.logits(batch).double()
-        yield _joined(mesh, _labelled_samples(batch), logits.softmax(1) if model.multiclass else logits.sigmoid())
+        yield _joined(
+            mesh,
+            _labelled_samples(model.own_labels(batch)),
+            logits.softmax(1) if model.multiclass else logits.sigmoid(),
+        )
 
 
 @torch.no_grad()
@@ -92,8 +96,8 @@ def item_vectors(model: RetrievalModel, loader: BatchLoader, mesh: Mesh) -> Iter
 
 def _catalogue_part(model: RetrievalModel, loader: BatchLoader, mesh: Mesh) -> tuple[int, Tensor]:
     """Look up this rank's part of the catalogue: the id of its first item, and vectors [n, ..]."""
-    share = -(-model.num_items // mesh.world_size)
-    first = mesh.rank * share
+    share = -(-model.num_items // mesh.tokens.size)
+    first = mesh.tokens.rank * share
     return first, torch.cat([vectors for _, vectors in _look_up(model, loader, mesh, first, share)])
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 _LEVELS = 1 << 16  # four draws of 16 bits from each random int64
 
@@ -17,3 +17,15 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
     keep = bits[: x.numel()].view(x.shape) >= dropped - _LEVELS // 2
     return x * keep.to(x.dtype).mul_(_LEVELS / (_LEVELS - dropped))
+
+
+class Dropout(nn.Module):
+    """``dropout`` with probability ``p``."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map a tensor to one of its shape."""
+        return dropout(x, self.p, self.training)

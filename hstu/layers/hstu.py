@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hstu.layers.dropout import dropout
+from hstu.layers.dropout import Dropout
 from hstu.layers.tokens import Tokens
 from hstu.ops import LayerOptions, LayerWeights, RelativeBias, hstu_attention, hstu_layer
 
@@ -78,12 +79,15 @@ class HSTULayer(nn.Module):
     def __init__(self, config: HSTUConfig) -> None:
         super().__init__()
         self.config = config
+        #: Attention that spans ranks instead of the plain one; ``parallelize`` sets it.
+        self.attention: Callable[..., Tensor] | None = None
         qk, v = config.num_heads * config.qk_channels, config.num_heads * config.value_channels
         self.splits = [v, v, qk, qk]
         self.uvqk = nn.Linear(config.hidden_size, sum(self.splits), bias=config.projection_bias)
         self.output = nn.Linear(v if config.gate == "mul" else 3 * v, config.hidden_size)
         self.input_norm = nn.LayerNorm(config.hidden_size, config.norm_eps, config.affine_norm)
         self.attention_norm = nn.LayerNorm(v, config.norm_eps, config.affine_norm)
+        self.dropout = Dropout(config.dropout)
         self.position_table: nn.Parameter | None = None
         self.time_table: nn.Parameter | None = None
         if config.position_bias:
@@ -105,7 +109,7 @@ class HSTULayer(nn.Module):
         gated = u * self.attention_norm(o)
         if self.config.gate == "concat":
             gated = torch.cat([u, o, gated], dim=-1)
-        out: Tensor = self.output(dropout(gated, self.config.dropout, self.training)) + x
+        out: Tensor = self.output(self.dropout(gated)) + x
         return out
 
     def _is_fused(self, x: Tensor) -> bool:
@@ -114,7 +118,7 @@ class HSTULayer(nn.Module):
         It needs whole weights and sequences on this rank. On a CPU it keeps less but takes a quarter longer.
         """
         config = self.config
-        whole = type(self.uvqk) is nn.Linear and type(self.output) is nn.Linear
+        whole = self.attention is None and type(self.uvqk) is nn.Linear
         recomputes = config.recompute_norm or config.recompute_silu or config.recompute_gate
         assert whole or not recomputes
         return whole and (recomputes or (x.is_cuda and config.backend != "reference"))
@@ -153,11 +157,12 @@ class HSTULayer(nn.Module):
             return hstu_layer(x, tokens.offsets, weights, options, **self._attention_arguments(tokens))
 
     def _attention(self, q: Tensor, k: Tensor, v: Tensor, tokens: Tokens) -> Tensor:
-        heads = self.config.num_heads
-        out = hstu_attention(
-            q.unflatten(-1, (heads, -1)),
-            k.unflatten(-1, (heads, -1)),
-            v.unflatten(-1, (heads, -1)),
+        config = self.config
+        attend = self.attention or hstu_attention
+        out = attend(
+            q.unflatten(-1, (-1, config.qk_channels)),
+            k.unflatten(-1, (-1, config.qk_channels)),
+            v.unflatten(-1, (-1, config.value_channels)),
             tokens.offsets,
             **self._attention_arguments(tokens),
         )

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hstu.layers.dropout import Dropout
 from hstu.layers.positions import token_positions
 from hstu.layers.tokens import Tokens
-from hstu.layers.visibility import Visibility
-from hstu.ops import Bucket, softmax_attention
+from hstu.layers.visibility import Attention, Visibility, softmax_attention_over
 
 ROPE_THETA = 1e4
 
@@ -77,18 +77,16 @@ class LLaMALayer(nn.Module):
         self.wo.init_scale = self.w3.init_scale = 1 / math.sqrt(2 * num_layers)  # type: ignore[assignment]
         self.attention_norm = nn.RMSNorm(hidden, config.norm_eps)
         self.ffn_norm = nn.RMSNorm(hidden, config.norm_eps)
+        self.dropout = Dropout(config.dropout)
 
-    def forward(self, x: Tensor, buckets: list[Bucket], turn: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, attention: Attention, turn: tuple[Tensor, Tensor]) -> Tensor:
         """Map [T, D] to [T, D]; ``turn`` is the rotation of each token's position."""
         projected = self.qkv(self.attention_norm(x)).split(self.splits, dim=-1)
         q, k, v = (part.unflatten(-1, (-1, self.config.head_channels)) for part in projected)
-        attended = softmax_attention(rotate(q, turn), rotate(k, turn), v, buckets)
-        x = x + self._dropout(self.wo(attended.flatten(-2)))
+        attended = attention(rotate(q, turn), rotate(k, turn), v)
+        x = x + self.dropout(self.wo(attended.flatten(-2)))
         normed = self.ffn_norm(x)
-        return x + self._dropout(self.w2(F.silu(self.w1(normed)) * self.w3(normed)))
-
-    def _dropout(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.config.dropout, self.training)
+        return x + self.dropout(self.w2(F.silu(self.w1(normed)) * self.w3(normed)))
 
 
 class LLaMABlock(nn.Module):
@@ -97,15 +95,17 @@ class LLaMABlock(nn.Module):
     def __init__(self, config: LLaMAConfig, num_layers: int) -> None:
         super().__init__()
         self.config = config
+        #: Makes the attention of a stream; ``parallelize`` may exchange it for one that spans ranks.
+        self.attention_over = softmax_attention_over
         self.layers = nn.ModuleList([LLaMALayer(config, num_layers) for _ in range(num_layers)])
         self.final_norm = nn.RMSNorm(config.hidden_size, config.norm_eps)
 
     def forward(self, tokens: Tokens) -> Tensor:
         """Map the stream's values [T, D] to hidden states [T, D]."""
-        buckets = self.config.visibility.buckets(tokens)
+        attention = self.attention_over(self.config.visibility, tokens)
         turn = rotation(token_positions(tokens), self.config.head_channels)
         x = tokens.values
         for layer in self.layers:
-            x = layer(x, buckets, turn)
+            x = layer(x, attention, turn)
         out: Tensor = self.final_norm(x)
         return out

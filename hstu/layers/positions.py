@@ -8,17 +8,17 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from hstu.layers.dropout import dropout as drop
-from hstu.layers.tokens import Tokens
+from hstu.layers.dropout import Dropout
+from hstu.layers.tokens import Stream, Tokens
 from hstu.ops import positions_in_sequence, sequence_ids
 
 
-def token_positions(tokens: Tokens) -> Tensor:
-    """Return p_i = min(i, L_b - m_b), [T] int64: all candidates stand at the place after the history."""
-    total = tokens.values.shape[0]
+def token_positions(tokens: Stream) -> Tensor:
+    """Return p_i = min(i, L_b - m_b) of the rows held, [t] int64: candidates stand at the place after the history."""
+    total = tokens.timestamps.shape[0]
     history_end = tokens.offsets.diff() - tokens.num_candidates
     place = positions_in_sequence(tokens.offsets, total)
-    return torch.minimum(place, history_end[sequence_ids(tokens.offsets, total)])
+    return tokens.of_held(torch.minimum(place, history_end[sequence_ids(tokens.offsets, total)]))
 
 
 class PositionEncoder(nn.Module):
@@ -48,7 +48,7 @@ class PositionEncoder(nn.Module):
         if num_time_buckets:
             self.time = nn.Parameter(torch.zeros(num_time_buckets + 1, hidden_size))
         self.time_bucket_fn = time_bucket_fn
-        self.dropout = dropout
+        self.dropout = Dropout(dropout)
 
     def forward(self, tokens: Tokens) -> Tokens:
         """Return the stream with encoded values."""
@@ -57,15 +57,15 @@ class PositionEncoder(nn.Module):
             values = values + self.position[token_positions(tokens)]
         if self.time is not None:
             values = values + self.time[self.time_buckets(tokens)]
-        return tokens.with_values(drop(values, self.dropout, self.training))
+        return tokens.with_values(self.dropout(values))
 
     def time_buckets(self, tokens: Tokens) -> Tensor:
-        """Return [T] int64, the row of the time table of each token."""
+        """Return [t] int64, the row of the time table of each token held."""
         assert self.time is not None
-        sequence = sequence_ids(tokens.offsets, tokens.values.shape[0])
+        sequence = sequence_ids(tokens.offsets, tokens.timestamps.shape[0])
         # The largest, not the last: candidates may stand in any order.
         request = tokens.timestamps.new_zeros(tokens.offsets.numel() - 1)
         request = request.scatter_reduce(0, sequence, tokens.timestamps, "amax", include_self=False)
         age = (request[sequence] - tokens.timestamps).double()
         buckets = age.sqrt() if self.time_bucket_fn == "sqrt" else age.log1p()
-        return buckets.long().clamp(max=self.time.shape[0] - 1)
+        return tokens.of_held(buckets.long().clamp(max=self.time.shape[0] - 1))

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from hstu.layers.mlp import MLP
 from hstu.layers.positions import PositionEncoder
-from hstu.layers.tokens import Tokens
-from hstu.ops import concat_jagged, interleave_jagged, lengths_to_offsets, positions_in_sequence, sequence_ids
+from hstu.layers.tokens import Stream, Tokens
+from hstu.ops import lengths_to_offsets, positions_in_sequence, sequence_ids
 
 
 class Preprocess(nn.Module):
@@ -55,72 +55,81 @@ class Preprocess(nn.Module):
         """Tokens of a history event."""
         return 2 if self.layout == "interleave" else 1
 
-    def forward(
-        self,
-        embedded: dict[str, Tensor],
-        lengths: dict[str, Tensor],
-        num_candidates: Tensor,
-        timestamps: Tensor,
-    ) -> Tokens:
-        """Build the stream.
+    def stream(
+        self, lengths: dict[str, Tensor], sizes: dict[str, int], num_candidates: Tensor, timestamps: Tensor
+    ) -> Stream:
+        """Lay out the stream of a batch, without its values.
 
         Args:
-            embedded: [ids of the feature, width] of each feature.
             lengths: [B] int64 of each feature.
+            sizes: Their sums, known on the host.
             num_candidates: [B] int64.
             timestamps: [E] int64, of the events (history and candidates).
-
-        Returns:
-            The tokens, positions encoded.
         """
-        # Under autocast a projection ends in bfloat16; the stream keeps the tables' precision.
-        values = {n: self.project[n](x).to(x.dtype) if n in self.project else x for n, x in embedded.items()}
-        item_offsets = lengths_to_offsets(lengths[self.item])
-        events, event_offsets = self._events(values, lengths, item_offsets)
-        parts = [(values[name], lengths_to_offsets(lengths[name])) for name in self.contexts]
-        stream, offsets = concat_jagged([*parts, (events, event_offsets)])
+        events, item_offsets = timestamps.shape[0], lengths_to_offsets(lengths[self.item])
+        doubled = self.action is not None and self.layout == "interleave"
         num_context = sum((lengths[name] for name in self.contexts), torch.zeros_like(num_candidates))
-        rows = self._event_rows(offsets, num_context, item_offsets, lengths[self.item] - num_candidates, timestamps)
-        tokens = Tokens(
-            values=stream,
+        actions = lengths[self.action] if doubled and self.action is not None else 0
+        offsets = lengths_to_offsets(num_context + lengths[self.item] + actions)
+        total = events + sum(sizes[name] for name in (*self.contexts, *([self.action] if doubled else [])) if name)
+        event_rows = self._event_rows(offsets, num_context, item_offsets, lengths[self.item] - num_candidates, events)
+        rows, first = {self.item: event_rows}, offsets[:-1]
+        for name in self.contexts:
+            rows[name] = _rows_from(first, lengths[name], sizes[name])
+            first = first + lengths[name]
+        if self.action is not None:
+            of_event = event_rows[_rows_from(item_offsets[:-1], lengths[self.action], sizes[self.action])]
+            rows[self.action] = of_event + 1 if doubled else of_event
+        return Stream(
             offsets=offsets,
             num_context=num_context,
             num_candidates=num_candidates,
-            timestamps=_token_times(timestamps, rows, offsets, num_context, stream.shape[0]),
-            event_rows=rows,
+            timestamps=_token_times(timestamps, event_rows, offsets, num_context, total),
+            event_rows=event_rows,
             tokens_per_event=self.tokens_per_event,
+            feature_rows=rows,
         )
-        encoded: Tokens = self.positions(tokens)
+
+    def forward(self, embedded: dict[str, Tensor], stream: Stream) -> Tokens:
+        """Fill the stream and encode positions.
+
+        Args:
+            embedded: [n, width] of each feature: of all its values, or of those in the rows that ``stream`` holds.
+            stream: Of the batch.
+        """
+        # Under autocast a projection ends in bfloat16; the stream keeps the tables' precision.
+        values = {n: self.project[n](x).to(x.dtype) if n in self.project else x for n, x in embedded.items()}
+        places = {name: stream.places(stream.feature_rows[name]) for name in values}
+        if stream.held is not None:
+            places = {name: own[own >= 0] for name, own in places.items()}
+        added = None if self.action is None or self.layout == "interleave" else values.pop(self.action)
+        x = torch.cat(list(values.values()))
+        x = x.new_zeros(stream.num_held, x.shape[1]).index_copy(0, torch.cat([places[name] for name in values]), x)
+        if added is not None and self.action is not None:
+            x = self._merge(x, added.to(x.dtype), places[self.action], places[self.item])
+        encoded: Tokens = self.positions(Tokens(**vars(stream), values=x))
         return encoded
 
-    def _events(
-        self, values: dict[str, Tensor], lengths: dict[str, Tensor], item_offsets: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        items = values[self.item]
-        if self.action is None:
-            return items, item_offsets
-        actions, action_offsets = values[self.action], lengths_to_offsets(lengths[self.action])
-        if self.layout == "interleave":
-            return interleave_jagged(items, item_offsets, actions, action_offsets)
-        sequence = sequence_ids(action_offsets, actions.shape[0])
-        rows = item_offsets[sequence] + positions_in_sequence(action_offsets, actions.shape[0])
+    def _merge(self, x: Tensor, actions: Tensor, places: Tensor, item_places: Tensor) -> Tensor:
+        """Put the actions into the rows of their items: added, or side by side through the matrix."""
         if self.merge is None:
-            return items.index_add(0, rows, actions.to(items.dtype)), item_offsets
-        beside = torch.zeros_like(items).index_copy(0, rows, actions.to(items.dtype))
-        return self.merge(torch.cat([items, beside], 1)), item_offsets
+            return x.index_add(0, places, actions)
+        beside = torch.zeros_like(x).index_copy(0, places, actions)
+        merged = self.merge(torch.cat([x, beside], 1)[item_places])
+        return x.index_copy(0, item_places, merged.to(x.dtype))
 
     def _event_rows(
-        self,
-        offsets: Tensor,
-        num_context: Tensor,
-        item_offsets: Tensor,
-        num_history: Tensor,
-        timestamps: Tensor,
+        self, offsets: Tensor, num_context: Tensor, item_offsets: Tensor, num_history: Tensor, total: int
     ) -> Tensor:
-        total = timestamps.shape[0]
         sequence, place = sequence_ids(item_offsets, total), positions_in_sequence(item_offsets, total)
         history = torch.minimum(place, num_history[sequence])
         return offsets[sequence] + num_context[sequence] + place + (self.tokens_per_event - 1) * history
+
+
+def _rows_from(first: Tensor, lengths: Tensor, total: int) -> Tensor:
+    """Count up from ``first`` [B] in each sample, ``lengths`` [B] times: [total] int64."""
+    offsets = lengths_to_offsets(lengths)
+    return first[sequence_ids(offsets, total)] + positions_in_sequence(offsets, total)
 
 
 def _token_times(timestamps: Tensor, rows: Tensor, offsets: Tensor, num_context: Tensor, total: int) -> Tensor:

@@ -2,32 +2,67 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tokens:
-    """T tokens of B samples: context, then history, then candidates; nothing padded.
+class Stream:
+    """Where T tokens of B samples lie: context, then history, then candidates; nothing padded.
 
     Attributes:
-        values: [T, D].
         offsets: [B + 1] int64.
         num_context: [B] int64. Leading context tokens.
         num_candidates: [B] int64. Trailing candidate tokens.
         timestamps: [T] int64 seconds.
         event_rows: [E] int64. Row of each event's item token.
         tokens_per_event: Tokens of a history event (2 when items and actions are interleaved).
+        feature_rows: Of each feature, the row that each of its values stands in, [n] int64.
+        held: [t] int64, ascending within a sample: the rows whose values are here; None: all of them, t = T.
     """
 
-    values: Tensor
     offsets: Tensor
     num_context: Tensor
     num_candidates: Tensor
     timestamps: Tensor
     event_rows: Tensor
     tokens_per_event: int
+    feature_rows: dict[str, Tensor] = field(default_factory=dict)
+    held: Tensor | None = None
+
+    @property
+    def num_held(self) -> int:
+        """T."""
+        return (self.timestamps if self.held is None else self.held).numel()
+
+    def of_held(self, values: Tensor) -> Tensor:
+        """Return the entries of ``values`` [T, ..] that belong to the rows held, [t, ..]."""
+        return values if self.held is None else values[self.held]
+
+    def places(self, rows: Tensor) -> Tensor:
+        """Return where ``rows`` [n] lie among those held, [n] int64; -1 for one that is not."""
+        if self.held is None:
+            return rows
+        where = torch.full_like(self.timestamps, -1)
+        where[self.held] = torch.arange(self.held.numel(), device=rows.device)
+        return where[rows]
+
+    def holds(self, feature: str) -> Tensor:
+        """Return which values of ``feature`` stand in a row held, [n] bool."""
+        return self.places(self.feature_rows[feature]) >= 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens(Stream):
+    """A stream and its values.
+
+    Attributes:
+        values: [t, D].
+    """
+
+    values: Tensor
 
     def with_values(self, values: Tensor) -> Tokens:
         """Return the same stream with other values."""

@@ -8,9 +8,9 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hstu.layers.dropout import Dropout
 from hstu.layers.tokens import Tokens
-from hstu.layers.visibility import Visibility
-from hstu.ops import Bucket, softmax_attention
+from hstu.layers.visibility import Attention, Visibility, softmax_attention_over
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,28 +56,26 @@ class TransformerLayer(nn.Module):
         self.contract = nn.Linear(config.ffn_size, config.hidden_size)
         self.attention_norm = nn.LayerNorm(config.hidden_size, config.norm_eps)
         self.ffn_norm = nn.LayerNorm(config.hidden_size, config.norm_eps)
+        self.dropout = Dropout(config.dropout)
 
-    def forward(self, x: Tensor, buckets: list[Bucket]) -> Tensor:
+    def forward(self, x: Tensor, attention: Attention) -> Tensor:
         """Map [T, D] to [T, D]."""
         if self.config.norm == "pre":
-            x = x + self._dropout(self._attend(self.attention_norm(x), buckets))
-            return x + self._dropout(self._feed_forward(self.ffn_norm(x)))
-        x = self.attention_norm(x + self._dropout(self._attend(x, buckets)))
-        out: Tensor = self.ffn_norm(x + self._dropout(self._feed_forward(x)))
+            x = x + self.dropout(self._attend(self.attention_norm(x), attention))
+            return x + self.dropout(self._feed_forward(self.ffn_norm(x)))
+        x = self.attention_norm(x + self.dropout(self._attend(x, attention)))
+        out: Tensor = self.ffn_norm(x + self.dropout(self._feed_forward(x)))
         return out
 
-    def _attend(self, x: Tensor, buckets: list[Bucket]) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.config.num_heads, -1)).unbind(1)
-        out: Tensor = self.output(softmax_attention(q, k, v, buckets).flatten(-2))
+    def _attend(self, x: Tensor, attention: Attention) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, -1, self.config.head_channels)).unbind(1)
+        out: Tensor = self.output(attention(q, k, v).flatten(-2))
         return out
 
     def _feed_forward(self, x: Tensor) -> Tensor:
         inner = self.expand(x)
         out: Tensor = self.contract(F.relu(inner) if self.config.activation == "relu" else F.gelu(inner))
         return out
-
-    def _dropout(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.config.dropout, self.training)
 
 
 class TransformerBlock(nn.Module):
@@ -86,13 +84,15 @@ class TransformerBlock(nn.Module):
     def __init__(self, config: TransformerConfig, num_layers: int) -> None:
         super().__init__()
         self.config = config
+        #: Makes the attention of a stream; ``parallelize`` may exchange it for one that spans ranks.
+        self.attention_over = softmax_attention_over
         self.layers = nn.ModuleList([TransformerLayer(config) for _ in range(num_layers)])
         self.final_norm = nn.LayerNorm(config.hidden_size, config.norm_eps) if config.norm == "pre" else nn.Identity()
 
     def forward(self, tokens: Tokens) -> Tensor:
         """Map the stream's values [T, D] to hidden states [T, D]."""
-        x, buckets = tokens.values, self.config.visibility.buckets(tokens)
+        x, attention = tokens.values, self.attention_over(self.config.visibility, tokens)
         for layer in self.layers:
-            x = layer(x, buckets)
+            x = layer(x, attention)
         out: Tensor = self.final_norm(x)
         return out

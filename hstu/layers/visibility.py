@@ -1,12 +1,15 @@
-"""Who reads whom in a softmax backbone: the options of the one mask, applied to a token stream."""
+"""Softmax attention over a token stream, and who reads whom in it: the options of the one mask."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from torch import Tensor
+
 from hstu.layers.tokens import Tokens
-from hstu.ops import Bucket, Mask, attention_buckets
+from hstu.ops import Bucket, Mask, attention_buckets, softmax_attention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,9 +28,9 @@ class Visibility:
     max_attn_len: int | None = None
     candidate_group_size: int = 1
 
-    def buckets(self, tokens: Tokens) -> list[Bucket]:
-        """Lay out the attention of ``tokens``, once for all layers."""
-        mask = Mask(
+    def mask(self, tokens: Tokens) -> Mask:
+        """Return the mask of ``tokens``."""
+        return Mask(
             causal=self.causal,
             context_full=self.context_attention == "full",
             candidate_group_size=self.candidate_group_size,
@@ -35,4 +38,17 @@ class Visibility:
             num_context=tokens.num_context,
             num_candidates=tokens.num_candidates,
         )
-        return attention_buckets(tokens.offsets, mask)
+
+    def buckets(self, tokens: Tokens) -> list[Bucket]:
+        """Lay out the attention of ``tokens``, once for all layers."""
+        return attention_buckets(tokens.offsets, self.mask(tokens))
+
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""From q [t, H, d], k [t, G, d] and v [t, G, d_v] to [t, H, d_v]."""
+
+
+def softmax_attention_over(visibility: Visibility, tokens: Tokens) -> Attention:
+    """Return the softmax attention of ``tokens``, laid out once for all layers."""
+    buckets = visibility.buckets(tokens)
+    return lambda q, k, v: softmax_attention(q, k, v, buckets)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from hstu.layers.mlp import initialize
 from hstu.layers.positions import PositionEncoder
 from hstu.layers.postprocess import Postprocess
 from hstu.layers.preprocess import Preprocess
+from hstu.layers.tokens import Stream
 from hstu.models.backbone import has_position_table, make_backbone, uses_time_bias
 from hstu.models.embedding import Embeddings, EmbeddingTables, Table
 
@@ -154,6 +156,9 @@ class Encoder(nn.Module):
                 dropout=dropout,
             ),
         )
+        #: Chooses the rows of a stream that are held here; ``parallelize`` sets it.
+        self.hold: Callable[[Stream], Stream] = lambda stream: stream
+        self._laid_out: tuple[Tensor, Stream] | None = None
         self.backbone = make_backbone(network, inputs.max_tokens)
         norm = network.output_norm or ("l2" if config.retrieval else "layer_norm")
         eps = config.retrieval.l2_norm_eps if config.retrieval and norm == "l2" else network.norm_epsilon or 1e-5
@@ -164,12 +169,42 @@ class Encoder(nn.Module):
         for part in own:
             initialize(part, network.dense_initializer_type, network.dense_initializer_normal_std)
 
-    def encode(self, embedded: dict[str, Tensor], batch: Batch) -> Tensor:
-        """Return the rows that carry labels, [L, D] float32."""
+    def stream(self, batch: Batch) -> Stream:
+        """Lay out the tokens of ``batch``, and which of them are held here; asked again, the answer is at hand."""
+        if self._laid_out is not None and self._laid_out[0] is batch.sample_ids:
+            return self._laid_out[1]
         lengths = {name: batch.lengths(name) for name in self.features}
+        sizes = dict(zip(batch.features.keys(), batch.features.length_per_key(), strict=True))
+        stream = self.hold(self.preprocess.stream(lengths, sizes, batch.num_candidates, batch.timestamps))
+        self._laid_out = batch.sample_ids, stream
+        return stream
+
+    def own_labels(self, batch: Batch) -> Batch:
+        """Return ``batch`` with only the labels whose rows are held here: those that its scores are for."""
+        return self.only_held(batch, batch.label_mask)
+
+    def only_held(self, batch: Batch, reading: Tensor) -> Batch:
+        """Return ``batch`` with only the labels whose event in ``reading`` [E] bool, one a label, is read here."""
+        stream = self.stream(batch)
+        if stream.held is None:
+            return batch
+        own = stream.places(self.postprocess.rows(stream, reading)) >= 0
+        mask = torch.zeros_like(batch.label_mask).index_fill(0, batch.label_mask.nonzero().squeeze(1)[own], True)
+        return replace(batch, label_mask=mask, labels=batch.labels[own])
+
+    def look_up(self, batch: Batch, pool: Tensor | None = None) -> dict[str, Tensor]:
+        """Return the embeddings of the values held, [n, width] of each feature, and of the item ids ``pool``."""
+        stream = self.stream(batch)
+        if stream.held is not None:
+            batch = batch.only({name: stream.holds(name) for name in self.features})
+        embedded: dict[str, Tensor] = self.embeddings((batch if pool is None else batch.with_pool(pool)).features)
+        return embedded
+
+    def encode(self, embedded: dict[str, Tensor], batch: Batch) -> Tensor:
+        """Return the rows that carry labels and are held here, [L, D] float32."""
         embedded = {name: embedded[name] for name in self.features}
         with torch.autocast(batch.labels.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
-            tokens = self.preprocess(embedded, lengths, batch.num_candidates, batch.timestamps)
+            tokens = self.preprocess(embedded, self.stream(batch))
             hidden = self.backbone(tokens)
         rows: Tensor = self.postprocess(hidden, tokens, batch.label_mask)
         return rows

@@ -37,11 +37,16 @@ class MaskedRetrievalModel(RetrievalModel):
         hidden = self._hidden(batch)
         return replace(batch, label_mask=hidden, labels=batch.ids(self.item)[hidden]), hidden.nonzero().squeeze(1)
 
+    def reading(self, batch: Batch, targets: Tensor) -> Tensor:
+        """Return ``targets`` themselves: each is predicted where it is hidden."""
+        return torch.zeros_like(batch.label_mask).index_fill(0, targets, True)
+
     def rows(self, embedded: dict[str, Tensor], batch: Batch, targets: Tensor) -> Tensor:
-        """Return the hidden rows of ``targets`` [L], whose items nobody sees: [L, D] float32."""
-        items = embedded[self.item]
-        hidden = torch.zeros_like(batch.label_mask).index_fill(0, targets, True)
-        seen = torch.where(hidden[:, None], self.mask_token.weight.to(items.dtype), items)
+        """Return the hidden rows of ``targets``, whose items nobody sees: [L, D] float32."""
+        items, stream = embedded[self.item], self.stream(batch)
+        hidden = self.reading(batch, targets)
+        here = hidden if stream.held is None else hidden[stream.holds(self.item)]
+        seen = torch.where(here[:, None], self.mask_token.weight.to(items.dtype), items)
         return self.encode(embedded | {self.item: seen}, replace(batch, label_mask=hidden))
 
     def queries(self, batch: Batch) -> Tensor:

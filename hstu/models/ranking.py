@@ -35,13 +35,13 @@ class RankingModel(Encoder):
 
     def logits(self, batch: Batch) -> Tensor:
         """Return the scores of the labelled events, [L, K] float32, K classes or binary tasks."""
-        rows = self.encode(self.embeddings(batch.features), batch)
+        rows = self.encode(self.look_up(batch), batch)
         out: Tensor = self.head(rows)
         return out
 
     def forward(self, batch: Batch) -> LossSum:
         """Return the loss of the labelled events."""
-        return ranking_loss(self.logits(batch), batch.labels, multiclass=self.multiclass)
+        return ranking_loss(self.logits(batch), self.own_labels(batch).labels, multiclass=self.multiclass)
 
 
 def check_actions(config: Config, schema: Schema) -> None:

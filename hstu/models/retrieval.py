@@ -37,7 +37,8 @@ class RetrievalModel(Encoder):
 
     def forward(self, batch: Batch) -> LossSum:
         """Return the loss of the labelled events."""
-        batch, targets = self.training_targets(batch)
+        full, targets = self.training_targets(batch)
+        batch = self.only_held(full, self.reading(full, targets))
         keys, live = self.keys(batch), None
         if self.args.loss == "bce":
             drawn, live = self._other_item(batch, keys)
@@ -46,13 +47,12 @@ class RetrievalModel(Encoder):
         else:
             pool_ids = self.sampler.pool(batch.labels, batch.step)
             columns = self.sampler.columns(keys, pool_ids.numel())
-        embedded = self.embeddings(batch.with_pool(pool_ids).features)
+        embedded, positive, pool = self._look_up_all(batch, targets, pool_ids)
         contest = Contest(
-            query=self.query_vectors(self.rows(embedded, batch, targets)),
-            # Labels are items of the batch: their embeddings are already at hand.
-            positive=self.item_vectors(embedded[self.item][targets], batch.labels),
+            query=self.query_vectors(self.rows(embedded, full, targets)),
+            positive=self.item_vectors(positive, batch.labels),
             positive_ids=batch.labels,
-            pool=self.item_vectors(embedded[POOL], pool_ids),
+            pool=self.item_vectors(pool, pool_ids),
             pool_ids=pool_ids,
             columns=columns,
         )
@@ -60,15 +60,22 @@ class RetrievalModel(Encoder):
 
     def queries(self, batch: Batch) -> Tensor:
         """Return what scores the item after each labelled event, [L, ..] float32."""
-        embedded = self.embeddings(batch.with_pool(batch.labels[:0]).features)
+        embedded = self.look_up(batch, batch.labels[:0])
         return self.query_vectors(self.rows(embedded, batch, following(batch)))
+
+    def own_labels(self, batch: Batch) -> Batch:
+        return self.only_held(batch, self.reading(batch, following(batch)))
 
     def training_targets(self, batch: Batch) -> tuple[Batch, Tensor]:
         """Return the batch with what training predicts as labels, and the events that are predicted, [L] int64."""
         return batch, following(batch)
 
+    def reading(self, batch: Batch, targets: Tensor) -> Tensor:
+        """Return the events in whose rows the events ``targets`` [L] are predicted, [E] bool."""
+        return batch.label_mask
+
     def rows(self, embedded: dict[str, Tensor], batch: Batch, targets: Tensor) -> Tensor:
-        """Return the hidden rows that predict the events ``targets`` [L], [L, D] float32."""
+        """Return the hidden rows that predict the events ``targets`` and are held here, [L, D] float32."""
         return self.encode(embedded, batch)
 
     def query_vectors(self, rows: Tensor) -> Tensor:
@@ -88,6 +95,16 @@ class RetrievalModel(Encoder):
     def scores(self, queries: Tensor, items: Tensor) -> Tensor:
         """Score ``queries`` [L, ..] against ``items`` [n, ..]: [L, n] float32."""
         return self.similarity.scores(queries, items)
+
+    def _look_up_all(self, batch: Batch, targets: Tensor, pool_ids: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """Return the embeddings of the features, of the labels, and of the pool, from one lookup."""
+        if self.stream(batch).held is None:
+            # Labels are items of the batch: their embeddings are already at hand.
+            embedded = self.look_up(batch, pool_ids)
+            return embedded, embedded[self.item][targets], embedded[POOL]
+        embedded = self.look_up(batch, torch.cat([batch.labels, pool_ids]))
+        positive, pool = embedded[POOL].split([batch.labels.numel(), pool_ids.numel()])
+        return embedded, positive, pool
 
     def _loss(self, contest: Contest, live: Tensor | None) -> LossSum:
         if live is not None:

@@ -55,3 +55,9 @@ def cuda_means_cpu() -> Iterator[None]:
         _CudaMeansCpu(),
     ):
         yield
+
+
+def let_cuda_mean_cpu() -> None:
+    """Let Megatron-Core's sequence parallelism, also in the backward pass, put its buffers on the CPU for good."""
+    if not torch.cuda.is_available():
+        torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment,return-value]

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
+import torch
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
 from megatron.core.transformer import TransformerConfig
-from torch import nn
+from torch import Tensor, nn
 
 from hstu.config import OptimizerArgs
 from hstu.parallel.cpu import cuda_means_cpu
+from hstu.parallel.tensor import cut_of, whole_of
 
 
 class DenseParallel:
@@ -37,6 +39,21 @@ class DenseParallel:
             )
             self.ddp = DistributedDataParallel(described, config, module)
             self.ddp.broadcast_params()
+
+    def state(self) -> dict[str, Tensor]:
+        """Return every weight under its name, whole also where ranks hold parts of it."""
+        return {name: whole_of(value).detach() for name, value in self._named()}
+
+    @torch.no_grad()
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Take ``state`` as ``state()`` returned it."""
+        for name, value in self._named():
+            cut = cut_of(value)
+            value.copy_(state[name] if cut is None else cut.own(state[name]))
+
+    def _named(self) -> Iterator[tuple[str, Tensor]]:
+        yield from self.ddp.module.named_parameters()
+        yield from self.ddp.module.named_buffers()
 
     def zero_grad(self) -> None:
         """Clear the gradient buffer before a step."""

@@ -48,27 +48,58 @@ def _join() -> tuple[dist.Store, int, int]:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Group:
+    """Some of the ranks, this one among them.
+
+    Attributes:
+        rank: Place of this rank in the group.
+        size: Number of its ranks.
+        group: For tensors on the device.
+    """
+
+    rank: int
+    size: int
+    group: dist.ProcessGroup
+
+    @classmethod
+    def of(cls, group: dist.ProcessGroup) -> Group:
+        """Describe ``group``."""
+        return cls(rank=dist.get_rank(group), size=dist.get_world_size(group), group=group)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Mesh:
-    """This process's place among all, and the groups it talks to.
+    """This process's place among all, and the groups it talks to: world = data x context x tensor.
 
     Attributes:
         rank: 0 .. world_size - 1.
         world_size: Number of processes.
         device: Where this rank computes.
-        data_group: Ranks that hold different samples (data x context); Megatron-Core built it.
         host_group: All ranks, for tensors in host memory.
+        data: Ranks that hold different samples.
+        context: Ranks that hold different tokens of the same samples.
+        tensor: Ranks that hold different parts of the same weights, for the same tokens.
+        tokens: Ranks that hold different tokens, data x context: what is summed over all tokens is summed here.
+        token_host_group: The same ranks as ``tokens``, for tensors in host memory.
     """
 
     rank: int
     world_size: int
     device: torch.device
-    data_group: dist.ProcessGroup
     host_group: dist.ProcessGroup
+    data: Group
+    context: Group
+    tensor: Group
+    tokens: Group
+    token_host_group: dist.ProcessGroup
 
     @classmethod
     @contextmanager
     def create(cls) -> Iterator[Mesh]:
-        """Join the job that torchrun describes, or make a job of one process; leave it at the end."""
+        """Join the job that torchrun describes, or make a job of one process; leave it at the end.
+
+        All ranks are data ranks until ``with_degrees`` says otherwise.
+        """
         cuda = torch.cuda.is_available()
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
         if cuda:
@@ -80,17 +111,49 @@ class Mesh:
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         try:
-            parallel_state.initialize_model_parallel()
-            yield cls(
-                rank=dist.get_rank(),
-                world_size=dist.get_world_size(),
-                device=device,
-                data_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
-                host_group=dist.new_group(backend="gloo"),
-            )
+            yield cls._describe(device, dist.new_group(backend="gloo"), 1, 1)
         finally:
             parallel_state.destroy_model_parallel()
             dist.destroy_process_group()
+
+    def with_degrees(self, context: int, tensor: int) -> Mesh:
+        """Return the mesh of these degrees; the rest of the ranks are data ranks.
+
+        Raises:
+            ValueError: if the number of ranks is no multiple of ``context * tensor``.
+        """
+        if (context, tensor) == (self.context.size, self.tensor.size):
+            return self
+        if self.world_size % (context * tensor):
+            raise ValueError(
+                f"ContextParallelArgs.context_parallel_size = {context} times "
+                f"TensorModelParallelArgs.tensor_model_parallel_size = {tensor} does not divide the {self.world_size} "
+                "rank(s) of this job: start a multiple of it with torchrun, or set the sizes to 1"
+            )
+        parallel_state.destroy_model_parallel()
+        return self._describe(self.device, self.host_group, context, tensor)
+
+    @classmethod
+    def _describe(cls, device: torch.device, host_group: dist.ProcessGroup, context: int, tensor: int) -> Mesh:
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=tensor, context_parallel_size=context, create_gloo_process_groups=True
+        )
+        return cls(
+            rank=dist.get_rank(),
+            world_size=dist.get_world_size(),
+            device=device,
+            host_group=host_group,
+            data=Group.of(parallel_state.get_data_parallel_group()),
+            context=Group.of(parallel_state.get_context_parallel_group()),
+            tensor=Group.of(parallel_state.get_tensor_model_parallel_group()),
+            tokens=Group.of(parallel_state.get_data_parallel_group(with_context_parallel=True)),
+            token_host_group=parallel_state.get_data_parallel_group_gloo(with_context_parallel=True),
+        )
+
+    @property
+    def degrees(self) -> list[int]:
+        """Numbers of data, context and tensor ranks."""
+        return [self.data.size, self.context.size, self.tensor.size]
 
     @property
     def is_main(self) -> bool:
@@ -98,18 +161,17 @@ class Mesh:
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sum over ranks, in place; returns ``values``."""
-        if self.world_size > 1:
-            dist.all_reduce(values, group=self.data_group if values.is_cuda else self.host_group)
+        """Sum over the ranks that hold different tokens, in place; returns ``values``."""
+        if self.tokens.size > 1:
+            dist.all_reduce(values, group=self._token_group(values))
         return values
 
     def gather(self, values: Tensor) -> Tensor:
-        """Join the rows of all ranks in rank order; they may be unequal in number."""
-        if self.world_size == 1:
+        """Join the rows of the ranks that hold different tokens, in rank order; they may be unequal in number."""
+        if self.tokens.size == 1:
             return values
-        count = torch.tensor([values.shape[0]], device=values.device)
-        group = self.data_group if values.is_cuda else self.host_group
-        counts = [torch.empty_like(count) for _ in range(self.world_size)]
+        group, count = self._token_group(values), torch.tensor([values.shape[0]], device=values.device)
+        counts = [torch.empty_like(count) for _ in range(self.tokens.size)]
         dist.all_gather(counts, count, group=group)
         sizes = [int(c) for c in counts]
         padded = values.new_zeros(max(sizes), *values.shape[1:])
@@ -117,6 +179,9 @@ class Mesh:
         parts = [torch.empty_like(padded) for _ in sizes]
         dist.all_gather(parts, padded, group=group)
         return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+    def _token_group(self, values: Tensor) -> dist.ProcessGroup:
+        return self.tokens.group if values.is_cuda else self.token_host_group
 
     def broadcast(self, value: Any) -> Any:
         """Return rank 0's ``value`` (a small picklable object) on every rank."""
@@ -140,7 +205,10 @@ class Mesh:
 
     def any(self, flag: bool) -> bool:
         """Return whether ``flag`` holds on some rank."""
-        return bool(self.sum(torch.tensor(int(flag)))) if self.world_size > 1 else flag
+        raised = torch.tensor(int(flag))
+        if self.world_size > 1:
+            dist.all_reduce(raised, group=self.host_group)
+        return bool(raised)
 
     def is_told(self, text: str) -> bool:
         """Return whether rank 0 has said ``text`` here; on rank 0 itself this says it. Asked when a rank fails.

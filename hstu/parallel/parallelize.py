@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from torch import nn
 
 from hstu.config import Config
+from hstu.config.backbones import RECOMPUTE
 from hstu.models import RankingModel, RetrievalModel
+from hstu.parallel.context import ContextParallel, attend_across_ranks
 from hstu.parallel.dense import DenseParallel
 from hstu.parallel.embedding import ShardedTables
 from hstu.parallel.mesh import Mesh
+from hstu.parallel.tensor import TensorParallel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +36,9 @@ class Parallelized:
 def parallelize(model: RankingModel | RetrievalModel, mesh: Mesh, config: Config) -> Parallelized:
     """Spread ``model``, built with ``allocate_tables=False``, over the ranks of ``mesh``, in place.
 
-    Tables go to TorchRec, every other weight to Megatron-Core's data parallelism, and in-batch negatives
-    are shared by all ranks. On one process only the wrappers change.
+    Tables go to TorchRec; attention spans the context ranks, and the backbone is cut for the tensor ranks; every
+    other weight goes to Megatron-Core's data parallelism. In-batch negatives are shared by all ranks. On one
+    process only the wrappers change.
 
     Raises:
         ConfigError: if the config asks for what the mesh's devices cannot do.
@@ -46,6 +50,17 @@ def parallelize(model: RankingModel | RetrievalModel, mesh: Mesh, config: Config
     model.embeddings = tables
     if isinstance(model, RetrievalModel):
         model.sampler.gather = mesh.gather
+    recomputed = [name for name in RECOMPUTE if getattr(config.network, name)]
+    if recomputed and (mesh.context.size > 1 or mesh.tensor.size > 1):
+        raise config.network.error(recomputed[0], "needs whole weights and sequences on a rank; set it to False, or "
+                                   "context_parallel_size and tensor_model_parallel_size to 1")  # fmt: skip
+    if mesh.context.size > 1:
+        context = ContextParallel(mesh.context)
+        model.hold = context.hold
+        attend_across_ranks(model.backbone, context, config.network)
+    if mesh.tensor.size > 1:
+        tensor = TensorParallel(mesh.tensor, config.tensor_model_parallel, mesh.device)
+        model.backbone = tensor.split(model.backbone, config.network)
     parts = {name: part for name, part in model.named_children() if part is not tables}
     dense = DenseParallel(nn.ModuleDict({**parts, "replicated": tables.replicated}), config.optimizer)
     return Parallelized(model=model, tables=tables, dense=dense, mesh=mesh)

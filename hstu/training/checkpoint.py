@@ -35,6 +35,7 @@ from hstu.training.checkpoint_files import (
 )
 from hstu.training.optimizer import Optimizer
 
+_DENSE = "dense/"
 _DENSE_OPTIMIZER = "optimizer/"
 
 
@@ -161,7 +162,7 @@ class Checkpointer:
                     f"{value!r} here; use the config of its run, or another --run-dir"
                 )
         tensors = self._tensors(optimizer=optimizer)
-        same_ranks = marker["world_size"] == self.mesh.world_size
+        same_ranks = marker["ranks"] == self.mesh.degrees
         if not same_ranks:
             tensors = {name: value for name, value in tensors.items() if not name.startswith("rng/")}
         try:
@@ -171,23 +172,20 @@ class Checkpointer:
             reason = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
             raise CheckpointError(f"checkpoint {path} cannot be read: {first_line(reason)}") from error
         progress = Progress(**marker["progress"])
+        self.parallel.dense.load(_below(_DENSE, tensors))
         self.parallel.tables.set_step(progress.table_steps)
         if optimizer:
-            moments = {name: value for name, value in tensors.items() if name.startswith(_DENSE_OPTIMIZER)}
-            moments = {name.removeprefix(_DENSE_OPTIMIZER): value for name, value in moments.items()}
-            self.optimizer.load(moments, progress.dense_steps)
+            self.optimizer.load(_below(_DENSE_OPTIMIZER, tensors), progress.dense_steps)
         if same_ranks:
             _set_random_state({name: value for name, value in tensors.items() if name.startswith("rng/")})
         else:  # each rank had a random state of its own; another number of ranks starts new ones
-            torch.manual_seed((progress.step << 16) + self.mesh.rank)
+            torch.manual_seed((progress.step << 16) + self.mesh.tokens.rank)
         return progress
 
     def _tensors(self, *, optimizer: bool = True) -> dict[str, Any]:
         """Return every tensor of the state under one flat key each; loading writes into them."""
         tables = self.parallel.tables
-        state: dict[str, Any] = {
-            f"dense/{name}": value for name, value in self.parallel.dense.ddp.module.state_dict().items()
-        }
+        state: dict[str, Any] = {_DENSE + name: value for name, value in self.parallel.dense.state().items()}
         for width, collection in tables.collections.items():
             state |= {f"tables/{width}/{name}": value for name, value in collection.state_dict().items()}
         if not optimizer:
@@ -201,7 +199,7 @@ class Checkpointer:
     def _complete(self, partial: Path, final: Path, progress: Progress) -> None:
         marker = {
             "progress": dataclasses.asdict(progress),
-            "world_size": self.mesh.world_size,
+            "ranks": self.mesh.degrees,
             "model": self.identity,
             "files": {path.name: path.stat().st_size for path in sorted(partial.glob("*.safetensors"))},
         }
@@ -226,6 +224,10 @@ class Checkpointer:
                 shutil.rmtree(path, ignore_errors=True)
         for path in self.directory.glob(".*.partial"):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _below(prefix: str, tensors: dict[str, Any]) -> dict[str, Any]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def _host_copy(value: Any) -> Any:

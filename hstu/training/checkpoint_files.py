@@ -89,7 +89,7 @@ def read_marker(path: Path) -> dict[str, Any]:
     try:
         marker: dict[str, Any] = json.loads((path / MARKER).read_text())
         Progress(**marker["progress"])
-        marker["model"], marker["world_size"]
+        marker["model"], marker["ranks"]
         sizes = dict(marker["files"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"checkpoint {path} has no readable {MARKER}: {first_line(error)}") from error

@@ -62,22 +62,22 @@ def evaluate(
     return record | {"tie_rule": "average"} | result
 
 
-def _batches(loader: BatchLoader, config: Config, device: torch.device) -> Iterator[Batch]:
+def _batches(loader: BatchLoader, config: Config, mesh: Mesh) -> Iterator[Batch]:
     total = min(loader.steps_per_epoch, config.trainer.max_eval_iters or loader.steps_per_epoch)
-    shown = loader.rank == 0 and sys.stdout.isatty()
-    if loader.rank == 0 and not shown and total > _LONG:
+    shown = mesh.is_main and sys.stdout.isatty()
+    if mesh.is_main and not shown and total > _LONG:
         logger.info("scoring %d batches of %s; TrainerArgs.max_eval_iters shortens this", total, loader.split.name)
     batches = itertools.islice(loader.epoch(0), total)
     for batch in tqdm(batches, loader.split.name, total, leave=False, unit="batch", disable=not shown):
-        yield batch.to(device, non_blocking=True)
+        yield batch.to(mesh.device, non_blocking=True)
         beat()
 
 
 def _ranking(model: RankingModel, loader: BatchLoader, mesh: Mesh, config: Config) -> dict[str, Any]:
     assert config.ranking is not None
     outputs, labels, users = [], [], []
-    for batch in _batches(loader, config, mesh.device):
-        logits = model.logits(batch).double()
+    for batch in _batches(loader, config, mesh):
+        logits, batch = model.logits(batch).double(), model.own_labels(batch)
         outputs.append(logits.softmax(1) if model.multiclass else logits.sigmoid())
         labels.append(batch.labels)
         users.append(_of_labels(batch, batch.users))
@@ -106,8 +106,9 @@ def _retrieval(model: RetrievalModel, loader: BatchLoader, mesh: Mesh, config: C
     block = max(1, elements // catalogue.shape[0])
     assert not loader.shuffle, "the first epoch of an unshuffled split numbers samples by their rows"
     scored = []
-    for batch in _batches(loader, config, mesh.device):
-        queries, samples = model.queries(batch), _of_labels(batch, batch.sample_ids)
+    for batch in _batches(loader, config, mesh):
+        queries, batch = model.queries(batch), model.own_labels(batch)
+        samples = _of_labels(batch, batch.sample_ids)
         scored.append(_of_labels(batch, batch.users))
         for start in range(0, queries.shape[0], block):
             rows = slice(start, start + block)

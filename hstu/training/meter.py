@@ -49,15 +49,16 @@ class Meter:
 
     def add(self, loss: LossSum, sequences: int, tokens: int, flops: float) -> None:
         """Count one batch that was trained on."""
-        self.flops += flops
         self.batches += 1
         self.sums[0] += loss.total.detach()
         self.has_negatives = loss.live_negatives is not None
         if loss.live_negatives is not None:
             self.sums[1] += loss.live_negatives.detach()
         self.labels += loss.count
-        self.sequences += sequences
-        self.tokens += tokens
+        if self.mesh.context.rank == 0:  # the ranks of a context group share their samples
+            self.sequences += sequences
+            self.tokens += tokens
+            self.flops += flops
 
     def waiting(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Yield ``batches``, and count the time that they keep the step waiting."""
@@ -109,7 +110,7 @@ class Meter:
             "sequences_per_second": sequences / seconds,
             "tokens_per_second": tokens / seconds,
             "flops_per_second": flops / seconds,
-            "data_wait_share": waited / self.mesh.world_size / seconds,
+            "data_wait_share": waited / self.mesh.tokens.size / seconds,
             "memory_gib": self._memory() / 2**30,
         }
         if self.peak:

@@ -13,20 +13,26 @@ from torch import Tensor
 from hstu.config import OptimizerArgs
 from hstu.parallel import Parallelized
 from hstu.parallel.cpu import cuda_means_cpu
+from hstu.parallel.tensor import Cut, cut_of
 from hstu.training.schedule import schedule_factor
 
 
 @dataclass(frozen=True)
 class _Part:
-    """What this rank steps of a parameter: ``stepped`` is the ``range`` of it when flat, or all of it (None)."""
+    """What this rank steps of a parameter: ``stepped`` is the ``range`` of it when flat, or all of it (None).
+
+    Of a parameter that was cut, all this is about this rank's share.
+    """
 
     name: str
     shape: torch.Size
     stepped: Tensor
     range: slice | None
+    cut: Cut | None
 
     def of(self, whole: Tensor) -> Tensor:
-        return whole if self.range is None else whole.flatten()[self.range]
+        own = whole if self.cut is None else self.cut.own(whole)
+        return own if self.range is None else own.flatten()[self.range]
 
 
 class Optimizer:
@@ -104,26 +110,26 @@ class Optimizer:
                     yield part, key, value
 
     def _whole(self, part: _Part, value: Tensor) -> Tensor:
-        if part.range is None:
-            return value
-        whole = value.new_zeros(part.shape.numel())
-        whole[part.range] = value
-        return self.parallel.mesh.sum(whole).view(part.shape)
+        if part.range is not None:
+            flat = value.new_zeros(part.shape.numel())
+            flat[part.range] = value
+            value = self.parallel.mesh.sum(flat).view(part.shape)
+        return value if part.cut is None else part.cut.whole(value)
 
     def _find_parts(self) -> list[_Part]:
         names = list(self.parallel.dense.ddp.module.named_parameters())
         if not self.args.use_distributed_optimizer:
-            return [_Part(name, p.shape, p, None) for name, p in names]
+            return [_Part(name, p.shape, p, None, cut_of(p)) for name, p in names]
         found = []
         for name, parameter in names:
             place = self.engine.model_param_group_index_map.get(parameter)
             if place is None:  # owned by other ranks altogether
                 empty = parameter.detach().flatten()[:0]
-                found.append(_Part(name, parameter.shape, empty, slice(0, 0)))
+                found.append(_Part(name, parameter.shape, empty, slice(0, 0), cut_of(parameter)))
                 continue
             owned = self.engine._get_model_param_range_map(parameter)["param"]
             stepped = self.dense.param_groups[place[0]]["params"][place[1]]
-            found.append(_Part(name, parameter.shape, stepped, slice(owned.start, owned.end)))
+            found.append(_Part(name, parameter.shape, stepped, slice(owned.start, owned.end), cut_of(parameter)))
         return found
 
     def _allocate(self) -> None:

@@ -106,8 +106,9 @@ class Stepper:
             total, ranks_broken = self.mesh.sum(facts).tolist()
             if ranks_broken:
                 return None, (loss, bool(broken))
+            total /= self.mesh.context.size  # whose ranks all counted the labels of the same samples
             # Ranks average gradients, hence their number.
-            return loss.total * (self.mesh.world_size / max(1.0, total)), (loss, None)
+            return loss.total * (self.mesh.tokens.size / max(1.0, total)), (loss, None)
 
         if self.pipeline is not None:
             result: tuple[LossSum, bool | None] = self.pipeline.run(compute)
@@ -132,4 +133,4 @@ class Stepper:
 
     def _original_users(self, rows: torch.Tensor) -> list[str]:
         originals = self.dataset.vocabulary(self.dataset.schema.user.name)
-        return [str(originals[row]) for row in rows.tolist() if row >= 0]
+        return [str(originals[row]) for row in dict.fromkeys(rows.tolist()) if row >= 0]

@@ -50,6 +50,9 @@ class Trainer:
     """
 
     def __init__(self, config: Config, dataset: SequenceDataset, mesh: Mesh, run: RunDirectory) -> None:
+        mesh = mesh.with_degrees(
+            config.context_parallel.context_parallel_size, config.tensor_model_parallel.tensor_model_parallel_size
+        )
         self.config, self.dataset, self.mesh, self.run = config, dataset, mesh, run
         args = config.trainer
         check_loggers(args.loggers)
@@ -62,8 +65,8 @@ class Trainer:
                 split=split,
                 collate=collate,
                 batch_size=args.train_batch_size if name == "train" else args.eval_batch_size,
-                rank=mesh.rank,
-                world_size=mesh.world_size,
+                rank=mesh.data.rank,
+                world_size=mesh.data.size,
                 micro_batches=args.gradient_accumulation_steps if name == "train" else 1,
                 seed=args.seed,
                 shuffle=config.dataset.shuffle and name == "train",
@@ -91,7 +94,7 @@ class Trainer:
         gpu = present_gpu()
         self.meter = Meter(mesh, None if gpu is None else gpu.peak(config.network.dtype_str))
         self.stepper = Stepper(self.parallel, self.optimizer, self.meter, config, dataset)
-        torch.manual_seed(args.seed + mesh.rank)
+        torch.manual_seed(args.seed + mesh.tokens.rank)  # ranks with the same tokens drop the same of them
 
     def _deal(self, events: np.ndarray, ranks: int) -> list[np.ndarray]:
         per_event = 2 if self.config.layout == "interleave" else 1

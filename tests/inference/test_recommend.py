@@ -23,7 +23,10 @@ from hstu.models import build_model, make_collator
 from hstu.training.evaluate import evaluate
 from tests.tiny import BINDINGS, SHAPE, write_tiny
 
-MESH = SimpleNamespace(rank=0, world_size=1, device=torch.device("cpu"), gather=lambda values: values, sum=lambda x: x)
+ALONE = SimpleNamespace(rank=0, size=1)
+MESH = SimpleNamespace(
+    tokens=ALONE, is_main=True, device=torch.device("cpu"), gather=lambda values: values, sum=lambda x: x
+)
 
 
 @pytest.fixture(scope="module")

@@ -43,7 +43,8 @@ def build(
 
 
 def run(preprocess: Preprocess, embedded: dict[str, Tensor]) -> Any:
-    return preprocess(embedded, LENGTHS, torch.tensor(CANDIDATES), TIMES)
+    sizes = {name: int(lengths.sum()) for name, lengths in LENGTHS.items()}
+    return preprocess(embedded, preprocess.stream(LENGTHS, sizes, torch.tensor(CANDIDATES), TIMES))
 
 
 def expected_stream(preprocess: Preprocess, embedded: dict[str, Tensor], layout: str) -> dict[str, list]:
@@ -104,7 +105,8 @@ def test_a_batch_of_nothing(layout: str) -> None:
     empty = {name: x[:0] for name, x in embedded.items()}
     lengths = {name: torch.zeros(1, dtype=torch.int64) for name in embedded}
     none = torch.zeros(1, dtype=torch.int64)
-    tokens = preprocess(empty, lengths, none, none[:0])
+    stream = preprocess.stream(lengths, dict.fromkeys(embedded, 0), none, none[:0])
+    tokens = preprocess(empty, stream)
     assert tokens.values.shape == (0, D) and tokens.offsets.tolist() == [0, 0]
     assert tokens.timestamps.numel() == 0 and tokens.event_rows.numel() == 0
 

@@ -20,6 +20,8 @@ class Case:
         global_batch: Samples of a step over all ranks.
         plain_steps: Steps over which plain PyTorch gives the same losses; 0: it lacks the tables' optimizer.
         steps: Steps.
+        context: Context ranks, of several ranks.
+        tensor: Tensor ranks, of several ranks.
     """
 
     name: str
@@ -29,6 +31,8 @@ class Case:
     global_batch: int = 32
     plain_steps: int = 10
     steps: int = 30
+    context: int = 1
+    tensor: int = 1
 
 
 SGD = ("OptimizerArgs.optimizer_str='sgd'", "OptimizerArgs.learning_rate=0.02")
@@ -159,9 +163,66 @@ THREES = {
 }
 
 
+# For two ranks or four, split otherwise than by samples; compared with one rank.
+BERT = ("NetworkArgs.backbone='bert'", "NetworkArgs.kv_channels=8")
+RESEARCH = ("NetworkArgs.preset='research'", "NetworkArgs.bias_query_time='next'")
+LLAMA_GROUPS = ("NetworkArgs.backbone='llama'", "NetworkArgs.num_attention_heads=4", "NetworkArgs.num_query_groups=2")
+SASREC = ("NetworkArgs.backbone='sasrec'",)
+SEQUENCE = ("TensorModelParallelArgs.sequence_parallel=True",)
+CANDIDATES = ("DatasetArgs.max_num_candidates=4", "NetworkArgs.target_group_size=2")
+DISTRIBUTED = ("OptimizerArgs.use_distributed_optimizer=True", "OptimizerArgs.clip_grad=0.05")
+SAVED_STEP = 4
+SPLITS = {
+    case.name: case
+    for case in (
+        Case("context-ranking-candidates", "ranking", (*CANDIDATES, *DISTRIBUTED), "short", context=2, steps=12),
+        Case("context-retrieval-research", "retrieval", (*RESEARCH, *IN_BATCH), "short", context=2, steps=12),
+        Case("context-retrieval-sasrec-mol", "retrieval", (*SGD, *SASREC_MOL), context=2, steps=12),
+        Case("context-retrieval-llama-bce", "retrieval", (*SGD, *LLAMA_BCE), context=2, steps=12),
+        Case("context-retrieval-bert", "retrieval", (*SGD, *BERT), context=2, steps=12),
+        Case(
+            "tensor-ranking-concat",
+            "ranking",
+            (*CANDIDATES, *DISTRIBUTED, "NetworkArgs.gate='concat'", "NetworkArgs.hidden_dropout=0.2"),
+            tensor=2,
+            steps=12,
+        ),
+        Case("tensor-retrieval-research", "retrieval", (*SGD, *RESEARCH), "short", tensor=2, steps=12),
+        Case("tensor-retrieval-llama", "retrieval", LLAMA_GROUPS, tensor=2, steps=12),
+        Case("sequence-retrieval-sasrec", "retrieval", (*SGD, *SASREC, *SEQUENCE), "short", tensor=2, steps=12),
+        Case("sequence-ranking", "ranking", (*SEQUENCE, *FAST_TABLES, *DISTRIBUTED), tensor=2, steps=12),
+        Case("sequence-retrieval-research", "retrieval", (*RESEARCH, *SEQUENCE), tensor=2, steps=12),
+    )
+}
+# For four ranks.
+GRIDS = {
+    case.name: case
+    for case in (
+        Case("context-4-retrieval", "retrieval", (*SGD, *RESEARCH), "short", context=4, steps=12),
+        Case("data-2-context-2-ranking", "ranking", (*CANDIDATES, *DISTRIBUTED), "short", context=2, steps=12),
+        Case("data-2-context-2-retrieval", "retrieval", (*RESEARCH, *IN_BATCH), "short", context=2, steps=12),
+        Case("pipeline-context-2", "retrieval", (*RESEARCH, "TrainerArgs.pipeline_type='native'"), context=2, steps=12),
+        Case("data-2-tensor-2-ranking", "ranking", (*SGD, *CANDIDATES), tensor=2, steps=12),
+        Case("context-2-tensor-2-retrieval", "retrieval", (*SGD, *RESEARCH), context=2, tensor=2, steps=12),
+        Case(
+            "context-2-sequence-2-llama", "retrieval", (*SGD, *LLAMA_GROUPS, *SEQUENCE), context=2, tensor=2, steps=12
+        ),
+    )
+}
+
+
 def config_of(case: Case, world_size: int) -> Config:
     """Return the config of ``case`` on ``world_size`` ranks."""
     micro_batches = 2 if set(ACCUMULATED) <= set(case.bindings) else 1
-    batch = f"TrainerArgs.train_batch_size={case.global_batch // world_size // micro_batches}"
-    limit = f"TrainerArgs.max_train_iters={case.steps}"
-    return load_config(case.task, [], [*BINDINGS[case.task], batch, limit, *case.bindings]).config  # type: ignore[arg-type]
+    bindings = [*BINDINGS[case.task], f"TrainerArgs.max_train_iters={case.steps}", *case.bindings]
+    data_ranks = world_size
+    if world_size == 1:
+        bindings = [line for line in bindings if line not in SEQUENCE]
+    else:
+        data_ranks //= case.context * case.tensor
+        bindings += [
+            f"ContextParallelArgs.context_parallel_size={case.context}",
+            f"TensorModelParallelArgs.tensor_model_parallel_size={case.tensor}",
+        ]
+    bindings.append(f"TrainerArgs.train_batch_size={case.global_batch // data_ranks // micro_batches}")
+    return load_config(case.task, [], bindings).config  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.launch import run, torchrun_command
-from tests.parallel.cases import CASES, THREES
+from tests.parallel.cases import CASES, GRIDS, SAVED_STEP, SPLITS, THREES
 from tests.tiny import write_tiny
 
 WORKER = Path(__file__).with_name("worker.py")
@@ -28,27 +28,45 @@ class Results(dict[int, dict[str, Any]]):
     """What the worker finds, by number of ranks, each launched when it is first asked for."""
 
     REQUESTS = {
-        1: {"cases": [(name, None) for name in (*CASES, *THREES)], "plain": PLAIN, "mesh": True},
+        1: {"cases": [(name, None) for name in (*CASES, *THREES, *SPLITS, *GRIDS)], "plain": PLAIN, "mesh": True},
         2: {
-            "cases": [*((name, None) for name in CASES), *((name, fault) for fault, name in FAULTS.items())],
+            "cases": [
+                *((name, None) for name in (*CASES, *SPLITS)),
+                *((name, fault) for fault, name in FAULTS.items()),
+            ],
             "mesh": True,
+            "rings": True,
         },
-        3: {"cases": [(name, None) for name in THREES], "mesh": True},
+        3: {"cases": [(name, None) for name in THREES], "mesh": True, "rings": True},
+        4: {"cases": [(name, None) for name in GRIDS]},
     }
 
     def __init__(self, root: Path) -> None:
         super().__init__()
         self.root = root
+        self.moves: dict[tuple[int, int], dict[str, Any]] = {}
         write_tiny(root / "even" / "synthetic", num_users=200)
         write_tiny(root / "short" / "synthetic", num_users=65)
 
     def __missing__(self, ranks: int) -> dict[str, Any]:
-        paths = self.root / f"request{ranks}.json", self.root / f"result{ranks}.json"
-        paths[0].write_text(json.dumps(self.REQUESTS[ranks] | {"data": str(self.root)}))
-        done = run(torchrun_command(ranks, WORKER, *map(str, paths)), timeout=150, cwd=self.root)
-        assert done.code == 0, done.err[-4000:]
-        self[ranks] = json.loads(paths[1].read_text())
+        self[ranks] = self.launch(ranks, self.REQUESTS[ranks] | {"save": str(self.root / f"saved{ranks}")})
         return self[ranks]
+
+    def moved(self, before: int, after: int) -> dict[str, Any]:
+        """Return what SPLITS lose on ``after`` ranks when they begin with the state that ``before`` ranks saved."""
+        if (before, after) not in self.moves:
+            assert self[before]
+            request = {"cases": [(name, None) for name in SPLITS], "load": str(self.root / f"saved{before}")}
+            self.moves[before, after] = self.launch(after, request)
+        return self.moves[before, after]
+
+    def launch(self, ranks: int, request: dict[str, Any]) -> dict[str, Any]:
+        paths = self.root / f"request{ranks}.json", self.root / f"result{ranks}.json"
+        paths[0].write_text(json.dumps(request | {"data": str(self.root)}))
+        done = run(torchrun_command(ranks, WORKER, *map(str, paths)), timeout=280, cwd=self.root)
+        assert done.code == 0, done.err[-4000:]
+        found: dict[str, Any] = json.loads(paths[1].read_text())
+        return found
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +94,39 @@ def test_three_ranks_lose_what_one_loses(results: Results, name: str) -> None:
     assert [0, 8] in results[3]["ranking-adam-three"]["shards"]["action"], "a rank without a row of the table"
 
 
-@pytest.mark.parametrize("name", CASES)
+def assert_same(found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    assert worst(found["losses"], wanted["losses"][-len(found["losses"]) :]) < 1e-5
+    assert found["scores"] == pytest.approx(wanted["scores"], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_tokens_and_heads_split_over_two_ranks(results: Results, name: str) -> None:
+    assert_same(results[2][name], results[1][name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", GRIDS)
+def test_four_ranks_split_two_ways(results: Results, name: str) -> None:
+    assert_same(results[4][name], results[1][name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+@pytest.mark.parametrize("name", [name for name in SPLITS if "concat" not in name])
+def test_a_checkpoint_loads_however_ranks_are_split(results: Results, name: str, before: int, after: int) -> None:
+    found = results.moved(before, after)[name]
+    assert len(found["losses"]) == SPLITS[name].steps - SAVED_STEP
+    assert_same(found, results[1][name])
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_attention_round_the_ring_is_exact(results: Results, ranks: int) -> None:
+    errors = results[ranks]["rings"]
+    assert len(errors) > 20
+    assert max(errors.values()) < 1e-10, errors
+
+
+@pytest.mark.parametrize("name", [*CASES, *SPLITS, *GRIDS])
 def test_the_losses_move(results: Results, name: str) -> None:
     """Otherwise a comparison of losses would say nothing about the steps."""
     losses = results[1][name]["losses"]

@@ -1,6 +1,7 @@
 """Trains cases on the ranks of this job and writes their losses: ``worker.py REQUEST.json RESULT.json``.
 
-The request: {"data": directory, "cases": [[name, fault], ...], "plain": [name, ...], "mesh": bool}.
+The request: {"data": directory, "cases": [[name, fault], ...], "plain": [name, ...], "mesh": bool, "rings": bool,
+"save": directory to keep the state of SPLITS in after ``SAVED_STEP`` steps, "load": directory to go on from}.
 """
 
 from __future__ import annotations
@@ -25,11 +26,16 @@ from hstu.data.reader import SequenceDataset
 from hstu.data.splits import leave_one_out
 from hstu.models import build_model, make_collator
 from hstu.models.losses import LossSum
+from hstu.ops import hstu_attention
 from hstu.parallel import Mesh
+from hstu.parallel.context import ContextParallel
+from hstu.training.checkpoint_files import find_checkpoint
 from hstu.training.run_directory import RunDirectory
 from hstu.training.schedule import schedule_factor
 from hstu.training.trainer import Trainer
-from tests.parallel.cases import CASES, THREES, config_of
+from tests.ops.attention_cases import CASES as ATTENTION
+from tests.ops.attention_cases import build
+from tests.parallel.cases import CASES, GRIDS, SAVED_STEP, SPLITS, THREES, config_of
 
 
 class _LocalCounts(Mesh):
@@ -67,25 +73,41 @@ def _scaled(loss: LossSum, factor: float) -> LossSum:
     return dataclasses.replace(loss, total=total)
 
 
-def train(config: Config, dataset: SequenceDataset, mesh: Mesh, planted: str | None) -> dict[str, Any]:
-    """Return the loss of each step, taken by the trainer itself, and how tables were laid out."""
-    trainer = Trainer(config, dataset, mesh, RunDirectory(Path("unused")))
+def train(
+    config: Config,
+    dataset: SequenceDataset,
+    mesh: Mesh,
+    planted: str | None = None,
+    *,
+    save: Path | None = None,
+    load: Path | None = None,
+) -> dict[str, Any]:
+    """Return the loss of each step, taken by the trainer itself, the last scores, and how tables were laid out."""
+    trainer = Trainer(config, dataset, mesh, RunDirectory(save or Path("unused")))
+    if load is not None:
+        trainer.resume(mesh.broadcast(find_checkpoint(load / "checkpoints", "latest")))
     losses = []
     with fault(planted, trainer):
         while trainer.progress.step < trainer.total_steps:
             loader = trainer.loaders["train"]
-            epoch = loader.epoch(trainer.progress.step // loader.steps_per_epoch)
+            number, step = divmod(trainer.progress.step, loader.steps_per_epoch)
+            epoch = loader.epoch(number, step * loader.global_batch_size)
             for batches in trainer.stepper.steps(epoch, trainer.progress):
                 trainer.stepper.take(batches, trainer.progress)
                 losses.append(trainer.meter.read(trainer.progress.step)["loss"])
+                if save is not None and trainer.progress.step == SAVED_STEP:
+                    mesh.on_main(trainer.run.create)
+                    trainer._save()
+                    trainer.checkpointer.wait()
                 if trainer.progress.step == trainer.total_steps:
                     break
+    scores = trainer._score("valid", trainer.progress.step)["metrics"] if planted is None else {}
     shards = {
         name.split(".")[-2]: [list(s.shard_sizes) for s in weight.metadata().shards_metadata]
         for collection in trainer.parallel.tables.collections.values()
         for name, weight in collection.state_dict().items()
     }
-    return {"losses": losses, "shards": shards}
+    return {"losses": losses, "shards": shards, "scores": scores}
 
 
 def steps_of(loader: BatchLoader, count: int) -> Iterator[list[Batch]]:
@@ -182,17 +204,42 @@ def mesh_facts(mesh: Mesh) -> dict[str, Any]:
     }
 
 
+def ring_errors(mesh: Mesh) -> dict[str, float]:
+    """Return how far attention round the ring, and each of its gradients, is from that of one rank, in float64."""
+    context, worst = ContextParallel(mesh.context), {}
+    for name, case in ATTENTION.items():
+        tensors, arguments = build(case, torch.float64)
+        bias = arguments.get("bias")
+        tables = [] if bias is None else [table for table in (bias.position, bias.time) if table is not None]
+        for x in (*tensors, *tables):
+            x.requires_grad_()
+        held = context.shares(arguments["offsets"])[context.rank].tokens
+        whole = hstu_attention(*tensors, **arguments, backend="reference")
+        weights = torch.randn(whole.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        wanted = torch.autograd.grad((whole * weights).sum(), [*tensors, *tables], allow_unused=True)
+        out = context.hstu_attention(*(x[held] for x in tensors), **arguments)
+        found = torch.autograd.grad((out * weights[held]).sum(), [*tensors, *tables], allow_unused=True)
+        errors = [(out - whole[held]).abs().sum()]
+        for own, gradient in zip(found, wanted, strict=True):
+            if gradient is not None:
+                total = torch.zeros_like(gradient) if own is None else own.clone()
+                errors.append((mesh.sum(total) - gradient).abs().sum())
+        worst[name] = float(torch.stack(errors).max())
+    return worst
+
+
 def main() -> None:
     """Do what the request says."""
     request, result = json.loads(Path(sys.argv[1]).read_text()), {}
     torch.set_num_threads(1)
     data = {name: SequenceDataset.open(Path(request["data"], name, "synthetic")) for name in ("even", "short")}
-    cases = CASES | THREES
+    cases = CASES | THREES | SPLITS | GRIDS
     with Mesh.create() as mesh:
         for name, planted in request["cases"]:
             case = cases[name]
             config = config_of(case, mesh.world_size)
-            result[f"{name} {planted}" if planted else name] = train(config, data[case.data], mesh, planted)
+            folders = {key: Path(request[key], name) for key in ("save", "load") if key in request and name in SPLITS}
+            result[f"{name} {planted}" if planted else name] = train(config, data[case.data], mesh, planted, **folders)
         for name in request.get("plain", ()):
             case = cases[name]
             result[f"{name} plain"] = train_plain(config_of(case, 1), data[case.data], case.plain_steps)
@@ -200,6 +247,8 @@ def main() -> None:
             facts: list[Any] = [None] * mesh.world_size
             torch.distributed.all_gather_object(facts, mesh_facts(mesh))
             result["mesh"] = facts
+        if request.get("rings"):
+            result["rings"] = ring_errors(mesh.with_degrees(mesh.world_size, 1))
         if mesh.is_main:
             Path(sys.argv[2]).write_text(json.dumps(result))
 

@@ -153,4 +153,4 @@ def test_a_signal_to_torchrun_saves_on_two_ranks(data: Path, tmp_path: Path) -> 
     stopped = len(losses(tmp_path / "run"))
     assert f"stopped at step {stopped}, saved" in out, err
     marker = read_marker(tmp_path / "run" / "checkpoints" / "latest")
-    assert marker["progress"]["step"] == stopped and marker["world_size"] == 2
+    assert marker["progress"]["step"] == stopped and marker["ranks"] == [2, 1, 1]
