@@ -25,7 +25,7 @@ import polars as pl
 
 from hstu.data.interactions import InteractionSpec
 from hstu.data.schema import Schema
-from hstu.data.stream import Progress
+from hstu.data.spill import Progress
 from hstu.data.table import ROWS_AT_ONCE, Table, encode_table
 from hstu.data.writer import DatasetWriter
 
@@ -103,8 +103,11 @@ def _table(path: Path, frame: pl.LazyFrame, separator: str = "", rows: int = 0) 
     return Table(names, read, rows or _estimate_rows(path))
 
 
-def _blocks(frame: pl.LazyFrame) -> Iterator[pl.DataFrame]:
-    yield from frame.collect_batches(chunk_size=ROWS_AT_ONCE, maintain_order=True, lazy=True)
+def _blocks(frame: pl.LazyFrame, events_per_row: int = 1) -> Iterator[pl.DataFrame]:
+    rows = max(1, ROWS_AT_ONCE // events_per_row)
+    for block in frame.collect_batches(chunk_size=rows, maintain_order=True, lazy=True):
+        if block.height:
+            yield block
 
 
 def _estimate_rows(path: Path) -> int:
@@ -157,7 +160,7 @@ def _text(path: Path, columns: list[str]) -> Table:
     fields = fields.filter(pl.col("fields").list.len() > 0).with_columns(
         pl.col("fields").list.first().alias(user), pl.col("fields").list.slice(1).alias(item)
     )
-    rows = longest = 0
+    number_of_lines = rows = longest = 0
     for block in _blocks(fields):
         short = block.filter(pl.col(item).list.len() == 0)
         if short.height:
@@ -167,7 +170,8 @@ def _text(path: Path, columns: list[str]) -> Table:
                 f"or a header with the columns {user!r} and {item!r}"
             )
         lengths = block[item].list.len().to_numpy()
-        rows, longest = rows + int(lengths.sum()), max(longest, int(lengths.max()))
+        number_of_lines, rows = number_of_lines + len(lengths), rows + int(lengths.sum())
+        longest = max(longest, int(lengths.max()))
     if longest == 0:
         raise ValueError(f"{path}: is empty; give a file with at least one line")
     if longest == 1:
@@ -175,10 +179,11 @@ def _text(path: Path, columns: list[str]) -> Table:
     else:
         _refuse_repeated_users(path, fields, user, item)
         logger.info("%s: read as text, one user `user item1 item2 ...` per line", path)
+    events_per_line = -(-rows // number_of_lines)
 
     def read(columns: list[str] | None) -> Iterator[pl.DataFrame]:
         with _readable(path):
-            for block in _blocks(fields.select(user, item)):
+            for block in _blocks(fields.select(user, item), events_per_line):
                 yield block.explode(item)
 
     return Table([user, item], read, rows)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import polars as pl
@@ -24,18 +24,16 @@ from hstu.data.interactions import (
     most_recent,
     to_arrow,
 )
-from hstu.data.numbering import Numbering, ValueCounts
+from hstu.data.numbering import Numbering
 from hstu.data.runs import EVENTS_PER_RUN, Runs
 from hstu.data.schema import Feature, Schema, count_statistics
+from hstu.data.spill import ROW_HASH, Log, Progress, find_repeats, first_of_equals
 from hstu.data.splits import MIN_EVENTS
 from hstu.data.writer import EVENTS_PER_PART, DatasetWriter, part_bounds
 
 logger = logging.getLogger(__name__)
 
 _THREADS = 2
-ROW_HASH = "row hash"  # column of a block: equal where rows are
-
-Progress = Callable[[str, int, float], None]  # what is being done, events so far, share of the whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,86 +56,6 @@ class StreamOptions:
     absent_context: str | None = None
     events_per_run: int = EVENTS_PER_RUN
     events_per_part: int = EVENTS_PER_PART
-
-
-class _Ids:
-    """The distinct ids of a column; strings get codes in the order of their first appearance."""
-
-    def __init__(self) -> None:
-        self._counts = ValueCounts()
-        self._known: pl.Series | None = None  # empty, of the type that holds the strings seen so far
-
-    def codes(self, column: pl.Series) -> np.ndarray:
-        """Count a block of ids and return them as integers, [N]."""
-        if column.dtype == pl.String:
-            kind = pl.Categorical(pl.Categories.random()) if self._known is None else self._known.dtype
-            category = column.cast(kind)
-            # The strings are forgotten with the last column that has their type.
-            self._known = category.clear()
-            column = category.to_physical()
-        codes = column.to_numpy()
-        self._counts.add(codes)
-        return codes
-
-    def counts(self) -> tuple[np.ndarray, np.ndarray]:
-        """The distinct codes, ascending, and how often each was seen; they are not kept."""
-        counts, self._counts = self._counts, ValueCounts()
-        return counts.result()
-
-    def originals(self, codes: np.ndarray) -> pl.Series:
-        """The ids that the codes stand for."""
-        if self._known is None:
-            return pl.Series(codes)
-        return pl.Series(codes.astype(np.uint32)).cat.to(self._known.dtype).cast(pl.String)
-
-
-class _Actions:
-    """The distinct actions; strings get codes as ids do, numbers stand for themselves."""
-
-    def __init__(self) -> None:
-        self._values: set[float] = set()
-        self._strings: _Ids | None = None
-
-    def codes(self, column: pl.Series) -> np.ndarray:
-        """Remember a block of actions and return them as numbers, [N]."""
-        if column.dtype == pl.String:
-            self._strings = self._strings or _Ids()
-            return self._strings.codes(column)
-        self._values.update(column.unique())
-        return column.to_numpy()
-
-    def vocabulary(self) -> tuple[pl.Series, Callable[[np.ndarray], np.ndarray]]:
-        """The distinct actions, ascending, and what turns codes into their places there."""
-        if self._strings is None:
-            values = pl.Series(sorted(self._values))
-            known = values.to_numpy()
-            return values, lambda codes: np.searchsorted(known, codes.astype(known.dtype)).astype(np.int64)
-        codes, _ = self._strings.counts()
-        originals = self._strings.originals(codes)
-        order = originals.arg_sort().to_numpy()
-        places = np.empty(len(order), np.int64)
-        places[order] = np.arange(len(order))
-        return originals[order], Numbering(codes, places)
-
-
-@dataclass
-class _Log:
-    """A log on disk and what was counted on the way."""
-
-    runs: Runs
-    users: _Ids = field(default_factory=_Ids)
-    items: _Ids = field(default_factory=_Ids)
-    actions: _Actions = field(default_factory=_Actions)
-
-    def spill(self, source: int, block: pl.DataFrame) -> None:
-        columns = {"user": self.users.codes(block["user"]), "item": self.items.codes(block["item"])}
-        if "action" in block.columns:
-            columns["action"] = self.actions.codes(block["action"])
-        if "time" in block.columns:
-            columns["time"] = block["time"].to_numpy()
-        if ROW_HASH in block.columns:
-            columns[ROW_HASH] = block[ROW_HASH].to_numpy().view(np.int64)
-        self.runs.append(columns, source)
 
 
 @dataclass(frozen=True)
@@ -183,9 +101,25 @@ def encode_stream(
     Raises:
         ValueError: If the log is empty, nothing passes the filters, or the users table is wrong.
     """
+    log = _spill(blocks, spec, options, writer)
+    user_counts, item_counts = log.users.counts(), log.items.counts()
+    check_counts({"users": len(user_counts[0]), "items": len(item_counts[0]), "events": log.runs.rows})
+    repeats = find_repeats(log.runs, user_counts, item_counts, options.events_per_part, progress)
+    if len(repeats):
+        on_repeats(repeats)
+    kept = _filter(log.runs, user_counts, item_counts, spec, options, progress)
+    features, contexts, action_ids = _describe(log, kept, spec, options, users(), writer)
+    encoder = _PartEncoder(log.runs, kept, spec, options, action_ids, drop_repeats=len(repeats) > 0)
+    lengths = _write_parts(encoder, contexts, writer, progress)
+    return Schema(name=spec.name, features=tuple(features), counts=count_statistics(lengths, len(kept.items)))
+
+
+def _spill(
+    blocks: Iterable[tuple[int, pl.DataFrame]], spec: InteractionSpec, options: StreamOptions, writer: DatasetWriter
+) -> Log:
     folder = writer.work / "runs"
     folder.mkdir()
-    log = _Log(Runs(folder, options.events_per_run))
+    log = Log(Runs(folder, options.events_per_run))
     try:
         for source, block in blocks:
             log.spill(source, block)
@@ -193,19 +127,24 @@ def encode_stream(
         log.runs.close()
     if not log.runs.rows:
         raise ValueError(f"{spec.file}: has no rows; give a file with at least one")
-    user_counts, item_counts = log.users.counts(), log.items.counts()
-    check_counts({"users": len(user_counts[0]), "items": len(item_counts[0]), "events": log.runs.rows})
-    repeats = _find_repeats(log.runs, user_counts, item_counts, options, progress)
-    if len(repeats):
-        on_repeats(repeats)
-    kept = _filter(log.runs, user_counts, item_counts, spec, options, progress)
+    return log
+
+
+def _describe(
+    log: Log,
+    kept: _Kept,
+    spec: InteractionSpec,
+    options: StreamOptions,
+    users: pl.DataFrame | None,
+    writer: DatasetWriter,
+) -> tuple[list[Feature], dict[str, np.ndarray], Callable[[np.ndarray], np.ndarray] | None]:
+    """Write the vocabularies; returns the features, the contexts of users, and what makes ids of actions' codes."""
     originals = log.users.originals(kept.users)
     vocabularies = {USER: originals, ITEM: log.items.originals(kept.items)}
     features = [Feature(name=USER, role="user", vocab_size=len(kept.users))]
     contexts = {}
-    table = users()
-    if table is not None:
-        for column in context_columns(table, originals, spec, options.absent_context):
+    if users is not None:
+        for column in context_columns(users, originals, spec, options.absent_context):
             contexts[column.name], vocabularies[column.name] = encode_category(column)
             size = len(vocabularies[column.name])
             features.append(Feature(name=column.name, role="context", vocab_size=size))
@@ -221,42 +160,7 @@ def encode_stream(
         features.append(Feature(name=TIME, role="time"))
     for name, values in vocabularies.items():
         writer.vocabulary(name, to_arrow(values))
-    encoder = _PartEncoder(log.runs, kept, spec, options, action_ids, drop_repeats=len(repeats) > 0)
-    lengths = _write_parts(encoder, contexts, writer, progress)
-    return Schema(name=spec.name, features=tuple(features), counts=count_statistics(lengths, len(kept.items)))
-
-
-def _find_repeats(
-    runs: Runs,
-    user_counts: tuple[np.ndarray, np.ndarray],
-    item_counts: tuple[np.ndarray, np.ndarray],
-    options: StreamOptions,
-    progress: Progress,
-) -> np.ndarray:
-    """Take rows that repeat an earlier one off the counts; returns their hashes, int64."""
-    if ROW_HASH not in runs.columns:
-        return np.empty(0, np.int64)
-    users, of_users = user_counts
-    parts = np.array(list(part_bounds(np.concatenate([[0], np.cumsum(of_users)]), options.events_per_part)))
-    starts, stops = runs.bounds(users[parts[:, 0]], users[parts[:, 1] - 1])
-    found = [np.empty(0, np.int64)]
-    for part in range(len(parts)):
-        progress("looking for repeated rows", runs.rows * part // len(parts), part / len(parts))
-        columns = runs.part(starts[:, part], stops[:, part], ("user", "item", ROW_HASH))
-        repeated = ~_first_of_equals(columns[ROW_HASH])
-        if repeated.any():
-            found.append(columns[ROW_HASH][repeated])
-            for name, (values, counts) in (("user", user_counts), ("item", item_counts)):
-                np.subtract.at(counts, np.searchsorted(values, columns[name][repeated]), 1)
-    return np.concatenate(found)
-
-
-def _first_of_equals(hashes: np.ndarray) -> np.ndarray:
-    """Which values are not there further in front, bool [N]."""
-    ordered = np.sort(hashes)
-    if not (ordered[1:] == ordered[:-1]).any():  # as nearly always, and quick
-        return np.ones(len(hashes), bool)
-    return pl.Series(hashes).is_first_distinct().to_numpy()
+    return features, contexts, action_ids
 
 
 def _filter(
@@ -347,7 +251,7 @@ class _PartEncoder:
         first, stop = self.parts[part]
         columns = self._runs.part(self._starts[:, part], self._stops[:, part], self._columns)
         if self._drop_repeats:
-            firsts = _first_of_equals(columns.pop(ROW_HASH))
+            firsts = first_of_equals(columns.pop(ROW_HASH))
             columns = {name: values[firsts] for name, values in columns.items()}
         user, item = self._user_number(columns.pop("user")), self._item_number(columns.pop("item"))
         if self._kept.filtered:

@@ -24,7 +24,8 @@ from hstu.data.columns import (
 )
 from hstu.data.interactions import InteractionSpec
 from hstu.data.schema import Schema
-from hstu.data.stream import ROW_HASH, Progress, StreamOptions, encode_stream
+from hstu.data.spill import ROW_HASH, Progress
+from hstu.data.stream import StreamOptions, encode_stream
 from hstu.data.writer import DatasetWriter, writing
 
 if TYPE_CHECKING:
@@ -127,9 +128,10 @@ class _Cleaner:
         for block in table.read(names):
             for role, look in self._looks.items():
                 column = block[spec.columns[role]]  # type: ignore[index]
-                look_at_times(column, look) if role == "time" else look.add(column)
                 if role == "time":
-                    self.ticks_per_second = ticks_per_second(column.dtype, look)
+                    self.ticks_per_second = ticks_per_second(column.dtype, look_at_times(column, look))
+                else:
+                    look.add(column)
             self._rows += block.height
             progress(f"looking at {spec.file}", self._rows, min(1.0, self._rows / max(1, table.rows)))
 
