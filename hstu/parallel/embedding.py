@@ -88,6 +88,12 @@ class ShardedTables(Embeddings):
         for collection in self.collections.values():
             collection.fused_optimizer.set_optimizer_step(step)
 
+    def forget_cached_rows(self) -> None:
+        """Empty the caches on the GPU after weights were written from outside."""
+        for collection in self.collections.values():
+            for lookup in collection.module._lookups:
+                lookup.purge()
+
     def forward(self, features: KeyedJaggedTensor) -> dict[str, Tensor]:
         """Look up every feature: name -> [ids of the feature, width]."""
         found: dict[str, Tensor] = self.replicated(features)

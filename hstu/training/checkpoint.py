@@ -173,6 +173,7 @@ class Checkpointer:
             raise CheckpointError(f"checkpoint {path} cannot be read: {first_line(reason)}") from error
         progress = Progress(**marker["progress"])
         self.parallel.dense.load(_below(_DENSE, tensors))
+        self.parallel.tables.forget_cached_rows()
         self.parallel.tables.set_step(progress.table_steps)
         if optimizer:
             self.optimizer.load(_below(_DENSE_OPTIMIZER, tensors), progress.dense_steps)

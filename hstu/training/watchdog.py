@@ -31,7 +31,8 @@ def watchdog(folder: Path, rank: int, seconds: float) -> Iterator[None]:
     folder.mkdir(exist_ok=True)
     path = folder / f"rank{rank}.txt"
     with open(path, "w") as file:
-        print(f"rank {rank} on {socket.gethostname()}; no progress for {seconds:g} s, or ended:", file=file, flush=True)
+        file.write(f"rank {rank} on {socket.gethostname()}; no progress for {seconds:g} s, or ended:\n")
+        file.flush()
         faulthandler.register(signal.SIGTERM, file, chain=True)
         _armed = seconds, file
         try:
