@@ -68,7 +68,7 @@ class PaddedRetrieval(nn.Module):
         position = model.preprocess.positions.position
         assert isinstance(model.embeddings, EmbeddingTables) and position is not None
         self.length, self.temperature = length, model.args.temperature
-        self.eps, self.dropout = model.args.l2_norm_eps, model.preprocess.positions.dropout
+        self.eps, self.dropout = model.args.l2_norm_eps, model.preprocess.positions.dropout.p
         self.items = nn.Embedding.from_pretrained(model.embeddings.weights[model.item].detach().clone(), freeze=False)
         rows = position.detach()[:length]
         self.position = nn.Parameter(F.pad(rows, (0, 0, 0, length - rows.shape[0])))
