@@ -1,0 +1,117 @@
+"""Knobs of training: how long, how often, and both optimizers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from hstu.config.base import Args
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerArgs(Args):
+    """How long to train, and how often to log, evaluate and save.
+
+    ``train_batch_size`` and ``eval_batch_size`` count sequences per rank. Training ends after
+    ``max_train_iters`` steps or ``max_epochs`` epochs, whichever is first; with neither, after one epoch.
+
+    A step takes ``gradient_accumulation_steps`` batches of ``train_batch_size`` one after another. Dense weights
+    then step once, as for one large batch; tables step in each backward pass, and in-batch negatives are those of
+    one batch.
+    """
+
+    train_batch_size: int
+    eval_batch_size: int
+    eval_interval: int = 100
+    log_interval: int = 100
+    max_train_iters: int | None = None
+    max_epochs: int | None = None
+    gradient_accumulation_steps: int = 1
+    max_eval_iters: int | None = None
+    seed: int = 1234
+    #: Evaluations without a better validation score before training stops; 0 never stops early.
+    early_stopping_patience: int = 0
+    #: Steps between checkpoints; -1 saves only the best and the last one.
+    ckpt_save_interval: int = -1
+    keep_last_checkpoints: int = 2
+    #: "native": the next batch is copied and its ids travel to the tables while this one is computed; same losses.
+    pipeline_type: Literal["none", "native"] = "none"
+    #: Deal the samples of a global batch to ranks by predicted work, not by count; losses stay the same.
+    enable_balanced_shuffler: bool = True
+    #: Where curves go beside metrics.jsonl: "tensorboard", "wandb".
+    loggers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
+    #: A loss that is not a number: "stop" the run, or "skip" the step, which then moves no weight or moment; the
+    #: eleventh in a row stops the run.
+    nonfinite_loss: Literal["stop", "skip"] = "stop"
+    #: A rank that takes longer than this for a step, an evaluation batch or a save ends the job.
+    hang_timeout_seconds: float = 1800.0
+    profile: bool = False
+    profile_step_start: int = 100
+    profile_step_end: int = 200
+
+    def validate(self) -> None:
+        self.require_positive("train_batch_size", "eval_batch_size", "eval_interval", "log_interval")
+        self.require_positive("max_train_iters", "max_epochs", "max_eval_iters", "keep_last_checkpoints")
+        self.require_positive("gradient_accumulation_steps", "hang_timeout_seconds")
+        self.require_range("seed", 0, 2**31)
+        self.require_range("early_stopping_patience", 0, 2**31)
+        if self.nonfinite_loss == "skip" and self.gradient_accumulation_steps > 1:
+            raise self.error("nonfinite_loss", "tables have stepped on the batches before; use 'stop', or "
+                             "TrainerArgs.gradient_accumulation_steps = 1")  # fmt: skip
+        if self.ckpt_save_interval != -1:
+            self.require_positive("ckpt_save_interval")
+        if self.profile and not 0 <= self.profile_step_start < self.profile_step_end:
+            raise self.error("profile_step_end", "must be above TrainerArgs.profile_step_start")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerArgs(Args):
+    """The optimizer of the dense weights and the one fused into the tables' backward pass.
+
+    Tables step inside the backward pass, so ``clip_grad`` (global norm, 0: off) and ``weight_decay`` are
+    those of the dense weights alone. ``sparse_*`` fields that are None follow the dense ones, a minimum rate in
+    proportion to the peak. Replicated tables are dense weights that follow the tables' rate and schedule.
+    """
+
+    optimizer_str: Literal["adam", "adamw", "sgd"]
+    learning_rate: float
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_eps: float = 1e-8
+    sgd_momentum: float = 0.0
+    weight_decay: float = 0.0
+    clip_grad: float = 0.0
+    warmup_steps: int = 0
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    min_learning_rate: float = 0.0
+    #: Split the state of the dense optimizer over ranks (adam and adamw).
+    use_distributed_optimizer: bool = False
+    #: Average dense gradients while the backward pass still runs.
+    overlap_grad_reduce: bool = False
+    sparse_optimizer_str: Literal["adam", "sgd", "adagrad", "rowwise_adagrad"] | None = None
+    sparse_learning_rate: float | None = None
+    sparse_warmup_steps: int | None = None
+    sparse_lr_schedule: Literal["constant", "linear", "cosine"] | None = None
+    sparse_min_learning_rate: float | None = None
+    #: Clip each number of the gradient of a looked-up row to [-x, x], before those of one row are summed; 0: off.
+    sparse_max_gradient: float = 0.0
+
+    def validate(self) -> None:
+        self.require_positive("learning_rate", "sparse_learning_rate", "adam_eps")
+        for name in ("adam_beta1", "adam_beta2", "sgd_momentum"):
+            self.require_range(name, 0, 1)
+        for name in ("weight_decay", "clip_grad", "warmup_steps", "min_learning_rate", "sparse_warmup_steps"):
+            self.require_range(name, 0, float("inf"))
+        for name in ("sparse_min_learning_rate", "sparse_max_gradient"):
+            self.require_range(name, 0, float("inf"))
+        if self.use_distributed_optimizer and self.optimizer_str == "sgd":
+            raise self.error("use_distributed_optimizer", "works with adam and adamw")
+        if self.min_learning_rate > self.learning_rate:
+            raise self.error("min_learning_rate", "must not be above OptimizerArgs.learning_rate")
+        if (self.sparse_min_learning_rate or 0) > self.sparse_rate:
+            raise self.error("sparse_min_learning_rate", "must not be above the peak learning rate of the tables")
+
+    @property
+    def sparse_rate(self) -> float:
+        """The peak learning rate of the tables that applies."""
+        return self.learning_rate if self.sparse_learning_rate is None else self.sparse_learning_rate
