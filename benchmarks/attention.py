@@ -5,12 +5,15 @@
 Needs torch and triton alone. Every kernel is compared with the float64 reference on odd shapes; only then head
 width x length x batch are swept, jagged and full, bias on and off. TFLOP/s count visible pairs only: two products
 forward, five backward. Prints a table and writes benchmarks/results/attention.json.
+
+On a machine without a GPU, TRITON_INTERPRET=1 runs the comparison alone, on short sequences; nothing is measured.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 from collections.abc import Callable
@@ -28,28 +31,32 @@ from hstu.ops.flops import attention_flops, visible_pairs
 
 HEADS, BATCH, BUCKETS = 4, 32, 128
 TOKENS = 1 << 19  # of a batch at most, so that 16384 tokens a sequence fit the memory
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+ODD_LENGTHS = [5, 0, 1, 17, 40] if INTERPRETED else [5, 0, 1, 257, 64, 130, 1031]
 Options = dict[str, Any]
 
 
 def odd_problem(width: int, seed: int, *, dtype: torch.dtype, rich: bool) -> tuple[list[Tensor], Options]:
     """Sequences of very unequal lengths with every option on, or none."""
     rng = torch.Generator().manual_seed(seed)
-    lengths = torch.tensor([5, 0, 1, 257, 64, 130, 1031])
-    total, longest = int(lengths.sum()), int(lengths.max())
-    qkv = [torch.randn(total, 2, width, generator=rng, dtype=torch.float64).to(dtype).cuda() for _ in range(3)]
-    options: Options = dict(offsets=lengths_to_offsets(lengths).cuda(), max_seqlen=longest, scaling_seqlen=256.0)
+    lengths = torch.tensor(ODD_LENGTHS)
+    total, longest = int(lengths.sum()), max(ODD_LENGTHS)
+    qkv = [torch.randn(total, 2, width, generator=rng, dtype=torch.float64).to(DEVICE, dtype) for _ in range(3)]
+    options: Options = dict(offsets=lengths_to_offsets(lengths).to(DEVICE), max_seqlen=longest, scaling_seqlen=256.0)
     if rich:
+        part = max(longest // 10, 4)
         options |= dict(
-            num_context=torch.tensor([2, 0, 0, 3, 1, 0, 5]).cuda(),
-            num_candidates=torch.tensor([2, 0, 1, 100, 0, 7, 300]).cuda(),
+            num_context=(lengths // 4).clamp(max=5).to(DEVICE),
+            num_candidates=(lengths // 3).to(DEVICE),
             candidate_group_size=3,
-            max_attn_len=400,
-            segments=torch.cat([torch.arange(n) // 100 for n in lengths.tolist()]).int().cuda(),
-            is_memory=torch.cat([torch.arange(n) % 100 == 99 for n in lengths.tolist()]).cuda(),
+            max_attn_len=4 * part,
+            segments=torch.cat([torch.arange(n) // part for n in ODD_LENGTHS]).int().to(DEVICE),
+            is_memory=torch.cat([torch.arange(n) % part == part - 1 for n in ODD_LENGTHS]).to(DEVICE),
             bias=RelativeBias(
-                position=torch.randn(2 * longest - 1, generator=rng).cuda(),
-                time=torch.randn(BUCKETS + 1, generator=rng).cuda(),
-                timestamps=torch.exp(torch.rand(total, generator=rng) * 12).long().cumsum(0).cuda(),
+                position=torch.randn(2 * longest - 1, generator=rng).to(DEVICE),
+                time=torch.randn(BUCKETS + 1, generator=rng).to(DEVICE),
+                timestamps=torch.exp(torch.rand(total, generator=rng) * 12).long().cumsum(0).to(DEVICE),
                 query_time="next",
             ),
         )
@@ -72,26 +79,35 @@ def run(qkv: list[Tensor], options: Options, backend: str, dtype: torch.dtype) -
         leaves, names = leaves + tables, [*names, "position", "time"]
     out = hstu_attention(*leaves[:3], **options, backend=backend)
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
-    out.backward(grad.to(dtype).cuda())
+    out.backward(grad.to(DEVICE, dtype))
     return {"out": out.detach()} | {f"d_{n}": x.grad for n, x in zip(names, leaves, strict=True)}
+
+
+def comparisons(widths: list[int]) -> list[tuple[int, torch.dtype, bool]]:
+    """Head width, type and whether the backward is to be deterministic."""
+    low = [torch.float16] if INTERPRETED else [torch.bfloat16, torch.float16]
+    some = [width for width in (25, 64, 256) if width in widths]
+    return (
+        [(width, dtype, False) for width in widths for dtype in low]
+        + [(width, torch.float32, False) for width in some]
+        + [(width, low[0], True) for width in some]
+    )
 
 
 def check_correctness(widths: list[int]) -> None:
     """|x - ref64| at most twice (forward) or three times (backward) the error of the plain computation."""
-    for deterministic in (False, True):
+    for width, dtype, deterministic in comparisons(widths):
         torch.use_deterministic_algorithms(deterministic, warn_only=True)
-        for width in widths:
-            for dtype in (torch.bfloat16, torch.float16, torch.float32):
-                for rich in (False, True):
-                    qkv, options = odd_problem(width, width, dtype=dtype, rich=rich)
-                    exact = run(qkv, options, "reference", torch.float64)
-                    plain = run(qkv, options, "reference", dtype)
-                    kernel = run(qkv, options, "triton", dtype)
-                    for key, truth in exact.items():
-                        allowed = (2 if key == "out" else 3) * (plain[key].double() - truth).abs().max()
-                        error = (kernel[key].double() - truth).abs().max()
-                        if not error <= allowed + 1e-6 * truth.abs().max():
-                            sys.exit(f"wrong: width {width} {dtype} rich {rich} {key}: {error:.2e} > {allowed:.2e}")
+        for rich in (False, True):
+            qkv, options = odd_problem(width, width, dtype=dtype, rich=rich)
+            exact = run(qkv, options, "reference", torch.float64)
+            plain = run(qkv, options, "reference", dtype)
+            kernel = run(qkv, options, "triton", dtype)
+            for key, truth in exact.items():
+                allowed = (2 if key == "out" else 3) * (plain[key].double() - truth).abs().max()
+                error = (kernel[key].double() - truth).abs().max()
+                if not error <= allowed + 1e-6 * truth.abs().max():
+                    sys.exit(f"wrong: width {width} {dtype} rich {rich} {key}: {error:.2e} > {allowed:.2e}")
     torch.use_deterministic_algorithms(False)
     print("correct: every kernel against the float64 reference", flush=True)
 
@@ -143,7 +159,9 @@ def measure(width: int, longest: int, *, ragged: bool, bias: bool, rounds: int) 
     with torch.no_grad():
         forward = milliseconds(lambda: hstu_attention(q, k, v, **options, backend="triton"), rounds)
     out = hstu_attention(q, k, v, **options, backend="triton")
-    backward = milliseconds(lambda: out.backward(grad, retain_graph=True), rounds)
+    tables = [options["bias"].position, options["bias"].time] if bias else []
+    # Not Tensor.backward, which would add to the gradients of the step before.
+    backward = milliseconds(lambda: torch.autograd.grad(out, [q, k, v, *tables], grad, retain_graph=True), rounds)
     return {
         "width": width,
         "longest": longest,
@@ -167,6 +185,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two head widths, two lengths")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "attention.json")
     arguments = parser.parse_args()
+    if INTERPRETED:
+        check_correctness([25])
+        return
     if not torch.cuda.is_available():
         sys.exit("benchmarks/attention.py needs a CUDA device: none found, nothing measured")
     widths, lengths = ([64, 128], [1024, 4096]) if arguments.quick else (arguments.widths, arguments.lengths)

@@ -56,23 +56,21 @@ class FusedLayer(torch.autograd.Function):
         norm_w, norm_b, uvqk_w, uvqk_b, gate_w, gate_b, out_w, out_b, position, time = rest
         assert uvqk_w is not None and out_w is not None
         options, kernels = call.options, call.kernels
-        n, mean, deviation = kernels.norm(x, norm_w, norm_b, options.eps, uvqk_w.dtype)
+        n, moments = kernels.norm(x, (norm_w, norm_b), options.eps, uvqk_w.dtype)
         z, active = kernels.project(n, uvqk_w, uvqk_b, options.silu_columns)
         u, v, q, k = call.split(active)
         o = call.attention.forward(q, k, v, position, time).flatten(1)
-        gated, o_mean, o_deviation = kernels.gate(u, o, gate_w, gate_b, options, call.seed)
+        gated, o_moments = kernels.gate(u, o, (gate_w, gate_b), options, call.seed)
         out = F.linear(gated, out_w, out_b).to(x.dtype).add_(x)
         ctx.save_for_backward(
             x,
             *rest,
             None if options.recompute_norm else n,
-            mean,
-            deviation,
+            *moments,
             z,
             None if options.recompute_silu else active,
             o,
-            o_mean,
-            o_deviation,
+            *o_moments,
             None if options.recompute_gate else gated,
         )
         ctx.call = call
@@ -86,24 +84,24 @@ class FusedLayer(torch.autograd.Function):
         options, kernels = call.options, call.kernels
         x, norm_w, norm_b, uvqk_w, uvqk_b, gate_w, gate_b, out_w, out_b, position, time = ctx.saved_tensors[:11]
         n, mean, deviation, z, active, o, o_mean, o_deviation, gated = ctx.saved_tensors[11:]
+        norm, gate_norm = (norm_w, norm_b), (gate_w, gate_b)
         active = kernels.activate(z, options.silu_columns) if active is None else active
         u, v, q, k = call.split(active)
         if gated is None:
-            gated = kernels.gate(u, o, gate_w, gate_b, options, call.seed)[0]
+            gated = kernels.gate(u, o, gate_norm, options, call.seed)[0]
         grad = grad.contiguous()
         low = grad.to(gated.dtype)
         d_out_w, d_out_b = low.T @ gated, None if out_b is None else grad.sum(0)
         d_active = torch.empty_like(active)
         du, dv, dq, dk = call.split(d_active)
-        do, d_gate_w, d_gate_b = kernels.gate_backward(
-            low @ out_w, u, o, o_mean, o_deviation, gate_w, gate_b, options, call.seed, du
+        do, d_gate_norm = kernels.gate_backward(
+            low @ out_w, (u, o), (o_mean, o_deviation), gate_norm, options, call.seed, du
         )
         d_tables = call.attention.backward(
             do.view(v.shape), (q, k, v), (position, time), (dq, dk, dv), tuple(ctx.needs_input_grad[10:12])
         )
         dz = kernels.activate_backward(d_active, z, options.silu_columns)
-        n = kernels.norm(x, norm_w, norm_b, options.eps, dz.dtype)[0] if n is None else n
+        n = kernels.norm(x, norm, options.eps, dz.dtype)[0] if n is None else n
         d_uvqk_w, d_uvqk_b = dz.T @ n, None if uvqk_b is None else dz.sum(0)
-        dx, d_norm_w, d_norm_b = kernels.norm_backward(dz @ uvqk_w, x, mean, deviation, norm_w, norm_b, grad)
-        weights = (d_norm_w, d_norm_b, d_uvqk_w, d_uvqk_b, d_gate_w, d_gate_b, d_out_w, d_out_b)
-        return (dx, None, *weights, *d_tables)
+        dx, d_norm = kernels.norm_backward(dz @ uvqk_w, x, (mean, deviation), norm, grad)
+        return (dx, None, *d_norm, d_uvqk_w, d_uvqk_b, *d_gate_norm, d_out_w, d_out_b, *d_tables)

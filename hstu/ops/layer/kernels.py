@@ -9,33 +9,26 @@ from torch import Tensor
 from hstu.ops.layer.options import LayerOptions
 
 aten = torch.ops.aten
+Affine = tuple[Tensor | None, Tensor | None]  # weight and bias of a norm, or their gradients
+Moments = tuple[Tensor, Tensor]  # mean and reciprocal deviation of each row
 
 
 class TorchKernels:
     """Pieces of the fused layer; :class:`hstu.ops.layer.triton.TritonKernels` replaces some of them."""
 
-    def norm(
-        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Layer norm over the last dimension: output in ``dtype``, mean and reciprocal deviation."""
-        n, mean, deviation = torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
-        return n.to(dtype), mean, deviation
+    def norm(self, x: Tensor, affine: Affine, eps: float, dtype: torch.dtype) -> tuple[Tensor, Moments]:
+        """Layer norm over the last dimension, in ``dtype``."""
+        n, *moments = torch.native_layer_norm(x, x.shape[-1:], *affine, eps)
+        return n.to(dtype), (moments[0], moments[1])
 
     def norm_backward(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        mean: Tensor,
-        deviation: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        residual: Tensor,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        self, grad: Tensor, x: Tensor, moments: Moments, affine: Affine, residual: Tensor
+    ) -> tuple[Tensor, Affine]:
         """Gradients of x (plus ``residual``), weight and bias."""
-        wanted = [True, weight is not None, bias is not None]
+        wanted = [True, *(parameter is not None for parameter in affine)]
         grad = grad.to(x.dtype)
-        dx, dw, db = aten.native_layer_norm_backward(grad, x, x.shape[-1:], mean, deviation, weight, bias, wanted)
-        return dx.add_(residual), dw if wanted[1] else None, db if wanted[2] else None
+        dx, dw, db = aten.native_layer_norm_backward(grad, x, x.shape[-1:], *moments, *affine, wanted)
+        return dx.add_(residual), (dw if wanted[1] else None, db if wanted[2] else None)
 
     def project(self, n: Tensor, weight: Tensor, bias: Tensor | None, silu_columns: int) -> tuple[Tensor, Tensor]:
         """``z = n W^T + b``, and z with SiLU on its leading columns."""
@@ -56,44 +49,40 @@ class TorchKernels:
         aten.silu_backward.grad_input(part, z[:, :silu_columns], grad_input=part)
         return grad
 
-    def gate(
-        self, u: Tensor, o: Tensor, weight: Tensor | None, bias: Tensor | None, options: LayerOptions, seed: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """``dropout(u * norm(o))`` or of the concatenation; mean and reciprocal deviation of o."""
-        n, mean, deviation = torch.native_layer_norm(_wide(o), o.shape[-1:], weight, bias, options.eps)
+    def gate(self, u: Tensor, o: Tensor, affine: Affine, options: LayerOptions, seed: int) -> tuple[Tensor, Moments]:
+        """``dropout(u * norm(o))`` or of the concatenation; moments of o."""
+        n, *moments = torch.native_layer_norm(_wide(o), o.shape[-1:], *affine, options.eps)
         gated = n.mul_(u).to(u.dtype)
         if options.gate == "concat":
             gated = torch.cat([u, o, gated], 1)
         if options.dropout:
             gated.mul_(self._keep(gated, options, seed))
-        return gated, mean, deviation
+        return gated, (moments[0], moments[1])
 
     def gate_backward(
         self,
         grad: Tensor,
-        u: Tensor,
-        o: Tensor,
-        mean: Tensor,
-        deviation: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
+        inputs: tuple[Tensor, Tensor],
+        moments: Moments,
+        affine: Affine,
         options: LayerOptions,
         seed: int,
         du: Tensor,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Write the gradient of u to ``du``; return those of o, weight and bias."""
+    ) -> tuple[Tensor, Affine]:
+        """Write the gradient of u to ``du``; return those of o, weight and bias. ``inputs``: u and o."""
         if options.dropout:
             grad = grad * self._keep(grad, options, seed)
-        width, o = o.shape[1], _wide(o)
+        u, o = inputs[0], _wide(inputs[1])
+        width = o.shape[1]
         d_gated = grad[:, -width:]
-        n = torch.native_layer_norm(o, o.shape[-1:], weight, bias, options.eps)[0].to(u.dtype)
+        n = torch.native_layer_norm(o, o.shape[-1:], *affine, options.eps)[0].to(u.dtype)
         torch.mul(d_gated, n, out=du)
         residual = grad.new_zeros(())
         if options.gate == "concat":
             du += grad[:, :width]
             residual = grad[:, width : 2 * width]
-        do, dw, db = self.norm_backward(d_gated * u, o, mean, deviation, weight, bias, residual)
-        return do.to(u.dtype), dw, db
+        do, d_affine = self.norm_backward(d_gated * u, o, moments, affine, residual)
+        return do.to(u.dtype), d_affine
 
     @staticmethod
     def _keep(like: Tensor, options: LayerOptions, seed: int) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from hstu.ops.layer.kernels import TorchKernels
+from hstu.ops.layer.kernels import Affine, Moments, TorchKernels
 from hstu.ops.layer.options import LayerOptions
 from hstu.ops.layer.triton_kernels import gate_backward, gate_forward, linear_silu, norm_backward, norm_forward
 
@@ -18,39 +18,30 @@ PRODUCT_FLOAT32 = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 16, "GROUP": 8, "num
 class TritonKernels(TorchKernels):
     """Norms, gate and the first product of a layer on a GPU."""
 
-    def norm(
-        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def norm(self, x: Tensor, affine: Affine, eps: float, dtype: torch.dtype) -> tuple[Tensor, Moments]:
         """As the parent's."""
         y = torch.empty(x.shape, dtype=dtype, device=x.device)
         mean, deviation = (torch.empty(len(x), dtype=torch.float32, device=x.device) for _ in range(2))
         if y.numel():
             norm_forward[(len(x),)](
-                x, y, mean, deviation, _or(weight, x), _or(bias, x), x.stride(0), x.shape[1], eps,
-                HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, **_row_block(x.shape[1]),
+                x, y, mean, deviation, *_pointers(affine, x), x.stride(0), x.shape[1], eps, **_has(affine),
+                **_row_block(x.shape[1]),
             )  # fmt: skip
-        return y, mean, deviation
+        return y, (mean, deviation)
 
     def norm_backward(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        mean: Tensor,
-        deviation: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        residual: Tensor,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        self, grad: Tensor, x: Tensor, moments: Moments, affine: Affine, residual: Tensor
+    ) -> tuple[Tensor, Affine]:
         """As the parent's."""
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         programs, rows_each, dw, db = _sums(x)
         if dx.numel():
             norm_backward[(programs,)](
-                grad, x, mean, deviation, _or(weight, x), residual, dx, dw, db, grad.stride(0), x.stride(0),
-                residual.stride(0), len(x), rows_each, x.shape[1], HAS_WEIGHT=weight is not None,
+                grad, x, *moments, _or(affine[0], x), residual, dx, dw, db, grad.stride(0), x.stride(0),
+                residual.stride(0), len(x), rows_each, x.shape[1], HAS_WEIGHT=affine[0] is not None,
                 **_row_block(x.shape[1]),
             )  # fmt: skip
-        return dx, _total(dw, weight), _total(db, bias)
+        return dx, (_total(dw, affine[0]), _total(db, affine[1]))
 
     def project(self, n: Tensor, weight: Tensor, bias: Tensor | None, silu_columns: int) -> tuple[Tensor, Tensor]:
         """As the parent's, in one kernel."""
@@ -66,52 +57,54 @@ class TritonKernels(TorchKernels):
             )  # fmt: skip
         return z, active
 
-    def gate(
-        self, u: Tensor, o: Tensor, weight: Tensor | None, bias: Tensor | None, options: LayerOptions, seed: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def gate(self, u: Tensor, o: Tensor, affine: Affine, options: LayerOptions, seed: int) -> tuple[Tensor, Moments]:
         """As the parent's."""
         width = o.shape[1]
         gated = torch.empty(len(o), options.gated_width, dtype=o.dtype, device=o.device)
         mean, deviation = (torch.empty(len(o), dtype=torch.float32, device=o.device) for _ in range(2))
         if gated.numel():
             gate_forward[(len(o),)](
-                u, o, gated, mean, deviation, _or(weight, o), _or(bias, o), u.stride(0), o.stride(0), width,
-                options.eps, seed, options.dropout, CONCAT=options.gate == "concat",
-                DROPOUT=options.dropout > 0, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
+                u, o, gated, mean, deviation, *_pointers(affine, o), u.stride(0), o.stride(0), width, options.eps, seed,
+                options.dropout, CONCAT=options.gate == "concat", DROPOUT=options.dropout > 0, **_has(affine),
                 **_row_block(width),
             )  # fmt: skip
-        return gated, mean, deviation
+        return gated, (mean, deviation)
 
     def gate_backward(
         self,
         grad: Tensor,
-        u: Tensor,
-        o: Tensor,
-        mean: Tensor,
-        deviation: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
+        inputs: tuple[Tensor, Tensor],
+        moments: Moments,
+        affine: Affine,
         options: LayerOptions,
         seed: int,
         du: Tensor,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor, Affine]:
         """As the parent's."""
+        u, o = inputs
         width = o.shape[1]
         do = torch.empty(o.shape, dtype=o.dtype, device=o.device)
         programs, rows_each, dw, db = _sums(o)
         if do.numel():
             gate_backward[(programs,)](
-                grad.contiguous(), u, o, mean, deviation, _or(weight, o), _or(bias, o), du, do, dw, db,
-                u.stride(0), o.stride(0), du.stride(0), len(o), rows_each, width, seed, options.dropout,
-                CONCAT=options.gate == "concat", DROPOUT=options.dropout > 0, HAS_WEIGHT=weight is not None,
-                HAS_BIAS=bias is not None, **_row_block(width),
+                grad.contiguous(), u, o, *moments, *_pointers(affine, o), du, do, dw, db, u.stride(0), o.stride(0),
+                du.stride(0), len(o), rows_each, width, seed, options.dropout, CONCAT=options.gate == "concat",
+                DROPOUT=options.dropout > 0, **_has(affine), **_row_block(width),
             )  # fmt: skip
-        return do, _total(dw, weight), _total(db, bias)
+        return do, (_total(dw, affine[0]), _total(db, affine[1]))
 
 
 def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
     """A pointer for an argument that the compiled kernel never reads."""
     return other if tensor is None else tensor
+
+
+def _pointers(affine: Affine, other: Tensor) -> tuple[Tensor, Tensor]:
+    return _or(affine[0], other), _or(affine[1], other)
+
+
+def _has(affine: Affine) -> dict[str, bool]:
+    return {"HAS_WEIGHT": affine[0] is not None, "HAS_BIAS": affine[1] is not None}
 
 
 def _row_block(width: int) -> dict[str, int]:

@@ -103,7 +103,10 @@ def _sampled_blocks(width: int) -> dict[str, int]:
 
 
 def _pool_blocks(query: Tensor) -> dict[str, Any]:
+    """The largest tiles that compile without a spilled register."""
     block = triton.next_power_of_2(max(query.shape[1], 16))
-    side = 64 if block * query.element_size() <= 256 else 32
+    side = 16 if query.dtype == torch.float32 else 64 if block <= 128 else 32
+    warps = 8 if query.dtype == torch.float32 and block > 128 else 4
     precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
-    return {"BLOCK_M": side, "BLOCK_N": side, "BLOCK_D": block, "PRECISION": precision}
+    sizes = {"BLOCK_M": side, "BLOCK_N": side, "BLOCK_D": block}
+    return {**sizes, "PRECISION": precision, "num_warps": warps, "maxnreg": 255}
