@@ -34,8 +34,9 @@ def profiler(args: TrainerArgs, run: Path, first_step: int, rank: int) -> Abstra
 
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
     active = args.profile_step_end - args.profile_step_start
+    warmup = min(1, wait)  # the first recorded step would also show the start of the profiler
     return profile(
         activities=activities,
-        schedule=schedule(wait=wait, warmup=0, active=active, repeat=1),
+        schedule=schedule(wait=wait - warmup, warmup=warmup, active=active, repeat=1),
         on_trace_ready=write,
     )
