@@ -34,7 +34,7 @@ class Stream:
 
     @property
     def num_held(self) -> int:
-        """T."""
+        """Number t of the rows held."""
         return (self.timestamps if self.held is None else self.held).numel()
 
     def of_held(self, values: Tensor) -> Tensor:

@@ -179,6 +179,10 @@ class Encoder(nn.Module):
         self._laid_out = batch.sample_ids, stream
         return stream
 
+    def forget_layout(self) -> None:
+        """Lay out the next batch afresh."""
+        self._laid_out = None
+
     def own_labels(self, batch: Batch) -> Batch:
         """Return ``batch`` with only the labels whose rows are held here: those that its scores are for."""
         return self.only_held(batch, batch.label_mask)

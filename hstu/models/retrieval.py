@@ -29,7 +29,7 @@ class RetrievalModel(Encoder):
         self.num_items = schema.item.vocab_size or 0
         self.similarity = make_similarity(self.args, config.network.hidden_size, self.postprocess.norm)
         initialize(self.similarity, "xavier_uniform", 0.0)
-        self.item_bias = nn.Parameter(torch.zeros(self.num_items)) if self.args.item_bias else None
+        self.item_bias = ItemBias(self.num_items) if self.args.item_bias else None
         self.sampler = NegativeSampler(self.args.negatives, self.num_items, self.args.num_negatives, self.seed)
         width = self.embeddings.widths[self.item]
         if width != config.network.hidden_size:
@@ -86,7 +86,7 @@ class RetrievalModel(Encoder):
     def item_vectors(self, embedded: Tensor, ids: Tensor) -> Tensor:
         """Return items ``ids`` [n] as training and evaluation score them, [n, ..] float32."""
         out: Tensor = self.similarity.items(embedded.float())
-        return out if self.item_bias is None else torch.cat([out, self.item_bias[ids, None]], 1)
+        return out if self.item_bias is None else torch.cat([out, self.item_bias(ids)], 1)
 
     def catalogue_vectors(self, batch: Batch, ids: Tensor) -> Tensor:
         """Return items ``ids`` [n] as they are scored, [n, ..] float32; ``batch`` lends its features."""
@@ -132,6 +132,18 @@ class RetrievalModel(Encoder):
         """Draw one item for each label token that is not in its sample."""
         owner = sequence_ids(lengths_to_offsets(batch.lengths(self.item)), batch.label_mask.numel())
         return other_item(keys, owner[batch.label_mask], batch.ids(self.item), owner, self.num_items, self.seed)
+
+
+class ItemBias(nn.Module):
+    """What is added to the scores of each item, learned from zero."""
+
+    def __init__(self, num_items: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(num_items))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Return the biases of items ``ids`` [n], [n, 1]."""
+        return self.weight[ids, None]
 
 
 def following(batch: Batch) -> Tensor:

@@ -31,7 +31,7 @@ from hstu.parallel.mesh import Group
 class ContextParallel:
     """Splits streams over the ranks of ``group``, and attends across them.
 
-    Every rank of the group is given the same batch. Layouts are worked out once a batch: layers share them.
+    Every rank of the group is given the same batch. Layers share the layout of a batch.
     """
 
     def __init__(self, group: Group) -> None:

@@ -62,5 +62,6 @@ def parallelize(model: RankingModel | RetrievalModel, mesh: Mesh, config: Config
         tensor = TensorParallel(mesh.tensor, config.tensor_model_parallel, mesh.device)
         model.backbone = tensor.split(model.backbone, config.network)
     parts = {name: part for name, part in model.named_children() if part is not tables}
+    assert not model._parameters, "a weight outside the submodules would be neither trained nor saved"
     dense = DenseParallel(nn.ModuleDict({**parts, "replicated": tables.replicated}), config.optimizer)
     return Parallelized(model=model, tables=tables, dense=dense, mesh=mesh)

@@ -118,6 +118,7 @@ class LookupPipeline(TrainPipelineSparseDist):
                 self.model(batch)
         except _LookedUp:
             pass
+        self.model.forget_layout()  # it was made on the stream of the copies
         (chosen,) = seen
         return chosen
 

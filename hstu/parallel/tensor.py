@@ -297,7 +297,7 @@ class _Sum(torch.autograd.Function):
 
 
 class _SharedDropout(nn.Module):
-    """Dropout of a part of a tensor as one rank alone would draw it: ranks have the same random state."""
+    """Dropout of a part of a tensor, cut from one mask for the whole: ranks have the same random state."""
 
     def __init__(self, p: float, cut: Cut) -> None:
         super().__init__()

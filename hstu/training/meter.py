@@ -91,9 +91,9 @@ class Meter:
         return totals
 
     def restore(self, state: list[float]) -> None:
-        """Go on from the means of ``state``, which all ranks share: rank 0 takes it. Speed is that of this process."""
+        """Go on from the means of ``state``, which all ranks share: one of each sum takes it, not the speed."""
         self._reset()
-        if self.mesh.is_main and state:
+        if self.mesh.tokens.rank == 0 and state:
             self.sums += torch.tensor(state[:2], dtype=torch.float64, device=self.sums.device)
             self.labels = int(state[2])
 

@@ -104,6 +104,8 @@ class Stepper:
             broken = ~loss.total.detach().isfinite()
             facts = torch.stack([torch.full_like(broken, labels, dtype=torch.float64), broken.double()])
             total, ranks_broken = self.mesh.sum(facts).tolist()
+            if self.mesh.tensor.size > 1:  # of which each sums for itself
+                ranks_broken = self.mesh.any(bool(ranks_broken))
             if ranks_broken:
                 return None, (loss, bool(broken))
             total /= self.mesh.context.size  # whose ranks all counted the labels of the same samples

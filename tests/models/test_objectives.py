@@ -98,13 +98,13 @@ def test_gradients_reach_every_parameter_and_nothing_moves_none(dataset: Sequenc
 def test_the_bias_of_an_item_is_added_to_its_dot_products(dataset: SequenceDataset, name: str) -> None:
     config = make_config("retrieval", *BIAS, *(FULL if name == "full" else ()))
     model, batch = built(dataset, config), batch_of(dataset, config)
-    bias = model.item_bias.clone()
+    bias = model.item_bias.weight.clone()
     vectors = model.catalogue_vectors(batch, torch.arange(30))
     scores = model.scores(model.queries(batch), vectors)
-    model.item_bias.zero_()
+    model.item_bias.weight.zero_()
     before = model.scores(model.queries(batch), model.catalogue_vectors(batch, torch.arange(30)))
     torch.testing.assert_close(scores, before + bias)
-    model.item_bias.copy_(bias)
+    model.item_bias.weight.copy_(bias)
     if name == "full":
         expected = torch.nn.functional.cross_entropy(scores / model.args.temperature, batch.labels, reduction="sum")
         torch.testing.assert_close(model(batch).total, expected, rtol=1e-5, atol=1e-4)

@@ -95,6 +95,20 @@ def test_softmax_shares_add_up_to_the_whole(
         torch.testing.assert_close(own, other.detach(), atol=1e-10, rtol=0)
 
 
+def test_what_nobody_sees_may_score_without_bound() -> None:
+    """Scores of the future far above those of the past: their exponentials overflow unless they are masked first."""
+    (q, k, v), arguments = build(CASES["causal"], torch.float64)
+    k = k * torch.linspace(0, 2000, k.shape[0], dtype=k.dtype)[:, None, None]
+    leaves = [x.requires_grad_() for x in (q, k.detach(), v)]
+    expected = softmax_attention(*leaves, attention_buckets(arguments["offsets"], mask_of(arguments)))
+    gradients = torch.autograd.grad((expected * weights_of(expected)).sum(), leaves)
+    scene = Scene(offsets=arguments["offsets"], mask=mask_of(arguments), alpha=q.shape[2] ** -0.5)
+    with torch.no_grad():
+        found = run_shares(SharedSoftmax, scene, leaves, 3)
+    for own, other in zip(found, [expected, *gradients], strict=True):
+        torch.testing.assert_close(own, other.detach(), atol=1e-8, rtol=1e-10)
+
+
 @pytest.mark.parametrize("holders", HOLDERS)
 def test_every_token_has_one_holder_and_work_is_even(holders: int) -> None:
     lengths = torch.tensor([0, 1, 2, 5, 0, 4000, 17, 3001, *[1] * 64])

@@ -135,7 +135,7 @@ CASES = {
         Case("retrieval-sgd-uniform", "retrieval", (*SGD, *sharding("table_wise"))),
         Case("retrieval-adam-in-batch", "retrieval", (*IN_BATCH, *sharding("table_wise"))),
         Case("retrieval-sgd-in-batch-short", "retrieval", (*SGD, *IN_BATCH), data="short"),
-        Case("retrieval-adam-full", "retrieval", FULL),
+        Case("retrieval-adam-full", "retrieval", (*FULL, "RetrievalArgs.item_bias=True")),
         Case(
             "retrieval-sgd-full-short",
             "retrieval",

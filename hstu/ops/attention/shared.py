@@ -125,7 +125,7 @@ class SharedSoftmax(SharedAttention):
     def start_backward(self, grad: Tensor, out: Tensor, kept: Tensor) -> None:
         super().start_backward(grad, out, kept)
         self.normaliser = F.pad(kept, (0, 0, 0, 1))
-        self.delta = (grad * out).sum(2).to(self.sum_dtype)
+        self.delta = (grad.to(self.sum_dtype) * out.to(self.sum_dtype)).sum(2)
 
     def _read(self, tile: Block, scores: Tensor, seen: Tensor, v: Tensor) -> None:
         scores = scores.masked_fill(~seen, float("-inf"))
@@ -141,7 +141,8 @@ class SharedSoftmax(SharedAttention):
             total[index] = value.transpose(1, 2).flatten(0, 1)
 
     def _differentiate(self, tile: Block, scores: Tensor, seen: Tensor, d_weights: Tensor) -> tuple[Tensor, Tensor]:
-        weights = (scores - self._of_rows(self.normaliser, tile)).exp() * seen
+        # Masked first: what nobody sees may exceed the normaliser without bound.
+        weights = (scores - self._of_rows(self.normaliser, tile)).masked_fill(~seen, float("-inf")).exp()
         return weights, weights * (d_weights - self._of_rows(self.delta, tile))
 
     def _of_rows(self, values: Tensor, tile: Block) -> Tensor:
