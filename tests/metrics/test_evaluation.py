@@ -23,7 +23,7 @@ from hstu.training.evaluate import best_possible, evaluate
 from tests.samples import make_config, make_dataset
 
 LENGTHS = [3, 9, 4, 12, 5, 3, 7, 20, 6, 4, 8]
-MESH: Any = SimpleNamespace(device=torch.device("cpu"), sum=lambda x: x, gather=lambda x: x)
+MESH: Any = SimpleNamespace(is_main=True, device=torch.device("cpu"), sum=lambda x: x, gather=lambda x: x)
 
 
 @pytest.fixture(scope="module")
@@ -184,6 +184,7 @@ def evaluate_ranks(model: Any, ranks: list[BatchLoader], config: Config) -> list
 
     def mesh(rank: int) -> Any:
         return SimpleNamespace(
+            is_main=rank == 0,
             device=torch.device("cpu"),
             sum=lambda x: torch.stack(exchange(rank, x)).sum(0),
             gather=lambda x: torch.cat(exchange(rank, x)),
