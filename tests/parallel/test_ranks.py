@@ -24,14 +24,20 @@ FAULTS = {
 PLAIN = [name for name, case in CASES.items() if case.plain_steps]
 
 
+QUICK = ("context-ranking-candidates", "context-retrieval-research", "tensor-ranking-concat", "sequence-ranking")
+LATER = [name for name in SPLITS if name not in QUICK]
+
+
 class Results(dict[int, dict[str, Any]]):
-    """What the worker finds, by number of ranks, each launched when it is first asked for."""
+    """What the worker finds, by number of ranks, each launched when it is first asked for; -n: n ranks, slow cases."""
 
     REQUESTS = {
-        1: {"cases": [(name, None) for name in (*CASES, *THREES, *SPLITS, *GRIDS)], "plain": PLAIN, "mesh": True},
+        1: {"cases": [(name, None) for name in (*CASES, *QUICK)], "plain": PLAIN, "mesh": True},
+        -1: {"cases": [(name, None) for name in (*THREES, *LATER, *GRIDS)]},
+        -2: {"cases": [(name, None) for name in LATER]},
         2: {
             "cases": [
-                *((name, None) for name in (*CASES, *SPLITS)),
+                *((name, None) for name in (*CASES, *QUICK)),
                 *((name, fault) for fault, name in FAULTS.items()),
             ],
             "mesh": True,
@@ -49,14 +55,15 @@ class Results(dict[int, dict[str, Any]]):
         write_tiny(root / "short" / "synthetic", num_users=65)
 
     def __missing__(self, ranks: int) -> dict[str, Any]:
-        self[ranks] = self.launch(ranks, self.REQUESTS[ranks] | {"save": str(self.root / f"saved{ranks}")})
+        folder = {"save": str(self.root / f"saved{-ranks}")} if ranks < 0 else {}
+        self[ranks] = self.launch(abs(ranks), self.REQUESTS[ranks] | folder)
         return self[ranks]
 
     def moved(self, before: int, after: int) -> dict[str, Any]:
-        """Return what SPLITS lose on ``after`` ranks when they begin with the state that ``before`` ranks saved."""
+        """Return what LATER lose on ``after`` ranks when they begin with the state that ``before`` ranks saved."""
         if (before, after) not in self.moves:
-            assert self[before]
-            request = {"cases": [(name, None) for name in SPLITS], "load": str(self.root / f"saved{before}")}
+            assert self[-before]
+            request = {"cases": [(name, None) for name in LATER], "load": str(self.root / f"saved{before}")}
             self.moves[before, after] = self.launch(after, request)
         return self.moves[before, after]
 
@@ -90,7 +97,7 @@ def test_two_ranks_lose_what_one_loses(results: Results, name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", THREES)
 def test_three_ranks_lose_what_one_loses(results: Results, name: str) -> None:
-    assert worst(results[3][name]["losses"], results[1][name]["losses"]) < 1e-5
+    assert worst(results[3][name]["losses"], results[-1][name]["losses"]) < 1e-5
     assert [0, 8] in results[3]["ranking-adam-three"]["shards"]["action"], "a rank without a row of the table"
 
 
@@ -99,24 +106,25 @@ def assert_same(found: dict[str, Any], wanted: dict[str, Any]) -> None:
     assert found["scores"] == pytest.approx(wanted["scores"], rel=1e-5)
 
 
-@pytest.mark.parametrize("name", SPLITS)
+@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in LATER)])
 def test_tokens_and_heads_split_over_two_ranks(results: Results, name: str) -> None:
-    assert_same(results[2][name], results[1][name])
+    two, one = (results[n if name in QUICK else -n][name] for n in (2, 1))
+    assert_same(two, one)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", GRIDS)
 def test_four_ranks_split_two_ways(results: Results, name: str) -> None:
-    assert_same(results[4][name], results[1][name])
+    assert_same(results[4][name], results[-1][name])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
-@pytest.mark.parametrize("name", [name for name in SPLITS if "concat" not in name])
+@pytest.mark.parametrize("name", LATER)
 def test_a_checkpoint_loads_however_ranks_are_split(results: Results, name: str, before: int, after: int) -> None:
     found = results.moved(before, after)[name]
     assert len(found["losses"]) == SPLITS[name].steps - SAVED_STEP
-    assert_same(found, results[1][name])
+    assert_same(found, results[-1][name])
 
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
@@ -126,7 +134,7 @@ def test_attention_round_the_ring_is_exact(results: Results, ranks: int) -> None
     assert max(errors.values()) < 1e-10, errors
 
 
-@pytest.mark.parametrize("name", [*CASES, *SPLITS, *GRIDS])
+@pytest.mark.parametrize("name", [*CASES, *QUICK])
 def test_the_losses_move(results: Results, name: str) -> None:
     """Otherwise a comparison of losses would say nothing about the steps."""
     losses = results[1][name]["losses"]
