@@ -11,18 +11,16 @@ step of a fresh process adds, jagged and dense.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
-import platform
 import re
 import statistics
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
+from record import write_record
 from torch import Tensor
 
 from hstu.ops import RelativeBias, hstu_attention, lengths_to_offsets
@@ -193,20 +191,15 @@ def main() -> None:
                 f"{row['dense_tokens_per_second']:12,} {row['ratio']:6.2f} {row['cpu_ratio']:6.2f} "
                 f"{peaks[0]:6.1f} {peaks[1]:6.1f}"
             )
-    result = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "torch": torch.__version__,
-        "machine": platform.machine(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": arguments.threads,
-        "batch": BATCH,
-        "longest": LONGEST,
-        "heads": HEADS,
-        "head_width": WIDTH,
-        "rows": rows,
-    }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    write_record(
+        arguments.out,
+        threads=arguments.threads,
+        batch=BATCH,
+        longest=LONGEST,
+        heads=HEADS,
+        head_width=WIDTH,
+        rows=rows,
+    )
 
 
 if __name__ == "__main__":

@@ -10,17 +10,15 @@ turns. Prints a table and writes benchmarks/results/mol_topk.json.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import statistics
 import tempfile
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 import torch
+from record import write_record
 from torch import Tensor
 
 from hstu.config import load_config
@@ -96,22 +94,17 @@ def main() -> None:
     print(f"{args.items:,} items, {args.asking} users, k = {args.k}, training loss {loss:.3f}")
     for row in rows:
         print(f"{row['candidates']:6,} scored   recall {row['recall']:.3f}   {row['seconds']:.3f} s")
-    result = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "torch": torch.__version__,
-        "machine": platform.machine(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": args.threads,
-        "load_before": round(load_before, 2),
-        "items": args.items,
-        "users": args.asking,
-        "k": args.k,
-        "training_steps": args.steps,
-        "training_loss": round(loss, 4),
-        "rows": rows,
-    }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    write_record(
+        args.out,
+        threads=args.threads,
+        load_before=round(load_before, 2),
+        items=args.items,
+        users=args.asking,
+        k=args.k,
+        training_steps=args.steps,
+        training_loss=round(loss, 4),
+        rows=rows,
+    )
 
 
 if __name__ == "__main__":

@@ -13,17 +13,15 @@ writes benchmarks/results/retrieval_profile.json.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import statistics
 import tempfile
 import time
 from collections import Counter
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
+from record import write_record
 from retrieval_speed import CONFIGS, Ours, load
 from torch.profiler import ProfilerActivity, profile
 
@@ -151,23 +149,18 @@ def main() -> None:
         print(
             "{part:30} {measured_ms:7.1f} ms   floor {floor_ms:5.1f} ms  {mflop:6,} MFLOP {mbyte:7.1f} MB".format(**row)
         )
-    result = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "torch": torch.__version__,
-        "machine": platform.machine(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": args.threads,
-        "load_before": round(load_before, 2),
-        "config": CONFIGS["small"],
-        "tokens_of_a_step": int(batch.lengths(batch.item).sum()),
-        "gflops": round(flop_rate / 1e9, 1),
-        "gigabytes_per_second": round(byte_rate / 1e9, 1),
-        "step_ms": round(times["step"], 1),
-        "floor_ms": floor,
-        "parts": rows,
-    }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    write_record(
+        args.out,
+        threads=args.threads,
+        load_before=round(load_before, 2),
+        config=CONFIGS["small"],
+        tokens_of_a_step=int(batch.lengths(batch.item).sum()),
+        gflops=round(flop_rate / 1e9, 1),
+        gigabytes_per_second=round(byte_rate / 1e9, 1),
+        step_ms=round(times["step"], 1),
+        floor_ms=floor,
+        parts=rows,
+    )
 
 
 if __name__ == "__main__":

@@ -14,21 +14,19 @@ per second, rounds taken in turns. Prints a table and writes benchmarks/results/
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import statistics
 import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import torch
 from padded import PaddedRetrieval
+from record import write_record
 from torch import Tensor
 
 from hstu.config import Config, load_config
@@ -206,19 +204,14 @@ def main() -> None:
         write_short(short)
         problems = [(args.data, "small", 200), (short, "books", 50), (short, "small", 50)]
         rows = [measure(*problem, mesh, args) for problem in problems]
-    result = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "torch": torch.__version__,
-        "machine": platform.machine(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": args.threads,
-        "load_before": round(load_before, 2),
-        "rounds": args.rounds,
-        "steps_of_a_round": {"ours": args.steps, "padded": args.padded_steps},
-        "rows": rows,
-    }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    write_record(
+        args.out,
+        threads=args.threads,
+        load_before=round(load_before, 2),
+        rounds=args.rounds,
+        steps_of_a_round={"ours": args.steps, "padded": args.padded_steps},
+        rows=rows,
+    )
 
 
 if __name__ == "__main__":

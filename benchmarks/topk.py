@@ -10,15 +10,12 @@ several sizes. Prints tables and writes benchmarks/results/topk.json.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 
 # Threads that wait actively would count as work, the more the busier the machine is with something else.
@@ -26,6 +23,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import psutil  # noqa: E402
 import torch  # noqa: E402
+from record import write_record  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from hstu.metrics.topk import top_k  # noqa: E402
@@ -118,24 +116,19 @@ def main() -> None:
     for row in memory:
         print(f"{row['users']:6,} users x {row['items']:9,} items: plain {row['plain_mib']:6,} MiB, "
               f"chunked {row['chunked_mib']:4,} MiB")  # fmt: skip
-    result = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "torch": torch.__version__,
-        "machine": platform.machine(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": args.threads,
-        "load_before": round(load, 2),
-        "items": args.items,
-        "users": args.users,
-        "k": args.k,
-        "width": WIDTH,
-        "rounds": args.rounds,
-        "times": times,
-        "ratio": ratio,
-        "extra_memory": memory,
-    }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    write_record(
+        args.out,
+        threads=args.threads,
+        load_before=round(load, 2),
+        items=args.items,
+        users=args.users,
+        k=args.k,
+        width=WIDTH,
+        rounds=args.rounds,
+        times=times,
+        ratio=ratio,
+        extra_memory=memory,
+    )
 
 
 if __name__ == "__main__":

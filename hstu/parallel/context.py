@@ -8,7 +8,6 @@ present ones are read; in the backward pass their gradients follow one step behi
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -43,7 +42,7 @@ class ContextParallel:
 
     def hold(self, stream: Stream) -> Stream:
         """Return ``stream`` with the rows that this rank holds."""
-        return replace(stream, held=self.shares(stream.offsets)[self.rank].tokens)
+        return stream.holding(self.shares(stream.offsets)[self.rank].tokens)
 
     def shares(self, offsets: Tensor) -> list[Share]:
         """Return what each rank of the group holds."""

@@ -1,0 +1,24 @@
+"""What a benchmark on a CPU leaves in results/: where and when it ran, and what it found."""
+
+from __future__ import annotations
+
+import json
+import platform
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def write_record(path: Path, *, threads: int, **found: Any) -> None:
+    """Write ``found`` to ``path``, after the machine that it was found on."""
+    about = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": threads,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(about | found, indent=1) + "\n")
