@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import logging
 import os
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -34,6 +35,8 @@ from hstu.training.checkpoint_files import (
     write_atomically,
 )
 from hstu.training.optimizer import Optimizer
+
+logger = logging.getLogger(__name__)
 
 _DENSE = "dense/"
 _DENSE_OPTIMIZER = "optimizer/"
@@ -124,16 +127,24 @@ class Checkpointer:
         Raises:
             Exception: what kept it from being written, on every rank.
         """
-        pending, self._pending = self._pending, None
+        pending = self._pending
         error = None if pending is None else pending.exception()
-        if pending is not None and self.mesh.any(error is not None):
+        failed = pending is not None and self.mesh.any(error is not None)
+        self._pending = None
+        if failed:
             raise error or CheckpointError(f"a checkpoint in {self.directory} was not written: another rank failed")
 
     def __enter__(self) -> Checkpointer:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        pending = self._pending
+        if error is not None and pending is not None and not pending.done():
+            logger.error("rank %d: %s; a checkpoint is still being written", self.mesh.rank, first_line(error))
         self._executor.shutdown()  # asks no other rank, for one may be gone
+        failure = None if pending is None else pending.exception()
+        if failure is not None:
+            logger.error("rank %d: the last checkpoint was not written", self.mesh.rank, exc_info=failure)
 
     def _write(self, tensors: dict[str, Any], progress: Progress, partial: Path, final: Path, best: bool) -> None:
         writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)

@@ -120,6 +120,7 @@ def _retrieval(model: RetrievalModel, loader: BatchLoader, mesh: Mesh, config: C
             of_names = [ranks if sampled is None or name not in sampled_names else sampled for name in names]
             values = [per_user_metric(name, r).sum() for name, r in zip(names, of_names, strict=True)]
             sums += torch.stack([*values, ranks.new_tensor(len(ranks))])
+            beat()
     *totals, count = mesh.sum(sums).tolist()
     return {
         "filter_seen": filter_seen,
@@ -142,7 +143,11 @@ def _catalogue(model: RetrievalModel, loader: BatchLoader, mesh: Mesh) -> Tensor
     empty = loader.collate(loader.dataset, loader.split, np.empty(0, np.int64), np.empty(0, np.int64), 0)
     empty = empty.to(mesh.device)
     ids = torch.arange(model.num_items, device=mesh.device)
-    return torch.cat([model.catalogue_vectors(empty, chunk) for chunk in ids.split(_LOOKUP_ROWS)])
+    chunks = []
+    for chunk in ids.split(_LOOKUP_ROWS):
+        chunks.append(model.catalogue_vectors(empty, chunk))
+        beat()
+    return torch.cat(chunks)
 
 
 def _of_labels(batch: Batch, values: Tensor) -> Tensor:

@@ -43,19 +43,23 @@ class RunDirectory:
             write_atomically(self.path / ".writable", "")
             (self.path / ".writable").unlink()
         except OSError as error:
-            raise ValueError(
-                f"--run-dir = {str(self.path)!r}: cannot be written ({error.strerror}); choose another"
-            ) from None
+            raise self._unwritable(error) from None
+
+    def _unwritable(self, error: OSError) -> ValueError:
+        return ValueError(f"--run-dir = {str(self.path)!r}: cannot be written ({error.strerror}); choose another")
 
     def lock(self) -> None:
         """Keep other processes from training here until this one ends; nothing to do before there is a directory.
 
         Raises:
-            ValueError: if another one does.
+            ValueError: if another one does, or the directory cannot be written.
         """
         if self._lock is not None or not self.path.is_dir():
             return
-        file = open(self.path / ".lock", "a+")  # noqa: SIM115 (the system gives up the lock with the process)
+        try:
+            file = open(self.path / ".lock", "a+")  # noqa: SIM115 (the system gives up the lock with the process)
+        except OSError as error:
+            raise self._unwritable(error) from None
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -63,6 +67,11 @@ class RunDirectory:
             raise ValueError(
                 f"--run-dir = {str(self.path)!r}: {file.read().strip() or 'another process'} trains there; wait for "
                 "it to end, or choose another directory"
+            ) from None
+        except OSError as error:
+            raise ValueError(
+                f"--run-dir = {str(self.path)!r}: its file system locks no files ({error.strerror}), so that two runs "
+                "could write there; choose a directory on another one"
             ) from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")

@@ -31,7 +31,7 @@ from hstu.training.profile import profiler
 from hstu.training.run_directory import RunDirectory
 from hstu.training.step import Stepper
 from hstu.training.summary import describe_data, memory_table
-from hstu.training.watchdog import beat, watchdog
+from hstu.training.watchdog import beat, keep_stacks, watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -132,18 +132,20 @@ class Trainer:
         logger.info("%s\n%s", describe_data(self.dataset, self.config), memory_table(self.parallel, self.optimizer))
         logger.info(self._plan())
         self._rewind()
-        seconds = self.config.trainer.hang_timeout_seconds
+        seconds, stacks = self.config.trainer.hang_timeout_seconds, self.run.path / "stacks"
         self.mesh.set_timeout(2 * seconds)  # the watchdog speaks first
+        self.mesh.on_main(lambda: keep_stacks(stacks))
         with (
-            self.checkpointer,
             StopRequest() as stop,
-            watchdog(self.run.path / "stacks", self.mesh.rank, seconds),
+            watchdog(stacks, self.mesh.rank, seconds),
+            self.checkpointer,  # whose writer may hang as well
             self._logger() as log,
         ):
             self.model.train()
             with profiler(self.config.trainer, self.run.path, self.progress.step, self.mesh.rank) as profile:
                 finished = self._loop(stop, log, profile)
             self.checkpointer.wait()
+            beat()
             if not finished:
                 logger.info("stopped at step %d, saved; go on with --run-dir %s", self.progress.step, self.run.path)
                 return None
@@ -154,6 +156,7 @@ class Trainer:
     def evaluate(self, checkpoint: Path, splits: tuple[str, ...] = ("valid", "test")) -> list[dict[str, Any]]:
         """Score ``checkpoint``; returns one record per split."""
         step = self.checkpointer.load(checkpoint, optimizer=False).step
+        beat()
         return [self._score(split, step) for split in splits]
 
     def _rewind(self) -> None:
@@ -172,6 +175,7 @@ class Trainer:
             epoch, first = divmod(progress.samples, size)
             batches = self.meter.waiting(loader.epoch(epoch, first))
             for step_batches in self.stepper.steps(batches, progress):
+                beat()  # waiting for data has a time of its own
                 rate = self.stepper.take(step_batches, progress)
                 progress.samples = min(progress.samples + loader.global_batch_size, (epoch + 1) * size)
                 beat()
@@ -222,6 +226,7 @@ class Trainer:
         if self.mesh.any(not all(bool(p.isfinite().all()) for p in self.model.parameters())):
             raise not_finite("a weight", self.progress.step)
         self.checkpointer.save(self.progress, best=best)
+        beat()
 
     def _test(self, log: RunLogger | _Silent) -> dict[str, Any]:
         """Score the best checkpoint on the test split, once."""
@@ -239,6 +244,7 @@ class Trainer:
 
     def _score(self, split: str, step: int) -> dict[str, Any]:
         record = evaluate(self.model, self.loaders[split], self.mesh, self.config, step)
+        beat()
         best = best_possible(record, self.dataset.schema.best_possible)
         return record if best is None else record | {"best_possible": best}
 

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import json
+import logging
 import re
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
+from hstu.models import RetrievalModel
+from hstu.training import evaluate, watchdog
+from hstu.training.checkpoint import Checkpointer
+from hstu.training.run_directory import RunDirectory
+from hstu.training.step import Stepper
 from tests.launch import ROOT, run, started, torchrun_command
 from tests.training.runs import losses, trainer, worst
 from tests.training.test_interruption import flags
@@ -71,7 +80,9 @@ def test_torchrun_restarts_a_run_whose_rank_was_killed(data: Path, tmp_path: Pat
     resumed = re.findall(r"resumed from .* at step (\d+)", out)
     assert len(resumed) == 1 and int(resumed[0]) >= 4, out
     assert worst(losses(tmp_path / "run"), losses(tmp_path / "whole")) < 1e-5
-    assert not list((tmp_path / "run" / "stacks").iterdir()), "nothing is left of the ranks that were ended"
+    (left,) = (tmp_path / "run" / "stacks").iterdir()
+    assert left.name == "rank0.1.txt", "of the rank that was ended, not of the one that was killed"
+    assert left.read_text().strip() in (tmp_path / "run" / "train.log").read_text()
 
 
 def test_restarts_need_a_run_directory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,3 +92,106 @@ def test_restarts_need_a_run_directory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "FLAGS", type("Flags", (), {"run_dir": None, "mode": "train"})())
     with pytest.raises(ValueError, match="--run-dir is required with torchrun --max-restarts"):
         train._run_path()
+
+
+def test_stacks_of_earlier_attempts_are_kept(tmp_path: Path) -> None:
+    for attempt in range(8):
+        watchdog.keep_stacks(tmp_path)
+        with contextlib.suppress(KeyError), watchdog.watchdog(tmp_path, 0, 60):
+            raise KeyError(f"attempt {attempt}")
+    watchdog.keep_stacks(tmp_path)
+    (tmp_path / "rank1.txt").write_text("rank 1 was killed: a header alone\n")
+    watchdog.keep_stacks(tmp_path)
+    with watchdog.watchdog(tmp_path, 0, 60), watchdog.watchdog(tmp_path, 1, 60):
+        pass
+    kept = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert set(kept) == {f"rank0.{number}.txt" for number in range(1, 6)}
+    assert all(f"attempt {8 - number}" in kept[f"rank0.{number}.txt"] for number in range(1, 6))
+
+
+class _Interrupted(Exception):
+    pass
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Raise in the step after ``step``."""
+    take = Stepper.take
+
+    def stopping(self: Stepper, batches: Any, progress: Any) -> float:
+        if progress.step == step:
+            raise _Interrupted("in a step")
+        return take(self, batches, progress)
+
+    monkeypatch.setattr(Stepper, "take", stopping)
+
+
+def test_a_checkpoint_that_fails_while_a_run_fails_is_told(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And its writer, which may hang, is waited for under the watchdog."""
+    armed, leave = [], Checkpointer.__exit__
+
+    def leaving(self: Checkpointer, *error: Any) -> None:
+        armed.append(watchdog._armed is not None)
+        leave(self, *error)
+
+    def failing(*_: object) -> None:
+        time.sleep(0.3)
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(Checkpointer, "__exit__", leaving)
+    monkeypatch.setattr(Checkpointer, "_write", failing)
+    monkeypatch.setattr(logging.getLogger("hstu"), "propagate", True)
+    stop_at(monkeypatch, 2)
+    with trainer(data, tmp_path, "ranking", "TrainerArgs.ckpt_save_interval=2") as run_, pytest.raises(_Interrupted):
+        run_.train()
+    assert armed == [True]
+    assert "rank 0: in a step; a checkpoint is still being written" in caplog.text
+    assert "OSError: the disk is full" in caplog.text
+
+
+def test_every_long_phase_ends_in_a_beat(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    happened: list[str] = []
+
+    def note(owner: Any, name: str) -> None:
+        action = getattr(owner, name)
+
+        def noting(*args: Any, **kwargs: Any) -> Any:
+            nested = name == "wait" and len(happened) and happened[-1] == "saving"
+            happened.extend(["saving"] if name == "save" else [])
+            result = action(*args, **kwargs)
+            happened.extend([] if nested else [name])
+            return result
+
+        monkeypatch.setattr(owner, name, noting)
+
+    monkeypatch.setattr(watchdog.faulthandler, "dump_traceback_later", lambda *_, **__: happened.append("beat"))
+    monkeypatch.setattr(evaluate, "_LOOKUP_ROWS", 40)
+    for owner, name in (
+        (Stepper, "take"), (Checkpointer, "save"), (Checkpointer, "load"), (Checkpointer, "wait"),
+        (RetrievalModel, "catalogue_vectors"), (RetrievalModel, "scores"),
+    ):  # fmt: skip
+        note(owner, name)
+    limits = ("TrainerArgs.max_train_iters=3", "TrainerArgs.eval_interval=2", "TrainerArgs.ckpt_save_interval=1")
+    with trainer(data, tmp_path, "retrieval", *limits) as run_:
+        run_.train()
+    phases = [name for name in happened if name != "saving"]
+    assert phases.count("catalogue_vectors") == 9 and phases.count("load") == 1 and phases.count("save") == 3
+    # A rest of none means that no phase follows another one without a beat between them.
+    assert [pair for pair in zip(phases, phases[1:], strict=False) if "beat" not in pair] == []
+
+
+@pytest.mark.parametrize("fault", ["directory", "no locks"])
+def test_a_directory_that_cannot_be_locked(tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A directory stands where the lock should be, for a root user may write anywhere else."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    if fault == "directory":
+        (tmp_path / ".lock").mkdir()
+    else:
+        monkeypatch.setattr(fcntl, "flock", refuse)
+    words = {"directory": "cannot be written .*; choose another", "no locks": "locks no files .*; choose a directory"}
+    with pytest.raises(ValueError, match=f"^--run-dir = '{tmp_path}': .*{words[fault]}"):
+        RunDirectory(tmp_path).lock()
