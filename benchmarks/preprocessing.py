@@ -6,8 +6,11 @@
 
 The files hold random events: MovieLens grouped by user as published, KuaiRand in the order of time, with all users
 mixed, which is the harder case for a sort by user, and a shop's own log (custom) likewise, with ids that are strings
-and a column that is not read. Each command runs in a process of its own; its peak is the sum of
-the resident set sizes of its process tree, looked at every 20 ms, or the kernel's own high-water mark if that is more.
+and a column that is not read. KuaiRand's 322,278,385 rows have the published numbers of users and items and lengths
+of sequences, which the command then checks; with fewer rows, sequences are shorter in proportion.
+
+Each command runs in a process of its own; its peak is the sum of the resident set sizes of its process tree, looked at
+every 20 ms, or the kernel's own high-water mark if that is more.
 Results are added to benchmarks/results/preprocessing.json. Generated files are removed unless --keep is given.
 """
 
@@ -39,7 +42,9 @@ from preprocessing import kuairand  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "preprocessing.json"
 BLOCK = 2_000_000
-KUAIRAND_USERS, KUAIRAND_ITEMS, KUAIRAND_LONGEST, KUAIRAND_ROWS = 27_285, 32_038_725, 228_000, 322_278_385
+KUAIRAND_USERS, KUAIRAND_ITEMS, KUAIRAND_ROWS = 27_285, 32_038_725, 322_278_385
+KUAIRAND_SHORTEST, KUAIRAND_LONGEST = 100, 228_000
+STRIDE = 197_371_813  # a prime, so that its multiples mix what stands side by side
 MOVIELENS_USERS, MOVIELENS_ITEMS, MOVIELENS_ROWS = 138_493, 26_744, 20_000_263
 
 
@@ -66,20 +71,20 @@ def kuairand_27k(rows: int, folder: Path) -> None:
     files = [(folder / name).open("wb") for name in names]
     for file in files:
         file.write(",".join(kuairand.LOG_FIELDS).encode() + b"\n")
-    longest = KUAIRAND_LONGEST / KUAIRAND_ROWS
+    ends = np.cumsum(kuairand_lengths(rows))
     first, last = 1_649_347_200_000, 1_652_025_600_000
     for rng, start, stop in blocks(rows):
         number = stop - start
-        user = (KUAIRAND_USERS * rng.random(number) ** 1.5).astype(np.int64)
-        user[rng.random(number) < longest] = 0
         columns = {name: np.zeros(number, np.int64) for name in kuairand.LOG_FIELDS}
         columns |= {name: (rng.random(number) < 0.2).astype(np.int64) for name in kuairand.EVENTS}
-        columns["user_id"] = user
-        columns["video_id"] = (KUAIRAND_ITEMS * rng.random(number) ** 1.5).astype(np.int64)
+        place = np.arange(start, stop)
+        columns["user_id"] = np.searchsorted(ends, place * STRIDE % rows, side="right")
+        video = (KUAIRAND_ITEMS * rng.random(number) ** 1.5).astype(np.int64)
+        columns["video_id"] = np.where(place % 10 == 0, place // 10 * STRIDE % KUAIRAND_ITEMS, video)  # each, in time
         columns["date"] = np.full(number, 20_220_408)
         columns["hourmin"] = rng.integers(0, 24, number) * 100
         step = (last - first) // rows
-        columns["time_ms"] = first + np.arange(start, stop) * step + rng.integers(-60_000, 60_000, number)
+        columns["time_ms"] = first + place * step + rng.integers(-60_000, 60_000, number)
         columns["play_time_ms"] = rng.integers(0, 60_000, number)
         columns["duration_ms"] = rng.integers(5_000, 200_000, number)
         pl.DataFrame(columns).write_csv(files[start * len(files) // rows], include_header=False)
@@ -88,6 +93,21 @@ def kuairand_27k(rows: int, folder: Path) -> None:
     values = dict.fromkeys(kuairand.USER_FIELDS, "1") | {"follow_user_num_range": '"(0,10]"'}
     lines = [",".join((values | {"user_id": str(user)}).values()) for user in range(KUAIRAND_USERS)]
     (folder / "user_features_27k.csv").write_text("\n".join([",".join(kuairand.USER_FIELDS), *lines]) + "\n")
+
+
+def kuairand_lengths(rows: int) -> np.ndarray:
+    """Events of each user, log-normal between the published extremes; their sum is ``rows``."""
+    low, high = (max(1, n * rows // KUAIRAND_ROWS) for n in (KUAIRAND_SHORTEST, KUAIRAND_LONGEST))
+    shape = np.random.default_rng(0).lognormal(sigma=1.2, size=KUAIRAND_USERS)
+    factors = [0.0, float(rows)]
+    for _ in range(100):
+        middle = sum(factors) / 2
+        factors[int(np.floor(np.clip(shape * middle, low, high)).sum() > rows)] = middle
+    lengths = np.clip(shape * factors[0], low, high).astype(np.int64)
+    inner = np.flatnonzero((lengths > low) & (lengths < high))
+    lengths[inner[: rows - lengths.sum()]] += 1
+    assert lengths.sum() == rows
+    return lengths
 
 
 def custom(rows: int, folder: Path) -> None:
@@ -121,7 +141,7 @@ def blocks(rows: int) -> Iterator[tuple[np.random.Generator, int, int]]:
         yield np.random.default_rng(start), start, min(rows, start + BLOCK)
 
 
-def run(layout: str, folder: Path) -> tuple[float, float, int]:
+def run(layout: str, folder: Path, rows: int) -> tuple[float, float, int]:
     """Seconds, seconds of processor time and peak bytes of one run of the command."""
     command = [
         sys.executable,
@@ -132,7 +152,8 @@ def run(layout: str, folder: Path) -> tuple[float, float, int]:
     if layout == "custom":
         command += [f"--interactions={folder / 'log.csv'}", *(f"--{flag}" for flag in CUSTOM)]
     else:
-        command += [f"--raw_dir={folder}", "--check_counts=false"]
+        whole = layout == "kuairand-27k" and rows == KUAIRAND_ROWS
+        command += [f"--raw_dir={folder}", f"--check_counts={str(whole).lower()}"]
     started, used = time.perf_counter(), cpu_seconds()
     process = subprocess.Popen(command)
     tree, peak = psutil.Process(process.pid), 0
@@ -185,7 +206,7 @@ def main() -> None:
             folder.mkdir(parents=True)
             LAYOUTS[args.layout](rows, folder)
         load = os.getloadavg()[0]
-        runs = [run(args.layout, folder) for _ in range(args.repeat)]
+        runs = [run(args.layout, folder, rows) for _ in range(args.repeat)]
         check(args.layout, rows, folder)
         seconds, cpu, _ = min(runs)
         record = {

@@ -47,7 +47,10 @@ def encode_custom(
     Raises:
         ValueError: For bad input, naming file, column, row, value and remedy.
     """
-    source = {path.name: _checksum(path) for path in (interactions, users) if path is not None}
+    source = {interactions.name: _checksum(interactions)}
+    if users is not None:
+        name = users.name if users.name != interactions.name else f"{users.parent.name}/{users.name}"
+        source[name] = _checksum(users)
     table = open_table(interactions, [spec.user_column, spec.item_column])
 
     def read_users() -> pl.DataFrame | None:

@@ -58,6 +58,7 @@ class Published:
         filters: Minimum counts of the published data set.
         log_counts: Known users, items and events of the log; several where public figures disagree.
         counts: Known numbers after ``filters``, where they are other ones.
+        lengths: Published statistics of the sequences, by name in ``Schema.counts``; others are warned of.
     """
 
     archive: Archive
@@ -71,6 +72,7 @@ class Published:
     filters: Counts = field(default_factory=dict)
     log_counts: Known
     counts: Known = field(default_factory=dict)
+    lengths: Counts = field(default_factory=dict)
 
 
 def make_published(
@@ -128,6 +130,7 @@ def make_published(
         )
         if check_counts and not filters:
             _check(schema.counts, known.counts, raw)
+            _compare_lengths(schema.counts, known.lengths, raw)
         writer.schema(replace(schema, source=reader.source))
         progress("replacing the data set", int(schema.counts["events"]), 1.0)
     progress.finish(reader.events)
@@ -216,3 +219,11 @@ def _check(counts: Mapping[str, float | int], known: Known, raw: RawFiles) -> No
                 f"{raw}: {counts[key]:,} {key}, the published data set has {published}; replace the file, "
                 "or use it as it is with --check_counts=false"
             )
+
+
+def _compare_lengths(counts: Mapping[str, float | int], published: Counts, raw: RawFiles) -> None:
+    """Warn of statistics that are more than 1% away from the published ones, which are rounded."""
+    for key, number in published.items():
+        if abs(counts[key] - number) > 0.01 * number:
+            logger.warning("%s: %s is %s, published is %s: compare the files with the published ones",
+                           raw, key, f"{counts[key]:,.0f}", f"{number:,}")  # fmt: skip

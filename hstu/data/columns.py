@@ -149,11 +149,11 @@ def clean_masks(column: pl.Series, file: str, look: Look | None = None, first_ro
     """
     column = clean_values(column, file, look, first_row)
     remedy = f"is no bit mask of 1 to {MAX_BITS} bits; use whole numbers or --action_type categorical"
-    if not column.dtype.is_numeric():
-        raise ValueError(f"{file}: column {column.name!r}, row {first_row + 1}: value {column[0]!r} {remedy}")
-    wrong = (column < 0) | (column >= 2**MAX_BITS) | (column != column.floor())
-    _Place(file, first_row).refuse(column, wrong, remedy)
-    return column.cast(pl.Int64)
+    # Words become nulls; a block of a column that has them elsewhere may hold numbers alone.
+    masks = column.cast(pl.Float64, strict=False)
+    fits = masks.is_between(0, 2**MAX_BITS - 1) & (masks == masks.floor())
+    _Place(file, first_row).refuse(column, ~fits.fill_null(False), remedy)
+    return masks.cast(pl.Int64)
 
 
 def clean_times(column: pl.Series, file: str, look: Look | None = None, first_row: int = 0) -> tuple[pl.Series, int]:

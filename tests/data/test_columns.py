@@ -6,7 +6,7 @@ from datetime import date, datetime, timedelta, timezone
 import polars as pl
 import pytest
 
-from hstu.data.columns import clean_ids, clean_masks, clean_times, clean_values, whole_seconds
+from hstu.data.columns import Look, clean_ids, clean_masks, clean_times, clean_values, whole_seconds
 
 NOON = 1_717_157_400  # 2024-05-31T12:10:00Z
 
@@ -82,6 +82,20 @@ def test_wrong_values_are_refused(values: list, message: str) -> None:
 def test_wrong_masks_are_refused(values: list) -> None:
     with pytest.raises(ValueError, match="is no bit mask.*--action_type categorical"):
         clean_masks(pl.Series("c", values, strict=False), "f")
+
+
+@pytest.mark.parametrize(
+    ("values", "row", "value"),
+    [(["1", "2", "x"], 3, "x"), (["4", "-1", "y"], 2, "-1"), ([1, 2.5, 3], 2, "2.5"), ([1, 2**20], 2, "1048576")],
+)
+def test_the_error_about_a_mask_names_its_row(values: list[object], row: int, value: str) -> None:
+    look = Look().add(pl.Series(["word", "1"]))  # of the whole column; its other blocks may hold numbers alone
+    with pytest.raises(ValueError, match=rf"^f: column 'c', row {10 + row}: value '?{value}'? is no bit mask"):
+        clean_masks(pl.Series("c", values, strict=False), "f", look, first_row=10)
+
+
+def test_a_block_of_masks_in_a_column_with_words_is_read() -> None:
+    assert clean_masks(pl.Series("c", ["1", "3"]), "f", Look().add(pl.Series(["word", "1"]))).to_list() == [1, 3]
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,14 @@ def test_users_file(tmp_path: Path) -> None:
     assert len(dataset.schema.source) == 2
 
 
+def test_two_files_of_one_name_keep_a_checksum_each(tmp_path: Path) -> None:
+    (tmp_path / "people").mkdir()
+    FRAME.write_csv(tmp_path / "log.csv")
+    (tmp_path / "people" / "log.csv").write_text("who,region\n" + "".join(f"{user},north\n" for user in range(1, 13)))
+    source = encode(tmp_path / "log.csv", tmp_path / "people" / "log.csv").schema.source
+    assert list(source) == ["log.csv", "people/log.csv"] and len(set(source.values())) == 2
+
+
 JSON = '{"who":1,"what":2,"stars":3,"when":4}\n'
 TEXT = {"user_column": "user_id", "item_column": "item_id", "time_column": None, "action_column": None}
 

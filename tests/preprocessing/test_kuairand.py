@@ -128,6 +128,20 @@ def test_published_counts_are_checked(tmp_path: Path) -> None:
         make("kuairand-27k", tmp_path, known=known, check_counts=True)
 
 
+@pytest.mark.parametrize(("longest", "said"), [(1.009, False), (1.02, True)])
+def test_lengths_far_from_the_published_ones_are_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, longest: float, said: bool
+) -> None:
+    write_kuairand(tmp_path, "kuairand-27k", ROWS)
+    known = replace(DATASETS["kuairand-27k"], log_counts={}, lengths={"seqlen_max": 0})
+    known = replace(known, users=replace(known.users, rows=6))  # type: ignore[arg-type, type-var]
+    counts = make("kuairand-27k", tmp_path, known=known, check_counts=True).schema.counts
+    caplog.clear()
+    known = replace(known, lengths={"seqlen_mean": counts["seqlen_mean"] * longest})  # type: ignore[dict-item]
+    make("kuairand-27k", tmp_path, known=known, check_counts=True)
+    assert ("seqlen_mean is" in caplog.text) == said
+
+
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
