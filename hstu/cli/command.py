@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from hstu.config import ConfigError, DatasetArgs, load_config
+from hstu.config import ConfigError, DatasetArgs, load_config, task_of
 
 if TYPE_CHECKING:
     from hstu.data.reader import SequenceDataset
@@ -86,9 +85,7 @@ def open_trained(run_dir: str | Path, choice: str, bindings: list[str], mesh: Me
 def recorded_task(run: RunDirectory) -> Literal["ranking", "retrieval"] | None:
     """Return the task of the run that is in ``run``; None if there is none."""
     path = run.path / "operative.gin"
-    if not path.is_file():
-        return None
-    return "ranking" if re.search(r"^RankingArgs\.", path.read_text(), re.MULTILINE) else "retrieval"
+    return task_of([str(path)]) if path.is_file() else None
 
 
 def dataset_record(args: DatasetArgs, path: Path) -> dict[str, str | None]:

@@ -10,12 +10,10 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Literal
 
 from hstu.cli.command import find_dataset
 from hstu.cli.flags import underscore_flags
-from hstu.config import ConfigError, load_config
-from hstu.config.load import find_config
+from hstu.config import ConfigError, load_config, task_of
 
 _SHOWN = 8
 
@@ -27,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--gin_config_file", required=True, help="a path, or the name of one in configs/")
     parser.add_argument("--gin_bindings", action="append", default=[], help='"Class.field=value"; repeatable')
-    parser.add_argument("--task", choices=["ranking", "retrieval"], help="default: the one whose Args the file sets")
+    parser.add_argument("--task", choices=["ranking", "retrieval"], help="default: the one whose Args are set")
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--gpus_per_node", type=int, default=8)
     parser.add_argument("--gpu", choices=["h100", "h200", "b200"], default="h100")
@@ -56,8 +54,7 @@ def plan(args: argparse.Namespace) -> int:
 
     if args.nodes < 1 or args.gpus_per_node < 1 or not 0 < args.efficiency <= 1:
         raise ConfigError("--nodes, --gpus-per-node", "must be above zero, and --efficiency at most 1")
-    text = find_config(args.gin_config_file).read_text()
-    task: Literal["ranking", "retrieval"] = args.task or ("ranking" if "RankingArgs." in text else "retrieval")
+    task = args.task or task_of([args.gin_config_file], args.gin_bindings)
     config = load_config(task, [args.gin_config_file], args.gin_bindings).config
     dataset = SequenceDataset.open(find_dataset(config.dataset, RunDirectory(Path("runs"))))
     split, size = make_splits(config.dataset, dataset)["train"], config.trainer.train_batch_size
@@ -69,7 +66,8 @@ def plan(args: argparse.Namespace) -> int:
     print(
         f"{task} on {dataset.schema.name}, {args.nodes} x {args.gpus_per_node} {args.gpu}: {demand.dense:,} dense "
         f"weights, {rows:,} rows of sharded tables\na data rank's batch: {size} sequences, {demand.tokens:,} tokens, "
-        f"{demand.flops / 1e9:,.1f} GFLOP; arithmetic at {args.efficiency:.0%} of the peak, kernel launches not counted"
+        f"{demand.flops / 1e9:,.1f} GFLOP; {config.trainer.gradient_accumulation_steps} of them a step\n"
+        f"arithmetic at {args.efficiency:.0%} of the peak, kernel launches not counted"
     )
     print("data ctx tp | memory GB: dense  tables  activ.    all | ms: step   arith traffic  tables   grads     ctx"
           "      tp |    tokens/s    MFU")  # fmt: skip
@@ -87,7 +85,8 @@ def plan(args: argparse.Namespace) -> int:
         return 1
     print(
         f"choose ContextParallelArgs.context_parallel_size={best.context} "
-        f"TensorModelParallelArgs.tensor_model_parallel_size={best.tensor}, which leaves {best.data} data rank(s)"
+        f"TensorModelParallelArgs.tensor_model_parallel_size={best.tensor} "
+        f"TensorModelParallelArgs.sequence_parallel={best.tensor > 1}, which leaves {best.data} data rank(s)"
     )
     return 0
 

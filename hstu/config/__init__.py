@@ -14,7 +14,7 @@ from hstu.config.args import (
 )
 from hstu.config.backbones import RECOMPUTE
 from hstu.config.base import Args, ConfigError
-from hstu.config.load import LoadedConfig, find_config, load_config
+from hstu.config.load import LoadedConfig, find_config, load_config, task_of
 
 __all__ = [
     "RECOMPUTE",
@@ -33,4 +33,5 @@ __all__ = [
     "TrainerArgs",
     "find_config",
     "load_config",
+    "task_of",
 ]

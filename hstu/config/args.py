@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from hstu.config.backbones import HUGGING_FACE, check_backbone
+from hstu.config.backbones import HUGGING_FACE, check_backbone, check_degrees, swiglu_size
 from hstu.config.base import Args, ConfigError
 from hstu.config.retrieval import RetrievalArgs
 from hstu.config.training import OptimizerArgs, TrainerArgs
@@ -227,6 +227,13 @@ class NetworkArgs(Args):
         """Whether the backbone comes from the transformers library."""
         return self.backbone.startswith(HUGGING_FACE)
 
+    @property
+    def ffn_size(self) -> int:
+        """The inner width of feed-forward layers that applies."""
+        # Kang & McAuley 2018 have the width of the stream, Touvron et al. 2023 a gate beside 8/3, others four times.
+        chosen = {"sasrec": self.hidden_size, "llama": swiglu_size(self.hidden_size)}
+        return self.ffn_hidden_size or chosen.get(self.backbone, 4 * self.hidden_size)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ContextParallelArgs(Args):
@@ -299,6 +306,11 @@ class Config:
     def __post_init__(self) -> None:
         assert (self.ranking is None) != (self.retrieval is None), "exactly one task"
         network = self.network
+        check_degrees(
+            network,
+            self.context_parallel.context_parallel_size,
+            self.tensor_model_parallel.tensor_model_parallel_size,
+        )
         if network.is_masked and self.retrieval is None:
             raise network.error("backbone", "predicts masked items, not actions; use another one for ranking")
         if network.is_masked and self.layout != "item":

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from hstu.config.base import ConfigError
+
 if TYPE_CHECKING:
     from hstu.config.args import NetworkArgs
 
 BACKBONES = ("hstu", "sasrec", "llama", "bert", "gru", "hf:<config>")
 HUGGING_FACE = "hf:"
+_SPLIT = ("hstu", "sasrec", "llama", "bert")  # those whose sequences and heads ranks can share
 RECOMPUTE = ("recompute_input_layernorm", "recompute_input_silu", "recompute_gate")
 
 # Field: value when unset, backbones with a use for it, what it belongs to.
@@ -55,3 +58,30 @@ def check_backbone(network: NetworkArgs) -> None:
             raise network.error("num_query_groups", f"must divide num_attention_heads = {network.num_attention_heads}")
         if network.kv_channels % 2:
             raise network.error("kv_channels", "rotary positions turn pairs of channels; use an even number for llama")
+
+
+def swiglu_size(hidden_size: int) -> int:
+    """Return the inner width of SwiGLU that costs what 4 D would without a gate: 8 D / 3, rounded up to 32."""
+    return -(-int(8 * hidden_size / 3) // 32) * 32
+
+
+def check_degrees(network: NetworkArgs, context: int, tensor: int) -> None:
+    """Raise ``ConfigError`` for a network that ``context`` or ``tensor`` ranks cannot share: training and plan ask."""
+    recomputed = [name for name in RECOMPUTE if getattr(network, name)]
+    if recomputed and (context > 1 or tensor > 1):
+        raise network.error(recomputed[0], "needs whole weights and sequences on a rank; set it to False, or "
+                            "context_parallel_size and tensor_model_parallel_size to 1")  # fmt: skip
+    whole = f"NetworkArgs.backbone = {network.backbone!r} "
+    if context > 1 and network.backbone not in _SPLIT:
+        reason = f"= {context}: {whole}needs whole sequences; use 1, or hstu, sasrec, llama or bert"
+        raise ConfigError("ContextParallelArgs.context_parallel_size", reason)
+    widths = {"num_attention_heads": network.num_attention_heads}
+    if network.backbone != "hstu":
+        widths["ffn_hidden_size"] = network.ffn_size
+    if network.backbone == "llama":
+        widths["num_query_groups"] = network.num_query_groups or network.num_attention_heads
+    reasons = [f"does not divide NetworkArgs.{name} = {width}" for name, width in widths.items() if width % tensor]
+    if network.backbone not in _SPLIT:
+        reasons = [f"{whole}cannot be cut by heads; use 1"]
+    if tensor > 1 and reasons:
+        raise ConfigError("TensorModelParallelArgs.tensor_model_parallel_size", f"= {tensor}: {reasons[0]}")

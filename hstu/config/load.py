@@ -110,6 +110,19 @@ def load_config(
     return LoadedConfig(config=config, given=given, operative=_operative(config), notes=tuple(notes))
 
 
+def task_of(files: Sequence[str], bindings: Sequence[str] = ()) -> Literal["ranking", "retrieval"]:
+    """Return the task whose args gin files and bindings set, included files too; retrieval needs none.
+
+    Raises:
+        ConfigError: if those of both are set, and for gin that cannot be read.
+    """
+    bound = read_bindings([find_config(f) for f in files], bindings, tuple(_CLASSES), CONFIG_DIRECTORY)
+    found = {key.split(".")[0] for key in bound} & {"RankingArgs", "RetrievalArgs"}
+    if len(found) == 2:
+        raise ConfigError("--task", "is required: RankingArgs and RetrievalArgs are both set")
+    return "ranking" if "RankingArgs" in found else "retrieval"
+
+
 def _given(bound: dict[str, Binding]) -> str:
     groups = [[f"{key} = {b.value!r}" for key, b in bound.items() if key.split(".")[0] == name] for name in _CLASSES]
     return "\n\n".join("\n".join(lines) for lines in groups if lines) + "\n"

@@ -42,11 +42,6 @@ class LLaMAConfig:
     norm_eps: float = 1e-5
 
 
-def swiglu_size(hidden_size: int) -> int:
-    """Return the inner width of SwiGLU that costs what 4 D would without a gate: 8 D / 3, rounded up to 32."""
-    return -(-int(8 * hidden_size / 3) // 32) * 32
-
-
 def rotation(positions: Tensor, channels: int) -> tuple[Tensor, Tensor]:
     """Return cosine and sine of ``p * theta^(-2i / d)``, each [T, 1, d / 2] float32 (https://arxiv.org/abs/2104.09864)."""
     frequency = ROPE_THETA ** (-torch.arange(0, channels, 2, device=positions.device, dtype=torch.float64) / channels)

@@ -9,7 +9,7 @@ from hstu.config.backbones import HUGGING_FACE
 from hstu.layers.gru import GRUBlock
 from hstu.layers.hstu import HSTUBlock, HSTUConfig, hstu_preset
 from hstu.layers.huggingface import HuggingFaceBlock
-from hstu.layers.llama import LLaMABlock, LLaMAConfig, swiglu_size
+from hstu.layers.llama import LLaMABlock, LLaMAConfig
 from hstu.layers.transformer import TransformerBlock, TransformerConfig
 from hstu.layers.visibility import Visibility
 
@@ -93,7 +93,7 @@ def _transformer_config(network: NetworkArgs) -> TransformerConfig:
         hidden_size=network.hidden_size,
         num_heads=network.num_attention_heads,
         head_channels=network.kv_channels,
-        ffn_size=network.ffn_hidden_size or (4 if bert else 1) * network.hidden_size,
+        ffn_size=network.ffn_size,
         activation="gelu" if bert else "relu",
         norm=network.norm_placement or ("post" if bert else "pre"),
         visibility=_visibility(network),
@@ -109,7 +109,7 @@ def _hugging_face(network: NetworkArgs, max_tokens: int) -> nn.Module:
             hidden_size=network.hidden_size,
             num_layers=network.num_layers,
             num_heads=network.num_attention_heads,
-            ffn_size=network.ffn_hidden_size or 4 * network.hidden_size,
+            ffn_size=network.ffn_size,
             max_tokens=max_tokens,
             dropout=network.hidden_dropout,
             visibility=_visibility(network),
@@ -124,7 +124,7 @@ def _llama_config(network: NetworkArgs) -> LLaMAConfig:
         num_heads=network.num_attention_heads,
         num_groups=network.num_query_groups or network.num_attention_heads,
         head_channels=network.kv_channels,
-        ffn_size=network.ffn_hidden_size or swiglu_size(network.hidden_size),
+        ffn_size=network.ffn_size,
         visibility=_visibility(network),
         dropout=network.hidden_dropout,
         norm_eps=network.norm_epsilon or 1e-5,

@@ -15,7 +15,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from hstu.config import ConfigError, NetworkArgs
 from hstu.layers.hstu import HSTUBlock, HSTULayer
 from hstu.layers.llama import LLaMABlock
 from hstu.layers.tokens import Stream, Tokens
@@ -207,21 +206,12 @@ def _unpack(kv: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return own_k, own_v
 
 
-def attend_across_ranks(backbone: nn.Module, context: ContextParallel, network: NetworkArgs) -> None:
-    """Exchange the attention of ``backbone``, in place.
-
-    Raises:
-        ConfigError: for a backbone that needs whole sequences.
-    """
+def attend_across_ranks(backbone: nn.Module, context: ContextParallel) -> None:
+    """Exchange the attention of ``backbone``, in place."""
     if isinstance(backbone, HSTUBlock):
         for layer in backbone.layers:
             assert isinstance(layer, HSTULayer)
             layer.attention = context.hstu_attention
-    elif isinstance(backbone, (TransformerBlock, LLaMABlock)):
-        backbone.attention_over = context.softmax_attention_over
     else:
-        raise ConfigError(
-            "ContextParallelArgs.context_parallel_size",
-            f"= {context.size}: NetworkArgs.backbone = {network.backbone!r} needs whole sequences; use 1, or hstu, "
-            "sasrec, llama or bert",
-        )
+        assert isinstance(backbone, (TransformerBlock, LLaMABlock)), "refused by check_degrees"
+        backbone.attention_over = context.softmax_attention_over

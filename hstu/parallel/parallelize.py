@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from torch import nn
 
 from hstu.config import Config
-from hstu.config.backbones import RECOMPUTE
 from hstu.models import RankingModel, RetrievalModel
 from hstu.parallel.context import ContextParallel, attend_across_ranks
 from hstu.parallel.dense import DenseParallel
@@ -50,17 +49,13 @@ def parallelize(model: RankingModel | RetrievalModel, mesh: Mesh, config: Config
     model.embeddings = tables
     if isinstance(model, RetrievalModel):
         model.sampler.gather = mesh.gather
-    recomputed = [name for name in RECOMPUTE if getattr(config.network, name)]
-    if recomputed and (mesh.context.size > 1 or mesh.tensor.size > 1):
-        raise config.network.error(recomputed[0], "needs whole weights and sequences on a rank; set it to False, or "
-                                   "context_parallel_size and tensor_model_parallel_size to 1")  # fmt: skip
     if mesh.context.size > 1:
         context = ContextParallel(mesh.context)
         model.hold = context.hold
-        attend_across_ranks(model.backbone, context, config.network)
+        attend_across_ranks(model.backbone, context)
     if mesh.tensor.size > 1:
         tensor = TensorParallel(mesh.tensor, config.tensor_model_parallel, mesh.device)
-        model.backbone = tensor.split(model.backbone, config.network)
+        model.backbone = tensor.split(model.backbone)
     parts = {name: part for name, part in model.named_children() if part is not tables}
     assert not model._parameters, "a weight outside the submodules would be neither trained nor saved"
     dense = DenseParallel(nn.ModuleDict({**parts, "replicated": tables.replicated}), config.optimizer)

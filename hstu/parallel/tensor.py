@@ -22,7 +22,7 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor, nn
 
-from hstu.config import ConfigError, NetworkArgs, TensorModelParallelArgs
+from hstu.config import TensorModelParallelArgs
 from hstu.layers.dropout import dropout
 from hstu.layers.hstu import HSTUBlock, HSTULayer
 from hstu.layers.llama import LLaMABlock, LLaMALayer
@@ -85,14 +85,9 @@ class TensorParallel:
         if args.sequence_parallel and device.type == "cpu":
             let_cuda_mean_cpu()
 
-    def split(self, backbone: nn.Module, network: NetworkArgs) -> nn.Module:
-        """Return ``backbone``, whose layers have a share of the heads.
-
-        Raises:
-            ConfigError: for widths that the ranks cannot share equally, or a backbone that cannot be cut.
-        """
-        if not isinstance(backbone, (HSTUBlock, TransformerBlock, LLaMABlock)):
-            raise self._refused(f"NetworkArgs.backbone = {network.backbone!r} cannot be cut by heads; use 1")
+    def split(self, backbone: nn.Module) -> nn.Module:
+        """Return ``backbone``, whose layers have a share of the heads; ``check_degrees`` has allowed it."""
+        assert isinstance(backbone, (HSTUBlock, TransformerBlock, LLaMABlock))
         for layer in backbone.layers:
             if isinstance(layer, HSTULayer):
                 self._split_hstu(layer)
@@ -111,7 +106,7 @@ class TensorParallel:
         config = layer.config
         width = config.num_heads * config.value_channels
         inner = [width] * (layer.output.in_features // width)
-        self._divide("num_attention_heads", config.num_heads)
+        self._divide(config.num_heads)
         self._columns(layer, "uvqk", layer.splits)
         self._rows(layer, "output", inner)
         layer.splits = [part // self.group.size for part in layer.splits]
@@ -125,8 +120,7 @@ class TensorParallel:
 
     def _split_transformer(self, layer: TransformerLayer) -> None:
         inner, ffn = layer.output.in_features, layer.config.ffn_size
-        self._divide("num_attention_heads", layer.config.num_heads)
-        self._divide("ffn_hidden_size", ffn)
+        self._divide(layer.config.num_heads, ffn)
         self._columns(layer, "qkv", [inner] * 3)
         self._rows(layer, "output", [inner])
         self._columns(layer, "expand", [ffn])
@@ -135,9 +129,7 @@ class TensorParallel:
 
     def _split_llama(self, layer: LLaMALayer) -> None:
         ffn = layer.config.ffn_size
-        self._divide("num_attention_heads", layer.config.num_heads)
-        self._divide("num_query_groups", layer.config.num_groups)
-        self._divide("ffn_hidden_size", ffn)
+        self._divide(layer.config.num_heads, layer.config.num_groups, ffn)
         self._columns(layer, "qkv", layer.splits)
         self._rows(layer, "wo", layer.splits[:1])
         layer.splits = [part // self.group.size for part in layer.splits]
@@ -201,12 +193,8 @@ class TensorParallel:
 
         parameter.register_hook(total)
 
-    def _divide(self, field: str, value: int) -> None:
-        if value % self.group.size:
-            raise self._refused(f"does not divide NetworkArgs.{field} = {value}")
-
-    def _refused(self, reason: str) -> ConfigError:
-        return ConfigError("TensorModelParallelArgs.tensor_model_parallel_size", f"= {self.group.size}: {reason}")
+    def _divide(self, *widths: int) -> None:
+        assert not any(width % self.group.size for width in widths), "refused by check_degrees"
 
 
 def _mark(parameter: nn.Parameter, cut: Cut) -> None:

@@ -4,25 +4,27 @@ Per GPU, with world = data x context x tensor ranks, and rates from the data she
 
 - memory: weights and gradients of 4 bytes (backbone matrices over the tensor ranks), moments, tables and their moments
   over all ranks, and activations: what one pass over a real batch keeps for its backward pass, measured here and
-  divided by context and tensor ranks;
+  divided by context and tensor ranks (which split tokens too, by sequence parallelism);
 - arithmetic: counted operations at ``efficiency`` of the peak;
-- memory traffic: weights and moments once, activations three times;
+- memory traffic: moments once, weights once and activations three times a batch;
 - tables: rows of the looked-up ids, out and back; dense gradients: a ring all-reduce; context: keys and values to the
-  other ranks of the group, and twice that backward; tensor: two all-reduces of the stream a layer. A group that fits
-  into a node uses NVLink, another one the network;
-- a step is the sum of these; with overlap, gradients hide behind two thirds of the arithmetic.
+  other ranks of the group, and twice that backward; tensor: two all-reduces of the stream for each matrix that ends a
+  sublayer. A group that fits into a node uses NVLink, another one the network;
+- a step is the sum of these, with moments and gradients once and the rest for each batch that it accumulates; with
+  overlap, gradients hide behind two thirds of the arithmetic of its last batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torchrec import KeyedJaggedTensor
 
-from hstu.config import Config
+from hstu.config import Config, ConfigError, ContextParallelArgs, TensorModelParallelArgs
 from hstu.data.batch import Batch
 from hstu.data.reader import SequenceDataset
 from hstu.models import RankingModel, RetrievalModel, build_model
@@ -36,7 +38,7 @@ _FLOAT = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Demand:
-    """What a step of one data rank needs, however it is spread.
+    """What a batch of one data rank needs, however it is spread.
 
     Attributes:
         dense: Elements of the dense weights, replicated tables among them.
@@ -173,14 +175,25 @@ def dense_bytes(config: Config, elements: int, ranks: int) -> tuple[int, int]:
 
 
 def _degrees(config: Config, world: int, per_node: int) -> Iterator[tuple[int, int]]:
-    heads = config.network.num_attention_heads
+    powers = [2**n for n in range(world.bit_length())]
     for tensor in (1, 2, 4, 8):
-        if tensor > per_node or heads % tensor or world % tensor:
-            continue
-        context = 1
-        while world % (context * tensor) == 0:
-            yield context, tensor
-            context *= 2
+        for context in powers:
+            if tensor <= per_node and world % (context * tensor) == 0 and _allowed(config, context, tensor):
+                yield context, tensor
+
+
+def _allowed(config: Config, context: int, tensor: int) -> bool:
+    """Return whether training takes these degrees."""
+    with suppress(ConfigError):
+        replace(
+            config,
+            context_parallel=ContextParallelArgs(context_parallel_size=context),
+            tensor_model_parallel=TensorModelParallelArgs(
+                tensor_model_parallel_size=tensor, sequence_parallel=tensor > 1
+            ),
+        )
+        return True
+    return False
 
 
 def _plan(
@@ -188,6 +201,7 @@ def _plan(
 ) -> Plan:
     network, optimizer = config.network, sparse_optimizer_name(config.optimizer)
     data, element = world // (context * tensor), 2 if network.dtype_str == "bfloat16" else 4
+    batches, sums = config.trainer.gradient_accumulation_steps, 2 if network.backbone == "hstu" else 4
     dense = demand.dense - demand.backbone + demand.backbone // tensor
     weights, moments = dense_bytes(config, dense, data * context)
     shards = [table_bytes(table, optimizer, world) for table in demand.tables]
@@ -197,7 +211,8 @@ def _plan(
         return gpu.node_rate if ranks <= per_node else gpu.network_rate
 
     values = network.value_channels or network.kv_channels
-    sent = tokens * network.num_attention_heads * (network.kv_channels + values) / tensor * element * (context - 1)
+    heads = network.num_query_groups or network.num_attention_heads
+    sent = tokens * heads * (network.kv_channels + values) / tensor * element * (context - 1)
     stream = tokens * network.hidden_size * element * 2 * (tensor - 1) / tensor
     arithmetic = demand.flops / (context * tensor) / (efficiency * gpu.peak(network.dtype_str))
     gradients = 2 * dense * _FLOAT * (data * context - 1) / (data * context) / rate(world)
@@ -209,17 +224,17 @@ def _plan(
         dense_memory=weights + moments,
         table_memory=sum(map(sum, shards)),
         activation_memory=activations,
-        arithmetic=arithmetic,
-        traffic=(2 * (weights + moments) + 3 * activations) / gpu.memory_rate,
-        table_time=2 * demand.lookups / context * (world - 1) / world / rate(world),
+        arithmetic=batches * arithmetic,
+        traffic=(2 * (batches * weights + moments) + 3 * batches * activations) / gpu.memory_rate,
+        table_time=batches * 2 * demand.lookups / context * (world - 1) / world / rate(world),
         gradient_time=max(0.0, gradients - hidden),
-        context_time=3 * network.num_layers * sent / rate(context * tensor),
-        tensor_time=2 * network.num_layers * stream / rate(tensor),
+        context_time=batches * 3 * network.num_layers * sent / rate(context * tensor),
+        tensor_time=batches * sums * network.num_layers * stream / rate(tensor),
         tokens_per_second=0.0,
         mfu=0.0,
     )
-    speed = data * demand.tokens / plan.step
-    mfu = demand.flops / (context * tensor) / plan.step / gpu.peak(network.dtype_str)
+    speed = data * batches * demand.tokens / plan.step
+    mfu = batches * demand.flops / (context * tensor) / plan.step / gpu.peak(network.dtype_str)
     return replace(plan, tokens_per_second=speed, mfu=mfu)
 
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hstu.config.backbones import swiglu_size
 from hstu.layers.gru import GRUBlock
-from hstu.layers.llama import LLaMABlock, LLaMAConfig, rotate, rotation, swiglu_size
+from hstu.layers.llama import LLaMABlock, LLaMAConfig, rotate, rotation
 from hstu.layers.mlp import initialize
 from hstu.layers.tokens import Tokens
 from hstu.layers.transformer import TransformerBlock, TransformerConfig

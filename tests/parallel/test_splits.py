@@ -5,46 +5,45 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hstu.config import ConfigError, load_config
-from hstu.models.backbone import make_backbone
+from hstu.config import Config, ConfigError, load_config
 from hstu.parallel import Mesh
-from hstu.parallel.context import ContextParallel, attend_across_ranks
 from hstu.parallel.mesh import Group
-from hstu.parallel.tensor import Cut, TensorParallel
+from hstu.parallel.tensor import Cut
 from tests.tiny import BINDINGS
 
 
-def group_of(size: int) -> Group:
-    return Group(rank=0, size=size, group=None)  # type: ignore[arg-type]
+def load(*bindings: str, context: int = 1, tensor: int = 1) -> Config:
+    degrees = (
+        f"ContextParallelArgs.context_parallel_size={context}",
+        f"TensorModelParallelArgs.tensor_model_parallel_size={tensor}",
+    )
+    return load_config("retrieval", [], [*BINDINGS["retrieval"], *bindings, *degrees]).config
 
 
-def split(*bindings: str, ranks: int = 2) -> None:
-    config = load_config("retrieval", [], [*BINDINGS["retrieval"], *bindings]).config
-    backbone = make_backbone(config.network, 17)
-    TensorParallel(group_of(ranks), config.tensor_model_parallel, torch.device("cpu")).split(backbone, config.network)
+REFUSED = {
+    "heads": (("NetworkArgs.num_attention_heads=3",), 1, 2, "does not divide NetworkArgs.num_attention_heads = 3"),
+    "feed-forward": (("NetworkArgs.backbone='sasrec'", "NetworkArgs.ffn_hidden_size=15"), 1, 2, "ffn_hidden_size = 15"),
+    "default feed-forward": (
+        ("NetworkArgs.backbone='sasrec'", "NetworkArgs.hidden_size=18", "NetworkArgs.num_attention_heads=4"),
+        1, 4, "ffn_hidden_size = 18",
+    ),
+    "groups": (("NetworkArgs.backbone='llama'", "NetworkArgs.num_query_groups=1"), 1, 2, "num_query_groups = 1"),
+    "gru": (("NetworkArgs.backbone='gru'",), 1, 2, "NetworkArgs.backbone = 'gru' cannot be cut"),
+    "gru sequences": (("NetworkArgs.backbone='gru'",), 2, 1, "NetworkArgs.backbone = 'gru' needs whole sequences"),
+    "hf": (("NetworkArgs.backbone='hf:gpt2'",), 1, 2, "NetworkArgs.backbone = 'hf:gpt2' cannot be cut"),
+    "hf sequences": (("NetworkArgs.backbone='hf:gpt2'",), 2, 1, "'hf:gpt2' needs whole sequences"),
+    "recomputed": (("NetworkArgs.recompute_gate=True",), 2, 1, "recompute_gate = True: needs whole weights"),
+    "recomputed, cut": (("NetworkArgs.recompute_input_silu=True",), 1, 2, "recompute_input_silu = True: needs whole"),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("bindings", "said"),
-    [
-        (("NetworkArgs.num_attention_heads=3",), "does not divide NetworkArgs.num_attention_heads = 3"),
-        (("NetworkArgs.backbone='sasrec'", "NetworkArgs.ffn_hidden_size=15"), "NetworkArgs.ffn_hidden_size = 15"),
-        (("NetworkArgs.backbone='llama'", "NetworkArgs.num_query_groups=1"), "NetworkArgs.num_query_groups = 1"),
-        (("NetworkArgs.backbone='gru'",), "NetworkArgs.backbone = 'gru' cannot be cut"),
-    ],
-)
-def test_what_heads_cannot_share(bindings: tuple[str, ...], said: str) -> None:
-    with pytest.raises(ConfigError, match="tensor_model_parallel_size = 2") as caught:
-        split(*bindings)
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_ranks_cannot_share(name: str) -> None:
+    bindings, context, tensor, said = REFUSED[name]
+    load(*bindings)
+    with pytest.raises(ConfigError) as caught:
+        load(*bindings, context=context, tensor=tensor)
     assert said in str(caught.value)
-
-
-def test_a_backbone_that_needs_whole_sequences() -> None:
-    config = load_config("retrieval", [], [*BINDINGS["retrieval"], "NetworkArgs.backbone='gru'"]).config
-    context = ContextParallel.__new__(ContextParallel)
-    context.size = 2
-    with pytest.raises(ConfigError, match="context_parallel_size = 2: NetworkArgs.backbone = 'gru' needs whole"):
-        attend_across_ranks(make_backbone(config.network, 17), context, config.network)
 
 
 def test_degrees_that_do_not_divide_the_ranks() -> None:

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from hstu.cli.plan import main
-from hstu.config import load_config
+from hstu.config import Config, ConfigError, load_config, task_of
 from hstu.data.reader import SequenceDataset
+from hstu.models.backbone import make_backbone
 from hstu.models.embedding import Table
+from hstu.parallel.context import ContextParallel, attend_across_ranks
 from hstu.parallel.embedding import sparse_optimizer_name
+from hstu.parallel.mesh import Group, parallel_state
+from hstu.parallel.tensor import TensorParallel
 from hstu.training.hardware import GPUS
 from hstu.training.plan import Demand, dense_bytes, fits, make_plans, measure_demand, table_bytes
 from hstu.training.summary import memory_rows
@@ -58,7 +68,7 @@ def test_activations_are_within_a_factor_of_two_of_the_measured_peak(tmp_path: P
     assert planned > 1e8 and 0.5 < measured / planned < 2, (planned, measured)
 
 
-def demand(data: Path, *bindings: str) -> tuple[Demand, object]:
+def demand(data: Path, *bindings: str) -> tuple[Demand, Config]:
     config = load_config("ranking", [], [*BINDINGS["ranking"], *bindings]).config
     with trainer(data, data.parent / "unused", "ranking", *bindings) as run_:
         return measure_demand(config, SequenceDataset.open(data), next(run_.loaders["train"].epoch(0))), config
@@ -66,7 +76,7 @@ def demand(data: Path, *bindings: str) -> tuple[Demand, object]:
 
 def test_degrees_cover_the_world_and_divide_the_work(data: Path) -> None:
     found, config = demand(data)
-    plans = make_plans(config, found, GPUS["h100"], 2, 4, 0.4)  # type: ignore[arg-type]
+    plans = make_plans(config, found, GPUS["h100"], 2, 4, 0.4)
     degrees = {(p.data, p.context, p.tensor) for p in plans}
     assert degrees == {(8, 1, 1), (4, 2, 1), (2, 4, 1), (1, 8, 1), (4, 1, 2), (2, 2, 2), (1, 4, 2)}, "two heads"
     one = {(p.context, p.tensor): p for p in plans}
@@ -76,15 +86,124 @@ def test_degrees_cover_the_world_and_divide_the_work(data: Path) -> None:
     assert one[1, 2].dense_memory < one[1, 1].dense_memory
     # A group inside the node sends nine times as fast.
     assert one[8, 1].context_time / one[4, 1].context_time == pytest.approx(9 * (7 / 8) / (3 / 4))
-    (alone,) = make_plans(config, found, GPUS["h100"], 1, 1, 0.4)  # type: ignore[arg-type]
+    (alone,) = make_plans(config, found, GPUS["h100"], 1, 1, 0.4)
     assert alone.gradient_time == alone.table_time == 0 < alone.step
     assert alone.mfu == pytest.approx(found.flops / alone.step / GPUS["h100"].float32) and alone.mfu < 0.4
+
+
+# Kind of network: what tells it from the shipped config.
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "hf": ("NetworkArgs.backbone='hf:gpt2'",),
+    "recomputed": ("NetworkArgs.recompute_gate=True",),
+    "three heads": ("NetworkArgs.num_attention_heads=3",),
+    "groups": ("NetworkArgs.backbone='llama'", "NetworkArgs.num_attention_heads=8", "NetworkArgs.num_query_groups=2"),
+    "feed-forward": ("NetworkArgs.backbone='sasrec'", "NetworkArgs.num_attention_heads=8",
+                     "NetworkArgs.ffn_hidden_size=36"),
+    "narrow": ("NetworkArgs.backbone='sasrec'", "NetworkArgs.num_attention_heads=8", "NetworkArgs.hidden_size=36"),
+    "split already": ("TensorModelParallelArgs.tensor_model_parallel_size=2",
+                      "TensorModelParallelArgs.sequence_parallel=True"),
+}  # fmt: skip
+EIGHT = {(c, t) for c in (1, 2, 4, 8, 16) for t in (1, 2, 4, 8) if 16 % (c * t) == 0}
+
+
+@contextlib.contextmanager
+def grid(context: int, tensor: int) -> Iterator[None]:
+    """Make this process the first of 16 that are not there."""
+    dist.init_process_group("fake", rank=0, world_size=16, store=FakeStore())
+    try:
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=tensor, context_parallel_size=context, create_gloo_process_groups=False
+        )
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def spread(config: Config) -> None:
+    """Do to the backbone what training does to it."""
+    backbone, args = make_backbone(replace(config.network, num_layers=1), 17), config.tensor_model_parallel
+    with grid(config.context_parallel.context_parallel_size, args.tensor_model_parallel_size):
+        if config.context_parallel.context_parallel_size > 1:
+            context = ContextParallel(Group.of(parallel_state.get_context_parallel_group()))
+            attend_across_ranks(backbone, context)
+        if args.tensor_model_parallel_size > 1:
+            group = Group.of(parallel_state.get_tensor_model_parallel_group())
+            TensorParallel(group, args, torch.device("cpu")).split(backbone)
+
+
+SHIPPED = sorted(path.name for path in (ROOT / "configs").glob("*.gin"))
+CASES = [*((name, ()) for name in SHIPPED), *(("synthetic_retrieval.gin", lines) for lines in VARIANTS.values())]
+
+
+@pytest.mark.parametrize(("name", "lines"), CASES, ids=[*SHIPPED, *VARIANTS])
+def test_training_takes_every_degree_that_is_planned_and_refuses_the_others(name: str, lines: tuple[str, ...]) -> None:
+    task = task_of([name], lines)
+    assert task == Path(name).stem.rsplit("_", 1)[1]
+    config = load_config(task, [name], lines).config
+    need = Demand(dense=1, backbone=1, tables=(), activations=1, flops=1.0, tokens=1, lookups=1)
+    planned = {(plan.context, plan.tensor) for plan in make_plans(config, need, GPUS["h100"], 2, 8, 0.4)}
+    assert (1, 1) in planned <= EIGHT
+    for context, tensor in sorted(EIGHT):
+        chosen = (
+            f"ContextParallelArgs.context_parallel_size={context}",
+            f"TensorModelParallelArgs.tensor_model_parallel_size={tensor}",
+            f"TensorModelParallelArgs.sequence_parallel={tensor > 1}",
+        )
+        if (context, tensor) in planned:
+            spread(load_config(task, [name], [*lines, *chosen]).config)
+        else:
+            with pytest.raises(ConfigError):
+                load_config(task, [name], [*lines, *chosen])
+
+
+def test_degrees_of_backbones() -> None:
+    def planned(*lines: str) -> set[tuple[int, int]]:
+        config = load_config("retrieval", ["synthetic_retrieval.gin"], lines).config
+        need = Demand(dense=1, backbone=1, tables=(), activations=1, flops=1.0, tokens=1, lookups=1)
+        return {(plan.context, plan.tensor) for plan in make_plans(config, need, GPUS["h100"], 2, 8, 0.4)}
+
+    heads = "NetworkArgs.num_attention_heads=8"
+    assert planned(heads) == EIGHT
+    assert (
+        planned("NetworkArgs.backbone='gru'")
+        == planned(*VARIANTS["hf"])
+        == planned(*VARIANTS["recomputed"])
+        == {(1, 1)}
+    )
+    assert {tensor for _, tensor in planned(*VARIANTS["groups"])} == {1, 2}
+    assert {tensor for _, tensor in planned(*VARIANTS["narrow"])} == {1, 2, 4}
+
+
+def test_batches_that_a_step_accumulates_count(data: Path) -> None:
+    found, config = demand(data, "OptimizerArgs.overlap_grad_reduce=True")
+    more = replace(config, trainer=replace(config.trainer, gradient_accumulation_steps=4))
+    degrees = {(2, 2)}
+    (one,), (four,) = (
+        [p for p in make_plans(c, found, GPUS["h100"], 2, 4, 0.4) if (p.context, p.tensor) in degrees]
+        for c in (config, more)
+    )
+    for part in ("arithmetic", "table_time", "context_time", "tensor_time"):
+        assert getattr(four, part) == pytest.approx(4 * getattr(one, part)) and getattr(one, part) > 0
+    assert four.gradient_time == one.gradient_time > 0, "exchanged once"
+    assert one.traffic < four.traffic < 4 * one.traffic, "moments move once"
+    assert four.memory == one.memory
+    assert four.tokens_per_second == pytest.approx(4 * one.tokens_per_second * one.step / four.step)
+    assert four.mfu == pytest.approx(4 * found.flops / 4 / four.step / GPUS["h100"].float32) and four.mfu > one.mfu
+
+
+def test_the_task_of_a_config_that_includes_another(tmp_path: Path) -> None:
+    (tmp_path / "mine.gin").write_text("include 'kuairand_1k_ranking.gin'\nTrainerArgs.seed = 5\n")
+    assert task_of([str(tmp_path / "mine.gin")]) == "ranking"
+    assert task_of(["kuairand_1k_retrieval.gin"]) == task_of([]) == "retrieval"
+    with pytest.raises(ConfigError, match="--task is required"):
+        task_of(["kuairand_1k_ranking.gin"], ["RetrievalArgs.temperature=0.1"])
 
 
 def test_what_fits_comes_first(data: Path) -> None:
     found, config = demand(data)
     large = Demand(**{**vars(found), "activations": 200e9})
-    plans = make_plans(config, large, GPUS["h200"], 1, 8, 0.4)  # type: ignore[arg-type]
+    plans = make_plans(config, large, GPUS["h200"], 1, 8, 0.4)
     flags = [fits(plan, GPUS["h200"]) for plan in plans]
     assert flags == sorted(flags, reverse=True) and flags[0] and not flags[-1]
     assert plans[0].context * plans[0].tensor == 2
