@@ -4,13 +4,15 @@
 #   sbatch --nodes=4 examples/launch_slurm.sh retrieval --gin-config-file F --run-dir DIR
 #
 # from the root of the repository, its environment active, DIR on a file system that all nodes share. Slurm sends
-# SIGTERM two minutes before the time is up: the run saves and ends, and the same command goes on.
+# SIGTERM three minutes before the time is up (or up to one sooner), and torchrun gives its ranks GRACE seconds (120) to
+# end their step, save and leave; the same command goes on. Raise both if a step, an evaluation and a save take longer:
+# a run that is killed goes on from the checkpoint before.
 #SBATCH --job-name=hstu
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=64
 #SBATCH --time=24:00:00
-#SBATCH --signal=TERM@120
+#SBATCH --signal=TERM@180
 #SBATCH --requeue
 set -euo pipefail
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)

@@ -33,14 +33,18 @@ def run_on_mesh(action: Callable[[Mesh], None]) -> int:
         try:
             action(mesh)
         except KeyboardInterrupt:  # before the first step, or a second one while the first is obeyed
-            print("interrupted", file=sys.stderr)
+            if mesh.is_main:
+                print("interrupted", file=sys.stderr)
             return 130
         except (ValueError, TrainingError) as error:
             logger.debug("traceback", exc_info=True)
-            if not mesh.is_told(str(error)):  # what all ranks find is printed once
+            if mesh.is_first_to_tell(str(error)):  # what all ranks find is printed once
                 print(f"error{'' if mesh.is_main else f' on rank {mesh.rank}'}: {error}", file=sys.stderr)
             return 2
         except Exception:
+            if mesh.is_told():
+                logger.debug("traceback, after another rank's mistake", exc_info=True)
+                return 1
             print(f"rank {mesh.rank} of {mesh.world_size} failed:\n{traceback.format_exc()}", file=sys.stderr, end="")
             return 1
     return 0

@@ -41,7 +41,8 @@ def main(task: Literal["ranking", "retrieval"]) -> None:
         if rest:
             raise flags.Error(f"{rest[0]!r} belongs to no flag")
     except flags.Error as error:
-        print(f"error: {error} (--help lists the flags)".replace("\n", " "), file=sys.stderr)
+        if int(os.environ.get("RANK", 0)) == 0:  # all ranks have the same flags
+            print(f"error: {error} (--help lists the flags)".replace("\n", " "), file=sys.stderr)
         sys.exit(2)
     sys.exit(run_on_mesh(lambda mesh: _run(task, mesh)))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 import uuid
@@ -210,20 +211,30 @@ class Mesh:
             dist.all_reduce(raised, group=self.host_group)
         return bool(raised)
 
-    def is_told(self, text: str) -> bool:
-        """Return whether rank 0 has said ``text`` here; on rank 0 itself this says it. Asked when a rank fails.
+    def is_first_to_tell(self, mistake: str) -> bool:
+        """Return whether this rank is to print ``mistake``: one that has it is, rank 0 if it has it soon.
 
         Not a collective operation: the other ranks may be anywhere.
         """
-        store = dist.PrefixStore("told", dist.distributed_c10d._get_default_store())
-        if self.is_main:
-            store.set("0", text)
-            return False
+        store, key = self._told(), hashlib.sha256(mistake.encode()).hexdigest()
+        deadline = time.monotonic() + (0 if self.is_main else 3)
         try:
-            store.wait(["0"], timedelta(seconds=3))
-            return bool(store.get("0").decode() == text)
-        except RuntimeError:  # rank 0 has nothing to say, or is gone
+            store.set("any", "")
+            while not store.check([key]) and time.monotonic() < deadline:
+                time.sleep(0.05)
+            return bool(store.add(key, 1) == 1)
+        except RuntimeError:  # the store is gone
+            return True
+
+    def is_told(self) -> bool:
+        """Return whether a rank has ended with a mistake, which the others then notice by its absence."""
+        try:
+            return bool(self._told().check(["any"]))
+        except RuntimeError:
             return False
+
+    def _told(self) -> dist.Store:
+        return dist.PrefixStore("told", dist.distributed_c10d._get_default_store())
 
     def set_timeout(self, seconds: float) -> None:
         """Let a collective operation on any group wait for other ranks so long at most."""

@@ -7,7 +7,7 @@ from types import FrameType, TracebackType
 
 
 class StopRequest:
-    """Notes the first signal; a second one acts as usual."""
+    """Notes the first signal; a second Ctrl-C acts as usual, but SIGTERM may come from Slurm and torchrun at once."""
 
     _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -24,4 +24,5 @@ class StopRequest:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
-        signal.signal(number, self._before[signal.Signals(number)])
+        if number == signal.SIGINT:
+            signal.signal(number, self._before[signal.SIGINT])

@@ -41,7 +41,7 @@ def spoil(on_rank: int, at_step: int) -> None:
 
 
 def skip(mesh: Mesh, data: Path, out: Path) -> None:
-    """Skip a step that is bad on rank 1 alone; then make a mistake there alone, and one everywhere."""
+    """Skip a step that is bad on rank 1 alone; then make a mistake there alone, for which rank 0 waits."""
     spoil(on_rank=1, at_step=3)
     with trainer(data, out / "run", "ranking", *SKIP, mesh=mesh) as run:
         run.train()
@@ -49,6 +49,7 @@ def skip(mesh: Mesh, data: Path, out: Path) -> None:
         (out / f"progress{mesh.rank}.json").write_text(json.dumps([dataclasses.asdict(run.progress), rank1.tolist()]))
     if mesh.rank == 1:
         raise ConfigError("TrainerArgs.seed", "= 7: only here")
+    mesh.barrier()
 
 
 def everywhere(mesh: Mesh, data: Path, out: Path) -> None:

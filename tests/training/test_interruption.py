@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from hstu.training.checkpoint_files import read_marker
+from hstu.training.interrupt import StopRequest
 from tests.launch import ROOT, entrypoint, run, started, torchrun_command
 from tests.tiny import BINDINGS
 from tests.training.runs import EVERY_STEP, losses, records, trainer, worst
@@ -154,3 +155,15 @@ def test_a_signal_to_torchrun_saves_on_two_ranks(data: Path, tmp_path: Path) -> 
     assert f"stopped at step {stopped}, saved" in out, err
     marker = read_marker(tmp_path / "run" / "checkpoints" / "latest")
     assert marker["progress"]["step"] == stopped and marker["ranks"] == [2, 1, 1]
+
+
+def test_a_second_signal() -> None:
+    """SIGTERM may be sent by Slurm and passed on by torchrun; a second Ctrl-C is a user who will not wait."""
+    with StopRequest() as stop:
+        for _ in range(3):
+            signal.raise_signal(signal.SIGTERM)
+        assert stop.requested
+    with pytest.raises(KeyboardInterrupt), StopRequest() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.requested
+        signal.raise_signal(signal.SIGINT)
