@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import shutil
+import uuid
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from hstu.parallel import Parallelized
 from hstu.parallel.embedding import sparse_optimizer_name
 from hstu.training.checkpoint_files import (
     MARKER,
+    STAMP,
     CheckpointError,
     Progress,
     complete_checkpoints,
@@ -115,10 +117,11 @@ class Checkpointer:
             self.mesh.on_main(lambda: self._publish(final, best))
             return
         partial = self.directory / f".{final.name}.partial"
-        self.mesh.on_main(lambda: shutil.rmtree(partial, ignore_errors=True))
+        stamp = self.mesh.on_main(lambda: _start(partial))
         tensors = {name: _host_copy(value) for name, value in self._tensors().items()}
+        tensors[f"{STAMP}{self.mesh.rank}"] = torch.tensor([stamp])
         at = dataclasses.replace(progress, since_last_line=list(progress.since_last_line))
-        self._pending = self._executor.submit(self._write, tensors, at, partial, final, best)
+        self._pending = self._executor.submit(self._write, tensors, at, stamp, partial, final, best)
         self._saved_step = progress.step
 
     def wait(self) -> None:
@@ -146,12 +149,14 @@ class Checkpointer:
         if failure is not None:
             logger.error("rank %d: the last checkpoint was not written", self.mesh.rank, exc_info=failure)
 
-    def _write(self, tensors: dict[str, Any], progress: Progress, partial: Path, final: Path, best: bool) -> None:
+    def _write(
+        self, tensors: dict[str, Any], progress: Progress, stamp: int, partial: Path, final: Path, best: bool
+    ) -> None:
         writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
         # Returns on rank 0 when every rank has written.
         dcp.save(tensors, storage_writer=writer, process_group=self._writers)
         if self.mesh.is_main:
-            self._complete(partial, final, progress)
+            self._complete(partial, final, progress, stamp)
             self._publish(final, best)
 
     def load(self, path: Path, *, optimizer: bool = True) -> Progress:
@@ -164,7 +169,7 @@ class Checkpointer:
         Raises:
             CheckpointError: naming the directory and what is wrong with it.
         """
-        marker = read_marker(path)
+        marker = self.mesh.on_main(lambda: read_marker(path))
         for name, value in self.identity.items():
             needed = optimizer or not name.startswith("OptimizerArgs.")
             if needed and marker["model"].get(name) != value:
@@ -208,8 +213,9 @@ class Checkpointer:
                 state |= {f"tables_optimizer/{width}/{weight}/{name}": value for name, value in moments.items()}
         return state | _random_state(self.mesh.rank)
 
-    def _complete(self, partial: Path, final: Path, progress: Progress) -> None:
+    def _complete(self, partial: Path, final: Path, progress: Progress, stamp: int) -> None:
         marker = {
+            "stamp": stamp,
             "progress": dataclasses.asdict(progress),
             "ranks": self.mesh.degrees,
             "model": self.identity,
@@ -236,6 +242,12 @@ class Checkpointer:
                 shutil.rmtree(path, ignore_errors=True)
         for path in self.directory.glob(".*.partial"):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _start(partial: Path) -> int:
+    """Make room for a checkpoint, and return the number that all of its files will hold."""
+    shutil.rmtree(partial, ignore_errors=True)
+    return uuid.uuid4().int >> 65
 
 
 def _below(prefix: str, tensors: dict[str, Any]) -> dict[str, Any]:

@@ -10,9 +10,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 logger = logging.getLogger(__name__)
 
 MARKER = "complete.json"
+STAMP = "stamp/"  # begins the name of a number that all files of one checkpoint hold, and of no other
 
 
 class CheckpointError(ValueError):
@@ -84,7 +87,7 @@ def read_marker(path: Path) -> dict[str, Any]:
     """Return what a checkpoint says of itself.
 
     Raises:
-        CheckpointError: if it is not a finished checkpoint, or one of its files is missing or cut short.
+        CheckpointError: if it is not a finished checkpoint, or one of its files is missing, cut short or of another.
     """
     try:
         marker: dict[str, Any] = json.loads((path / MARKER).read_text())
@@ -98,7 +101,22 @@ def read_marker(path: Path) -> dict[str, Any]:
         if found != size:
             state = "is missing" if found is None else f"has {found} bytes instead of {size}"
             raise CheckpointError(f"checkpoint {path} is damaged: {name} {state}; choose another with --checkpoint")
+    for file in sorted(path.glob("*.safetensors")):
+        if file.name not in sizes or _stamps(file) != {marker.get("stamp")} - {None}:
+            raise CheckpointError(
+                f"checkpoint {path} is damaged: {file.name} is not of this checkpoint; choose another with --checkpoint"
+            )
     return marker
+
+
+def _stamps(file: Path) -> set[int]:
+    """Return the stamps in ``file``: one, or none in a checkpoint of a version without them."""
+    try:
+        with safe_open(file, "pt") as tensors:
+            return {int(tensors.get_tensor(name)) for name in tensors.keys() if name.startswith(STAMP)}  # noqa: SIM118
+    except SafetensorError as error:
+        problem = f"checkpoint {file.parent} is damaged: {file.name} cannot be read: {first_line(error)}"
+        raise CheckpointError(problem) from error
 
 
 def _newest_sound(directory: Path) -> Path | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import time
 from pathlib import Path
@@ -11,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from hstu.training import checkpoint as module
 from hstu.training.checkpoint_files import CheckpointError, find_checkpoint, read_marker
@@ -124,9 +126,46 @@ def test_damage_is_one_line(data: Path, copy: Path, damage: Any, pattern: str) -
     assert "\n" not in str(caught.value) and "CheckpointException" not in str(caught.value)
 
 
-def test_a_damaged_latest_is_passed_over(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
-    cut_short(next((copy / step(6)).glob("*.safetensors")))
+def of_another_step(path: Path) -> None:
+    """Put a file of the same names, shapes and size in the place of ``path``."""
+    other = path.parent.with_name(step(2)) / path.name
+    assert other.stat().st_size == path.stat().st_size
+    shutil.copy(other, path)
+
+
+def one_more(path: Path) -> None:
+    """Put a file beside ``path`` that would be read with it."""
+    shutil.copy(path, path.with_name("foreign.safetensors"))
+
+
+@pytest.mark.parametrize("damage", [cut_short, scramble, Path.unlink, of_another_step, one_more])
+def test_a_damaged_latest_is_passed_over(
+    copy: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, damage: Any
+) -> None:
+    monkeypatch.setattr(logging.getLogger("hstu"), "propagate", True)
+    (file,) = (copy / step(6)).glob("*.safetensors")
+    damage(file)
     assert find_checkpoint(copy, "latest") == (copy / step(5)).resolve()
+    named = "foreign.safetensors" if damage is one_more else file.name
+    assert f"step_000000006 is damaged: {named} " in caplog.text and "an older one is used" in caplog.text
+
+
+def test_a_checkpoint_without_stamps_is_read(data: Path, copy: Path) -> None:
+    """As they were written before there were any."""
+    (file,) = (copy / step(6)).glob("*.safetensors")
+    with safe_open(file, "pt") as tensors:
+        metadata = tensors.metadata()
+        kept = {name: tensors.get_tensor(name) for name in tensors.keys() if not name.startswith("stamp/")}  # noqa: SIM118
+    own = json.loads(metadata["DCP_SHARDING_INFO"])
+    metadata["DCP_SHARDING_INFO"] = json.dumps({name: own[name] for name in kept})
+    save_file(kept, file, metadata)
+    marker = json.loads((copy / step(6) / "complete.json").read_text())
+    del marker["stamp"]
+    marker["files"][file.name] = file.stat().st_size
+    (copy / step(6) / "complete.json").write_text(json.dumps(marker))
+    with trainer(data, copy.parent, "ranking") as run:
+        run.resume(copy / step(6))
+        assert run.progress.step == 6
 
 
 @pytest.mark.parametrize("field", MODEL)
@@ -218,6 +257,7 @@ def test_a_slow_save_does_not_stop_training(data: Path, tmp_path: Path, monkeypa
     for other in (step(6), step(8)):
         files = [path / "checkpoints" / other for path in (tmp_path, tmp_path / "plain")]
         mine, theirs = (load_file(next(folder.glob("*.safetensors"))) for folder in files)
+        assert mine.pop("stamp/0") != theirs.pop("stamp/0")
         assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
