@@ -8,7 +8,7 @@ process of its own, on one core, without workers.
 
 `workers` asks what a reader beside the training thread costs it: a loop that holds the interpreter, as one that
 launches kernels does (small operations, about 20 ms a step), is timed with batches that are there already, with those
-of a thread (what BatchLoader does), of a worker process (torch.utils.data.DataLoader) and without any worker.
+of a thread, of two processes and without any worker (DatasetArgs.num_workers 1, 2 and 0).
 
 Prints tables and writes benchmarks/results/reader.json.
 """
@@ -33,7 +33,6 @@ import numpy as np
 import psutil
 import pyarrow as pa
 import torch
-from torch.utils.data import DataLoader, IterableDataset
 
 from hstu.data import EncodedDataset, Feature, Schema, SequenceDataset, leave_one_out, write_dataset
 from hstu.data.batch import Batch
@@ -112,16 +111,6 @@ def read(folder: Path, seqlen: int, seconds: float) -> dict[str, float]:
     }
 
 
-class Epochs(IterableDataset):
-    """What a worker process iterates over."""
-
-    def __init__(self, loader: BatchLoader) -> None:
-        self.loader = loader
-
-    def __iter__(self) -> Iterator[Batch]:
-        return batches(self.loader)
-
-
 def batches(loader: BatchLoader) -> Iterator[Batch]:
     """Batches without end."""
     return itertools.chain.from_iterable(map(loader.epoch, itertools.count()))
@@ -148,9 +137,7 @@ def beside(folder: Path, seqlen: int, steps: int) -> dict[str, float]:
     sources = {
         "batches that are there": lambda: itertools.cycle(there),
         "one thread": lambda: batches(replace(loader, num_workers=1)),
-        "one process": lambda: DataLoader(
-            Epochs(loader), batch_size=None, num_workers=1, multiprocessing_context="forkserver"
-        ),
+        "two processes": lambda: batches(replace(loader, num_workers=2)),
         "no worker": lambda: batches(loader),
     }
     rounds = [{name: step_seconds(source(), steps) for name, source in sources.items()} for _ in range(3)]

@@ -57,7 +57,7 @@ class DatasetArgs(Args):
     #: Actions, as in the original data, whose events are inputs but never targets of the training loss, such
     #: as negative feedback; of bit masks, all that contain one of them.
     actions_without_loss: tuple[int | float | str, ...] = ()
-    #: Threads that read and collate batches ahead of the step; 0: the training thread does.
+    #: Who reads and collates batches: 0, the training thread; 1, a thread ahead of the step; more, as many processes.
     num_workers: int = 1
 
     def validate(self) -> None:

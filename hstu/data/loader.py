@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
+import signal
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing.util import Finalize
 from typing import TypeVar
 
 import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
 
 from hstu.data.batch import Batch
 from hstu.data.collate import Collator
@@ -30,9 +36,8 @@ class BatchLoader:
     The global batch of a step is ``micro_batches`` batches of each rank, which come one after another.
 
     Attributes:
-        num_workers: Threads that make batches ahead, in order; 0 makes each when it is asked for. Not processes:
-            their batches have to be sent, which cost an interpreter-bound step of 26.5 ms 5.2 ms more, a thread
-            1.3 ms (benchmarks/reader.py, workers).
+        num_workers: 0 makes each batch when it is asked for, 1 in a thread ahead of the step, which costs the least
+            (benchmarks/reader.py, workers), more in so many processes, for steps that one reader cannot keep up with.
         pin_memory: Put batches into page-locked memory, from which a GPU copies while it computes.
         micro_batches: Batches of a rank in one step.
         deal: From the events of each sample [n] and the number of ranks to the samples of each rank; None deals
@@ -80,10 +85,15 @@ class BatchLoader:
             places, rows = places[mine], rows[mine]
             step = epoch * self.steps_per_epoch + begin // self.global_batch_size
             batch = self.collate(self.dataset, self.split, rows, epoch * len(self.split) + places, step)
-            return batch.pin_memory() if self.pin_memory else batch
+            return batch.pin_memory() if pin_here else batch
 
+        # A process cannot pin for another one.
+        pin_here = self.pin_memory and self.num_workers <= 1
         begins = range(first, len(self.split), self.global_batch_size)
-        return _ahead(make, itertools.product(begins, range(self.micro_batches)), self.num_workers)
+        places = itertools.product(begins, range(self.micro_batches))
+        if self.num_workers > 1:
+            return _from_processes(make, list(places), self.num_workers, self.pin_memory)
+        return _in_order(make, places, self.num_workers)
 
     def _share(self, rows: np.ndarray, micro: int) -> np.ndarray:
         """Return which of the samples ``rows`` of a global batch are in this rank's batch number ``micro``."""
@@ -95,19 +105,63 @@ class BatchLoader:
         return self.deal(events, shares)[place]
 
 
-def _ahead(make: Callable[[_Place], Batch], places: Iterable[_Place], num_workers: int) -> Iterator[Batch]:
-    """Yield ``make`` of each place in order, up to ``2 * num_workers`` of them made ahead."""
-    if num_workers == 0:
+def _in_order(make: Callable[[_Place], Batch], places: Iterable[_Place], threads: int) -> Iterator[Batch]:
+    """Yield ``make`` of each place in order, up to two of them made ahead by a thread, if there is one."""
+    if threads == 0:
         yield from map(make, places)
         return
-    executor = ThreadPoolExecutor(num_workers, thread_name_prefix="reader")
+    executor = ThreadPoolExecutor(1, thread_name_prefix="reader")
     pending: deque[Future[Batch]] = deque()
     try:
         for place in places:
             pending.append(executor.submit(make, place))
-            if len(pending) > 2 * num_workers:
+            if len(pending) > 2:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
     finally:  # also when the consumer stops early: no thread is left behind
         executor.shutdown(cancel_futures=True)
+
+
+class _Made(Dataset[Batch]):
+    """What worker processes index: a place gives its batch."""
+
+    def __init__(self, make: Callable[[tuple[int, int]], Batch]) -> None:
+        self._make = make
+
+    def __getitem__(self, place: tuple[int, int]) -> Batch:
+        return self._make(place)
+
+
+def _from_processes(
+    make: Callable[[tuple[int, int]], Batch], places: list[tuple[int, int]], processes: int, pin_memory: bool
+) -> Iterator[Batch]:
+    """Yield ``make`` of each place in order, two of them made ahead by each of ``processes``."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"This DataLoader will create \d+ worker processes")  # as configured
+        batches = iter(
+            DataLoader(
+                _Made(make),
+                batch_size=None,
+                sampler=places,
+                num_workers=processes,
+                prefetch_factor=2,
+                pin_memory=pin_memory,
+                worker_init_fn=_become_reader,
+                multiprocessing_context="fork",  # shares the mapped columns and sends nothing
+                generator=torch.Generator(),  # or it would draw from the one that a resumed run depends on
+            )
+        )
+    # At exit it runs before multiprocessing closes its queues (10) and waits for readers, which ignore SIGTERM.
+    stop = Finalize(None, batches._shutdown_workers, exitpriority=20)  # type: ignore[attr-defined]
+    try:
+        yield from batches
+    finally:
+        stop()
+
+
+def _become_reader(_: int) -> None:
+    """Leave stopping to the rank, and end with it whatever happens: a reader shares its lock and its sockets."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
