@@ -58,12 +58,14 @@ def _run(task: Literal["ranking", "retrieval"], mesh: Any) -> None:
     dataset = open_dataset(path, mesh)
     training = FLAGS.mode == "train"
     started = mesh.broadcast(run.has_run())
-    if training and started and FLAGS.resume == "never":
+    restarted = training and mesh.on_main(run.has_begun)  # which has obeyed --resume and --checkpoint before
+    if training and started and FLAGS.resume == "never" and not restarted:
         raise ValueError(f"--run-dir = {str(run.path)!r}: holds a run, and --resume=never; choose another directory")
     if training:
         mesh.on_main(run.lock)
     choice = FLAGS.checkpoint or ("latest" if training else "best")
-    checkpoint = mesh.broadcast(mesh.on_main(lambda: find_checkpoint(run.checkpoints, choice)))
+    checkpoint = mesh.on_main(lambda: find_checkpoint(run.checkpoints, "latest")) if restarted else None
+    checkpoint = checkpoint or mesh.on_main(lambda: find_checkpoint(run.checkpoints, choice))
     if checkpoint is None and (not training or FLAGS.resume == "must" or FLAGS.checkpoint is not None):
         raise ValueError(f"--run-dir = {str(run.path)!r}: has no finished checkpoint {choice!r}; train first")
     trainer = Trainer(loaded.config, dataset, mesh, run)

@@ -23,6 +23,9 @@ def profiler(args: TrainerArgs, run: Path, first_step: int, rank: int) -> Abstra
     ``profile/rank<r>.json``; without ``TrainerArgs.profile`` it does nothing.
     """
     wait = args.profile_step_start - first_step
+    if args.profile and wait < 0:
+        logger.warning("no profile: TrainerArgs.profile_step_start = %d is past, the run goes on from step %d",
+                       args.profile_step_start, first_step)  # fmt: skip
     if not args.profile or wait < 0:
         return nullcontext(SimpleNamespace(step=lambda: None))
     target = run / "profile" / f"rank{rank}.json"
@@ -30,7 +33,7 @@ def profiler(args: TrainerArgs, run: Path, first_step: int, rank: int) -> Abstra
     def write(finished: Any) -> None:
         target.parent.mkdir(exist_ok=True)
         finished.export_chrome_trace(str(target))
-        logger.info("profile of steps %d to %d: %s", args.profile_step_start, args.profile_step_end, target)
+        logger.info("profile from step %d on: %s", args.profile_step_start, target)
 
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
     active = args.profile_step_end - args.profile_step_start

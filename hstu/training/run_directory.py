@@ -114,9 +114,26 @@ class RunDirectory:
         """Write a JSON file, whole or not at all."""
         write_atomically(self.path / name, json.dumps(value, indent=1) + "\n")
 
+    def begin(self) -> None:
+        """Note that this torchrun job has obeyed its flags here; a restart of it goes on from where it was."""
+        job = _job()
+        if job is not None:
+            write_atomically(self.path / ".job", job)
+
+    def has_begun(self) -> bool:
+        """Return whether this process belongs to a job that has begun here, and was restarted."""
+        note = self.path / ".job"
+        return note.is_file() and note.read_text() == _job()
+
     def has_run(self) -> bool:
         """Return whether a run has been here."""
         return self.metrics.is_file() or any(self.checkpoints.glob("step_*"))
+
+
+def _job() -> str | None:
+    """Return what is the same for all attempts of a torchrun job, whose launcher starts each rank 0; else None."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID")
+    return None if name is None else f"{name} {socket.gethostname()} {os.getppid()}"
 
 
 class _TerminalHandler(logging.StreamHandler):

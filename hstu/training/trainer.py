@@ -94,6 +94,7 @@ class Trainer:
         gpu = present_gpu()
         self.meter = Meter(mesh, None if gpu is None else gpu.peak(config.network.dtype_str))
         self.stepper = Stepper(self.parallel, self.optimizer, self.meter, config, dataset)
+        mesh.set_timeout(2 * args.hang_timeout_seconds)  # the watchdog speaks first
         torch.manual_seed(args.seed + mesh.tokens.rank)  # ranks with the same tokens drop the same of them
 
     def _deal(self, events: np.ndarray, ranks: int) -> list[np.ndarray]:
@@ -133,7 +134,6 @@ class Trainer:
         logger.info(self._plan())
         self._rewind()
         seconds, stacks = self.config.trainer.hang_timeout_seconds, self.run.path / "stacks"
-        self.mesh.set_timeout(2 * seconds)  # the watchdog speaks first
         self.mesh.on_main(lambda: keep_stacks(stacks))
         with (
             StopRequest() as stop,
@@ -165,6 +165,7 @@ class Trainer:
         self.mesh.on_main(lambda: self.run.rewind(progress.step))
         if not self.mesh.on_main(lambda: supersede(checkpoints, progress, after=self.resumed_at)):
             progress.best_score = progress.best_step = None  # its checkpoint is gone: the search starts anew
+        self.mesh.on_main(self.run.begin)
 
     def _loop(self, stop: StopRequest, log: RunLogger | _Silent, profile: Any) -> bool:
         """Take steps until the end; return False if a signal came first."""

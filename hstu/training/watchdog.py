@@ -7,6 +7,9 @@ import logging
 import os
 import signal
 import socket
+import sys
+import threading
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +20,9 @@ from typing import TextIO
 logger = logging.getLogger(__name__)
 
 _KEPT = 5  # earlier stacks of a rank
+_SPEAKS = 0.98  # of the seconds: before the process is gone
 _armed: tuple[float, TextIO] | None = None
+_last_beat = 0.0
 
 
 @contextmanager
@@ -26,7 +31,8 @@ def watchdog(folder: Path, rank: int, seconds: float) -> Iterator[None]:
 
     The stacks of its threads go to ``folder/rank<r>.txt``, without asking the interpreter, which may be what hangs;
     so they do at SIGTERM, by which a launcher ends the other ranks, and so does the traceback of an exception. The
-    file is gone after a good end; those of earlier attempts are kept by ``keep_stacks``.
+    file is gone after a good end; those of earlier attempts are kept by ``keep_stacks``. The log, if the interpreter
+    can still write it, has the stack of the hanging thread too.
 
     Args:
         folder: Made if absent.
@@ -41,14 +47,18 @@ def watchdog(folder: Path, rank: int, seconds: float) -> Iterator[None]:
         file.flush()
         faulthandler.register(signal.SIGTERM, file, chain=True)
         _armed = seconds, file
+        ended = threading.Event()
+        speaker = threading.Thread(target=_speak, args=(path, rank, threading.get_ident(), ended), daemon=True)
         try:
             beat()
+            speaker.start()
             yield
         except BaseException:
             traceback.print_exc(file=file)
             raise
         finally:
             _armed = None
+            ended.set()
             faulthandler.cancel_dump_traceback_later()
             faulthandler.unregister(signal.SIGTERM)
     path.unlink(missing_ok=True)
@@ -72,6 +82,22 @@ def keep_stacks(folder: Path) -> None:
 
 def beat() -> None:
     """Say that this process is alive: the clock of ``watchdog``, if there is one, starts again."""
+    global _last_beat
     if _armed is not None:
         seconds, file = _armed
+        _last_beat = time.monotonic()
         faulthandler.dump_traceback_later(seconds, exit=True, file=file)
+
+
+def _speak(path: Path, rank: int, thread: int, ended: threading.Event) -> None:
+    """Log the stack of ``thread`` just before the process ends."""
+    armed = _armed
+    assert armed is not None
+    while not ended.wait(max(0.01, _last_beat + _SPEAKS * armed[0] - time.monotonic())):
+        frame = sys._current_frames().get(thread)
+        if frame is not None and time.monotonic() - _last_beat >= _SPEAKS * armed[0]:
+            stack = "".join(traceback.format_stack(frame))
+            logger.error(
+                "rank %d ends the job: no progress for %g s; all of %s\n%s", rank, armed[0], path.parent, stack
+            )
+            return

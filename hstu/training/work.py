@@ -9,6 +9,7 @@ from hstu.data.batch import Batch
 from hstu.models import RankingModel, RetrievalModel
 from hstu.ops.attention.mask import Mask
 from hstu.ops.flops import attention_flops, cross_entropy_flops, visible_pairs
+from hstu.parallel.tensor import cut_of
 
 
 def batch_flops(model: RankingModel | RetrievalModel, config: Config, batch: Batch) -> float:
@@ -33,9 +34,10 @@ def batch_flops(model: RankingModel | RetrievalModel, config: Config, batch: Bat
 
 
 def matrix_elements(module: nn.Module) -> int:
-    """Return the elements of the weights that each token is multiplied with."""
+    """Return the elements of the weights that each token is multiplied with, on all tensor ranks together."""
     owners = [part for part in module.modules() if not isinstance(part, nn.Embedding)]
-    return sum(w.numel() for part in owners for w in part.parameters(recurse=False) if w.dim() == 2)
+    weights = [w for part in owners for w in part.parameters(recurse=False) if w.dim() == 2]
+    return sum(w.numel() * (1 if (cut := cut_of(w)) is None else cut.group.size) for w in weights)
 
 
 def _attention(config: Config, lengths: Tensor, contexts: Tensor, candidates: Tensor) -> int:

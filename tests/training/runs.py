@@ -8,9 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
 from hstu.config import load_config
 from hstu.data.reader import SequenceDataset
 from hstu.parallel import Mesh
+from hstu.parallel.mesh import parallel_state
 from hstu.training.run_directory import RunDirectory
 from hstu.training.trainer import Trainer
 from tests.tiny import BINDINGS
@@ -31,6 +35,20 @@ def trainer(
         directory = RunDirectory(run)
         mesh.on_main(directory.create)
         yield Trainer(config, SequenceDataset.open(data), mesh, directory)
+
+
+@contextlib.contextmanager
+def grid(context: int, tensor: int) -> Iterator[None]:
+    """Make this process the first of 16 that are not there."""
+    dist.init_process_group("fake", rank=0, world_size=16, store=FakeStore())
+    try:
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=tensor, context_parallel_size=context, create_gloo_process_groups=False
+        )
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
 
 
 def records(run: Path, kind: str = "train") -> list[dict[str, Any]]:

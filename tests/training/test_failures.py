@@ -57,6 +57,8 @@ def test_a_hanging_rank_ends_the_job_and_leaves_stacks(data: Path, tmp_path: Pat
     stacks = [(tmp_path / "run" / "stacks" / f"rank{rank}.txt").read_text() for rank in (0, 1)]
     assert "in sleeping" in stacks[1] and "failure_worker.py" in stacks[1]
     assert "in take" in stacks[0] and "in take" not in stacks[1]
+    log = done.out.partition("rank 1 ends the job: no progress for 8 s")[2]
+    assert "in sleeping" in log, done.out
 
 
 @pytest.mark.slow
@@ -65,7 +67,8 @@ def test_torchrun_restarts_a_run_whose_rank_was_killed(data: Path, tmp_path: Pat
     with trainer(data, tmp_path / "whole", "ranking", *limits, "NetworkArgs.hidden_dropout=0.0") as whole:
         whole.train()
     script = ROOT / "examples" / "pretrain_gr_ranking.py"
-    command = torchrun_command(2, script, *flags(data, *limits, "NetworkArgs.hidden_dropout=0.0", batch=16))
+    given = flags(data, *limits, "NetworkArgs.hidden_dropout=0.0", batch=16)
+    command = torchrun_command(2, script, *given, "--resume=never")  # which concerns the first attempt
     place = command.index("--standalone")
     command.insert(place, "--max-restarts=1")
     metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 100
@@ -85,6 +88,19 @@ def test_torchrun_restarts_a_run_whose_rank_was_killed(data: Path, tmp_path: Pat
     (left,) = (tmp_path / "run" / "stacks").iterdir()
     assert left.name == "rank0.1.txt", "of the rank that was ended, not of the one that was killed"
     assert left.read_text().strip() in (tmp_path / "run" / "train.log").read_text()
+
+
+def test_only_a_restart_of_the_same_job_has_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = RunDirectory(tmp_path)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    directory.begin()
+    assert not directory.has_begun(), "no launcher restarts it"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
+    assert not directory.has_begun()
+    directory.begin()
+    assert directory.has_begun()
+    monkeypatch.setattr("os.getppid", lambda: 1)
+    assert not directory.has_begun(), "another launcher"
 
 
 def test_restarts_need_a_run_directory(monkeypatch: pytest.MonkeyPatch) -> None:

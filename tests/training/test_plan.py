@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import subprocess
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from hstu.cli.plan import main
 from hstu.config import Config, ConfigError, load_config, task_of
@@ -28,7 +24,7 @@ from hstu.training.plan import Demand, dense_bytes, fits, make_plans, measure_de
 from hstu.training.summary import memory_rows
 from tests.launch import ROOT, run, torchrun_command
 from tests.tiny import BINDINGS, write_tiny
-from tests.training.runs import trainer
+from tests.training.runs import grid, trainer
 
 SGD = ("OptimizerArgs.optimizer_str='sgd'",)
 OPTIMIZERS = (
@@ -104,20 +100,6 @@ VARIANTS: dict[str, tuple[str, ...]] = {
                       "TensorModelParallelArgs.sequence_parallel=True"),
 }  # fmt: skip
 EIGHT = {(c, t) for c in (1, 2, 4, 8, 16) for t in (1, 2, 4, 8) if 16 % (c * t) == 0}
-
-
-@contextlib.contextmanager
-def grid(context: int, tensor: int) -> Iterator[None]:
-    """Make this process the first of 16 that are not there."""
-    dist.init_process_group("fake", rank=0, world_size=16, store=FakeStore())
-    try:
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=tensor, context_parallel_size=context, create_gloo_process_groups=False
-        )
-        yield
-    finally:
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
 
 
 def spread(config: Config) -> None:

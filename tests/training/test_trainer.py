@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 
+from hstu.config import TrainerArgs
 from hstu.training import trainer as module
 from hstu.training.checkpoint_files import find_checkpoint
 from hstu.training.meter import TrainingError
 from hstu.training.optimizer import Optimizer
+from hstu.training.profile import profiler
 from hstu.training.step import Stepper
 from hstu.training.trainer import Trainer
 from tests.tiny import write_tiny
@@ -270,6 +272,16 @@ def test_a_window_of_steps_is_profiled(data: Path, tmp_path: Path, start: int, e
     events = json.loads((tmp_path / "profile" / "rank0.json").read_text())["traceEvents"]
     steps = {event["name"] for event in events if str(event.get("name", "")).startswith("ProfilerStep#")}
     assert steps == {f"ProfilerStep#{step}" for step in range(start, end)}
+
+
+def test_a_window_that_is_past_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = TrainerArgs(train_batch_size=1, eval_batch_size=1, profile=True, profile_step_start=3, profile_step_end=9)
+    monkeypatch.setattr(logging.getLogger("hstu"), "propagate", True)
+    with profiler(args, tmp_path, 4, 0) as profile:
+        profile.step()
+    assert "profile_step_start = 3 is past, the run goes on from step 4" in caplog.text
 
 
 def test_anomaly_detection_is_off(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

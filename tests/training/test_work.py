@@ -9,9 +9,14 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from hstu.config import load_config
+from hstu.models.backbone import make_backbone
+from hstu.parallel.mesh import Group, parallel_state
+from hstu.parallel.tensor import TensorParallel
 from hstu.training.summary import memory_rows, memory_table
 from hstu.training.work import batch_flops, matrix_elements
-from tests.training.runs import trainer
+from tests.tiny import BINDINGS
+from tests.training.runs import grid, trainer
 
 
 @pytest.mark.parametrize("candidates", [0, 3])
@@ -42,6 +47,18 @@ def test_products_of_the_backbone_are_those_that_torch_counts(data: Path, tmp_pa
             assert counter.get_total_flops() == 2 * matrix_elements(run.model.backbone)
         else:
             assert matrix_elements(run.model.backbone) == 2 * 6 * 16 * 16
+
+
+@pytest.mark.parametrize("backbone", ["hstu", "sasrec", "llama"])
+def test_products_count_whole_where_ranks_share_them(backbone: str) -> None:
+    line = f"NetworkArgs.backbone='{backbone}'"
+    config = load_config("retrieval", [], [*BINDINGS["retrieval"], line]).config
+    module = make_backbone(config.network, 17)
+    whole = matrix_elements(module)
+    with grid(1, 2):
+        group = Group.of(parallel_state.get_tensor_model_parallel_group())
+        TensorParallel(group, config.tensor_model_parallel, torch.device("cpu")).split(module)
+    assert matrix_elements(module) == whole > sum(w.numel() for w in module.parameters() if w.dim() == 2)
 
 
 def test_a_stand_in_counts_nothing(data: Path, tmp_path: Path) -> None:
