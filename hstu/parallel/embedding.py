@@ -188,7 +188,8 @@ def _shard(
             gradient_clipping=optimizer.sparse_max_gradient > 0,
             max_gradient=optimizer.sparse_max_gradient,
         ),
-        use_index_dedup=mesh.device.type == "cuda",
+        # Which sums the gradients of a row before they could be clipped one by one.
+        use_index_dedup=mesh.device.type == "cuda" and not optimizer.sparse_max_gradient,
     )
     planner = EmbeddingShardingPlanner(
         topology=_topology(mesh),

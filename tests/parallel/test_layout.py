@@ -10,9 +10,10 @@ import pytest
 import torch
 from torchrec.distributed.planner import planners
 
-from hstu.config import EmbeddingArgs
+from hstu.config import EmbeddingArgs, OptimizerArgs
+from hstu.models.embedding import Table
 from hstu.parallel import embedding as module
-from hstu.parallel.embedding import _constraints
+from hstu.parallel.embedding import _constraints, _shard
 from hstu.parallel.mesh import Mesh
 from tests.tiny import write_tiny
 from tests.training.runs import trainer
@@ -38,6 +39,24 @@ def test_kernels_and_types(caplog: pytest.LogCaptureFixture, monkeypatch: pytest
         assert cached.cache_params is not None and cached.cache_params.load_factor == 0.3
         assert _constraints("b", args, "adam", cpu).compute_kernels == ["fused"]
     assert "uvm_caching_tables: b is in host memory as all tables are" in caplog.text
+
+
+@pytest.mark.parametrize("limit", [0.0, 0.1])
+def test_each_lookup_is_clipped_on_its_own_on_a_gpu_too(monkeypatch: pytest.MonkeyPatch, limit: float) -> None:
+    """There equal ids are looked up once, their gradients summed, unless that would change the clipping."""
+
+    class Asked(Exception):
+        pass
+
+    def ask(*, use_index_dedup: bool, **_: object) -> None:
+        raise Asked(use_index_dedup)
+
+    monkeypatch.setattr(module, "EmbeddingCollectionSharder", ask)
+    table = Table(name="t", rows=9, width=4, features=("t",), std=0.1, seed=0)
+    args = OptimizerArgs(optimizer_str="adam", learning_rate=0.1, sparse_max_gradient=limit)
+    with Mesh.create() as cpu, pytest.raises(Asked) as asked:
+        _shard((table,), EmbeddingArgs(), args, replace(cpu, device=torch.device("cuda", 0)))
+    assert asked.value.args == (limit == 0.0,)
 
 
 def test_the_chosen_layout_is_told(data: Path, tmp_path: Path) -> None:
