@@ -130,7 +130,12 @@ CASES = {
             plain_steps=0,
         ),
         Case("retrieval-adam-pipelined", "retrieval", (*PIPELINED, *IN_BATCH, *sharding("table_wise"))),
-        Case("ranking-adagrad", "ranking", ("OptimizerArgs.sparse_optimizer_str='adagrad'",), plain_steps=0),
+        Case(
+            "ranking-adagrad-clipped",
+            "ranking",
+            ("OptimizerArgs.sparse_optimizer_str='adagrad'", "OptimizerArgs.sparse_max_gradient=1e-4"),
+            plain_steps=0,
+        ),
         Case("retrieval-adam-uniform", "retrieval", ("NetworkArgs.preset='research'",)),
         Case("retrieval-sgd-uniform", "retrieval", (*SGD, *sharding("table_wise"))),
         Case("retrieval-adam-in-batch", "retrieval", (*IN_BATCH, *sharding("table_wise"))),
