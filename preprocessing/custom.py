@@ -37,9 +37,16 @@ _JSON_LINES = 1000  # that tell what keys objects have
 
 
 def encode_custom(
-    interactions: Path, spec: InteractionSpec, writer: DatasetWriter, progress: Progress, users: Path | None = None
+    interactions: Path,
+    spec: InteractionSpec,
+    writer: DatasetWriter,
+    progress: Progress,
+    users: Path | None = None,
+    items: Path | None = None,
 ) -> Schema:
-    """Encode the interactions file and write it; every other column of the users file becomes a context.
+    """Encode the interactions file and write it.
+
+    Every other column of the users file becomes a context, every other one of the items file a category.
 
     Returns:
         The schema, still to be written.
@@ -47,20 +54,28 @@ def encode_custom(
     Raises:
         ValueError: For bad input, naming file, column, row, value and remedy.
     """
-    source = {interactions.name: _checksum(interactions)}
-    if users is not None:
-        name = users.name if users.name != interactions.name else f"{users.parent.name}/{users.name}"
-        source[name] = _checksum(users)
+    source: dict[str, str] = {}
+    for path in (interactions, users, items):
+        if path is not None:
+            source[path.name if path.name not in source else f"{path.parent.name}/{path.name}"] = _checksum(path)
     table = open_table(interactions, [spec.user_column, spec.item_column])
+    schema = encode_table(
+        table,
+        spec,
+        writer,
+        users=lambda: _whole(users, spec.user_column),
+        items=lambda: _whole(items, spec.item_column),
+        progress=progress,
+    )
+    return replace(schema, source=source)
 
-    def read_users() -> pl.DataFrame | None:
-        if users is None:
-            return None
-        found = open_table(users, [spec.user_column])
-        empty = pl.DataFrame(schema=dict.fromkeys(found.columns, pl.String))
-        return pl.concat([*found.read(None)] or [empty])
 
-    return replace(encode_table(table, spec, writer, users=read_users, progress=progress), source=source)
+def _whole(path: Path | None, key: str) -> pl.DataFrame | None:
+    if path is None:
+        return None
+    found = open_table(path, [key])
+    empty = pl.DataFrame(schema=dict.fromkeys(found.columns, pl.String))
+    return pl.concat([*found.read(None)] or [empty])
 
 
 def open_table(path: Path, columns: list[str]) -> Table:

@@ -52,8 +52,9 @@ def define_flags() -> None:
     flags.DEFINE_string("name", None, "custom: name of the data set.")
     flags.DEFINE_string("interactions", None, "custom: file of events, csv, tsv, parquet, jsonl or `user item` text.")
     flags.DEFINE_string("users", None, "custom: file of users; its other columns become contexts.")
+    flags.DEFINE_string("items", None, "custom: file of items; its other columns become categories.")
     flags.DEFINE_string("user_column", spec["user_column"], "custom: column of user ids, in both files.")
-    flags.DEFINE_string("item_column", spec["item_column"], "custom: column of item ids.")
+    flags.DEFINE_string("item_column", spec["item_column"], "custom: column of item ids, in both files.")
     flags.DEFINE_string("time_column", None, "custom: column of times; without it, the order of the rows.")
     flags.DEFINE_string("action_column", None, "custom: column of actions.")
     flags.DEFINE_enum("action_type", spec["action_type"], get_args(ActionType), "custom: how to read actions.")
@@ -177,11 +178,13 @@ def _make_custom() -> tuple[Schema, Path]:
             raise ValueError(f"--dataset_name custom needs --{flag}")
     if FLAGS.name in NAMED:
         raise ValueError(f"--name {FLAGS.name} is that of a published data set; choose another")
-    spec = InteractionSpec(**_flags_of(InteractionSpec), file=FLAGS.interactions, users_file=FLAGS.users or "users")
-    directory, users = Path(FLAGS.data_dir) / spec.name, Path(FLAGS.users) if FLAGS.users else None
+    names = {"file": FLAGS.interactions, "users_file": FLAGS.users or "users", "items_file": FLAGS.items or "items"}
+    spec = InteractionSpec(**_flags_of(InteractionSpec), **names)
+    directory = Path(FLAGS.data_dir) / spec.name
+    users, items = (Path(path) if path else None for path in (FLAGS.users, FLAGS.items))
     with _progress(spec.name, directory) as progress, writing(directory) as writer:
         progress.work = writer.work
-        schema = encode_custom(Path(FLAGS.interactions), spec, writer, progress, users)
+        schema = encode_custom(Path(FLAGS.interactions), spec, writer, progress, users, items)
         writer.schema(schema)
         progress.finish(int(schema.counts["events"]))
     return schema, directory
@@ -221,6 +224,7 @@ def summary(schema: Schema, directory: Path) -> str:
     if schema.action:
         rows.append((schema.action.name, f"{schema.action.action_type}, {schema.action.vocab_size} values"))
     rows += [(feature.name, f"context, {feature.vocab_size} values") for feature in schema.contexts]
+    rows += [(feature.name, f"category of items, {feature.vocab_size} values") for feature in schema.categories]
     for split, scores in (schema.best_possible or {}).items():
         rows.append((f"best {split}", ", ".join(f"{name} {score:.3f}" for name, score in scores.items())))
     lines = [f"{schema.name}: {directory}"] + [f"  {name:<16} {value}" for name, value in rows]

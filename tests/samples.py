@@ -23,6 +23,7 @@ def make_dataset(
     action_type: str = "categorical",
     with_time: bool = True,
     contexts: Sequence[str] = ("country", "age"),
+    categories: Sequence[str] = (),
     items: np.ndarray | None = None,
     times: np.ndarray | None = None,
     seed: int = 0,
@@ -34,6 +35,7 @@ def make_dataset(
     features = [Feature(name="user", role="user", vocab_size=len(sizes))]
     features += [Feature(name=name, role="context", vocab_size=7) for name in contexts]
     features.append(Feature(name="item", role="item", vocab_size=num_items))
+    features += [Feature(name=name, role="category", vocab_size=5) for name in categories]
     events = {"item": rng.integers(num_items, size=total) if items is None else items}
     if num_actions is not None:
         features.append(
@@ -49,7 +51,9 @@ def make_dataset(
         lengths=sizes,
         contexts={name: rng.integers(7, size=len(sizes)) for name in contexts},
         events=events,
-        vocabularies={"user": pa.array(np.arange(len(sizes)))},
+        vocabularies={"user": pa.array(np.arange(len(sizes)))}
+        | ({"item": pa.array(np.arange(num_items))} if categories else {}),
+        categories={name: rng.integers(5, size=num_items) for name in categories},
     )
     write_dataset(dataset, folder)
     return SequenceDataset.open(folder)
@@ -70,6 +74,7 @@ def read_back(folder: Path) -> EncodedDataset:
             file.stem: pq.read_table(file)["original"].combine_chunks()
             for file in sorted((folder / "vocabulary").iterdir())
         },
+        categories={feature.name: dataset.category_ids(feature.name) for feature in dataset.schema.categories},
     )
 
 

@@ -182,6 +182,9 @@ class NetworkArgs(Args):
     #: Rows of the table of time before the request; 0: no such table.
     num_time_buckets: int = 0
     time_bucket_fn: Literal["sqrt", "log"] = "sqrt"
+    #: "local": a row for each item; "categorical": the sum of the rows of its categories (the other columns of
+    #: the items file); "both": all of these.
+    item_embedding: Literal["local", "categorical", "both"] = "local"
     item_embedding_dim: int = -1
     action_embedding_dim: int = -1
     contextual_embedding_dim: int = -1

@@ -37,6 +37,7 @@ class InteractionSpec:
         duplicates: What to do with rows equal in all columns: "error", "drop" all but the first, or "keep".
         file: What messages call the interactions.
         users_file: What messages call the users table.
+        items_file: What messages call the items table.
     """
 
     name: str
@@ -52,6 +53,7 @@ class InteractionSpec:
     duplicates: Duplicates = "error"
     file: str = "interactions"
     users_file: str = "users"
+    items_file: str = "items"
 
     def __post_init__(self) -> None:
         require_plain_name("data set", self.name)
@@ -97,40 +99,45 @@ def to_arrow(column: pl.Series) -> pa.Array:
     return column.to_arrow(compat_level=pl.CompatLevel.oldest())
 
 
-def context_columns(
-    users: pl.DataFrame, known: pl.Series, spec: InteractionSpec, absent: str | None = None
+def columns_of(
+    kind: Literal["user", "item"],
+    table: pl.DataFrame,
+    known: pl.Series,
+    spec: InteractionSpec,
+    absent: str | None = None,
 ) -> list[pl.Series]:
-    """The columns of the users table, one value for each of the ``known`` users.
+    """The columns of the users or the items table, one value for each ``known`` user or item.
 
     Args:
-        users: One row per user.
-        known: Ids of the users of the log.
+        kind: Whose table it is.
+        table: One row for each.
+        known: Ids of those of the log.
         spec: Names of columns and files.
-        absent: Value for users who are not in the table; without one they are refused.
+        absent: Value for those who are not in the table; without one they are refused.
     """
-    file = spec.users_file
-    require_columns(users, [spec.user_column], file)
-    ids = clean_ids(users[spec.user_column], file)
+    file, key = (spec.users_file, spec.user_column) if kind == "user" else (spec.items_file, spec.item_column)
+    require_columns(table, [key], file)
+    ids = clean_ids(table[key], file)
     first = ids.is_first_distinct().to_numpy()
     if not first.all():
         row = int(first.argmin())
-        raise ValueError(f"{file}: row {row + 1}: user {ids[row]!r} appears twice; keep one row per user")
+        raise ValueError(f"{file}: row {row + 1}: {kind} {ids[row]!r} appears twice; keep one row per {kind}")
     if ids.dtype != known.dtype:
         ids, known = ids.cast(pl.String), known.cast(pl.String)
-    row_of = pl.DataFrame({"user": ids, "row": np.arange(len(ids))})
-    rows = known.to_frame("user").join(row_of, on="user", how="left", maintain_order="left")["row"]
+    row_of = pl.DataFrame({"id": ids, "row": np.arange(len(ids))})
+    rows = known.to_frame("id").join(row_of, on="id", how="left", maintain_order="left")["row"]
     missing = known.filter(rows.is_null())
     if len(missing) and absent is not None:
-        logger.info("%s: %d users of %s are missing; they get %r", file, len(missing), spec.file, absent)
+        logger.info("%s: %d %ss of %s are missing; they get %r", file, len(missing), kind, spec.file, absent)
     elif len(missing):
         raise ValueError(
-            f"{file}: {len(missing)} of {len(known)} users of {spec.file} are missing "
-            f"(for example {missing[0]!r}); add them or leave the users file out"
+            f"{file}: {len(missing)} of {len(known)} {kind}s of {spec.file} are missing "
+            f"(for example {missing[0]!r}); add them or leave the {kind}s file out"
         )
     idle = len(ids) - (len(known) - len(missing))
     if idle:
-        logger.info("%s: %d users without events are left out", file, idle)
-    others = [clean_values(column, file) for column in users.get_columns() if column.name != spec.user_column]
+        logger.info("%s: %d %ss without events are left out", file, idle, kind)
+    others = [clean_values(column, file) for column in table.get_columns() if column.name != key]
     if len(missing):
         return [column.cast(pl.String).gather(rows).fill_null(absent) for column in others]
     return [column.gather(rows) for column in others]

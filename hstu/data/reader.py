@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from hstu.data.flat import OFFSETS, event_features, map_columns
-from hstu.data.schema import VOCABULARY_DIR, Schema
+from hstu.data.schema import CATEGORY, VOCABULARY_DIR, Schema
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,12 +172,33 @@ class SequenceDataset:
         Raises:
             ValueError: If the feature has no vocabulary (times and bit masks stand for themselves).
         """
+        return self._by_id(feature, "original")
+
+    def category_ids(self, category: str) -> np.ndarray:
+        """Id of each item's value of a category feature, in the order of the items' ids, int64 [items].
+
+        Raises:
+            ValueError: If they are missing or out of range.
+        """
+        item = self.schema.item
+        size = next(feature.vocab_size for feature in self.schema.categories if feature.name == category) or 0
+        found = self._by_id(item.name, CATEGORY + category)
+        if found.size != item.vocab_size or found.min() < 0 or found.max() >= size:
+            raise ValueError(
+                f"{self.path}: category {category!r} has {found.size} ids from {found.min()} to {found.max()}, not "
+                f"{item.vocab_size} in [0, {size}); run the preprocessor again"
+            )
+        return found
+
+    def _by_id(self, feature: str, column: str) -> np.ndarray:
         path = self.path / VOCABULARY_DIR / f"{feature}.parquet"
         if not path.is_file():
             present = ", ".join(sorted(file.stem for file in path.parent.glob("*.parquet")))
             raise ValueError(f"{path}: no vocabulary of {feature!r}; there are: {present}")
         table = pq.read_table(path, memory_map=True)
-        originals = table.column("original").to_numpy(zero_copy_only=False)
-        ordered = np.empty_like(originals)
-        ordered[table.column("id").to_numpy()] = originals
+        if column not in table.column_names:
+            raise ValueError(f"{path}: column {column!r} is missing; run the preprocessor again")
+        values = table.column(column).to_numpy()
+        ordered = np.empty_like(values)
+        ordered[table.column("id").to_numpy()] = values
         return ordered

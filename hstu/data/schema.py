@@ -15,10 +15,11 @@ from hstu.data.replace import DATA_DIR as DATA_DIR
 from hstu.data.replace import SCHEMA_FILE, repair
 from hstu.data.replace import VOCABULARY_DIR as VOCABULARY_DIR
 
-Role = Literal["user", "item", "action", "time", "context"]
+Role = Literal["user", "item", "action", "time", "context", "category"]
 ActionType = Literal["categorical", "bitmask"]
 
 FORMAT_VERSION = 1
+CATEGORY = "category:"  # before the name of a category feature, a column of the vocabulary of items
 COUNT_KEYS = ("users", "items", "events", "seqlen_min", "seqlen_max", "seqlen_mean", "seqlen_median")
 
 
@@ -34,7 +35,7 @@ class Feature:
 
     Ids of a feature are dense in ``[0, vocab_size)``; a time feature has no vocabulary. An action is
     ``categorical`` (id = rank of the value among the sorted distinct values) or a ``bitmask``
-    (id = the mask itself, ``vocab_size = 2 ** bits``).
+    (id = the mask itself, ``vocab_size = 2 ** bits``). A context belongs to a user, a category to an item.
     """
 
     name: str
@@ -74,7 +75,7 @@ class Schema:
 
     Args:
         name: Name of the data set.
-        features: One user and one item feature, at most one action and one time, any number of contexts.
+        features: One user and one item feature, at most one action and one time, any number of contexts and categories.
         counts: users, items (catalogue), events and seqlen_min, seqlen_max, seqlen_mean, seqlen_median.
         source: Name of each file that the data were made from, with its sha256.
         best_possible: For planted data, split -> metric -> the score of the oracle that knows the planted
@@ -129,6 +130,11 @@ class Schema:
     def contexts(self) -> tuple[Feature, ...]:
         """The context features, in the order of the schema."""
         return self._with_role("context")
+
+    @property
+    def categories(self) -> tuple[Feature, ...]:
+        """The features of items, in the order of the schema."""
+        return self._with_role("category")
 
     def save(self, directory: str | Path) -> None:
         """Write ``schema.json`` into ``directory``."""

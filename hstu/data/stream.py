@@ -19,14 +19,14 @@ from hstu.data.interactions import (
     TIME,
     USER,
     InteractionSpec,
-    context_columns,
+    columns_of,
     encode_category,
     most_recent,
     to_arrow,
 )
 from hstu.data.numbering import Numbering
 from hstu.data.runs import EVENTS_PER_RUN, Runs
-from hstu.data.schema import Feature, Schema, count_statistics
+from hstu.data.schema import Feature, Role, Schema, count_statistics
 from hstu.data.spill import ROW_HASH, Log, Progress, find_repeats, first_of_equals
 from hstu.data.splits import MIN_EVENTS
 from hstu.data.writer import EVENTS_PER_PART, DatasetWriter, part_bounds
@@ -75,6 +75,7 @@ def encode_stream(
     writer: DatasetWriter,
     *,
     users: Callable[[], pl.DataFrame | None],
+    items: Callable[[], pl.DataFrame | None] = lambda: None,
     progress: Progress,
     check_counts: Callable[[dict[str, int]], None] = lambda counts: None,
     on_repeats: Callable[[np.ndarray], None] = lambda hashes: None,
@@ -94,12 +95,13 @@ def encode_stream(
         options: The rest.
         writer: Where the parts and vocabularies go.
         users: Gives the users table, if there is one, after the last block.
+        items: Gives the items table likewise.
         progress: Told how far it is.
         check_counts: Given users, items and events of the whole log before the filters; may raise ValueError.
         on_repeats: Given the hashes of rows that repeat an earlier one; may raise ValueError.
 
     Raises:
-        ValueError: If the log is empty, nothing passes the filters, or the users table is wrong.
+        ValueError: If the log is empty, nothing passes the filters, or the users or items table is wrong.
     """
     log = _spill(blocks, spec, options, writer)
     user_counts, item_counts = log.users.counts(), log.items.counts()
@@ -108,7 +110,7 @@ def encode_stream(
     if len(repeats):
         on_repeats(repeats)
     kept = _filter(log.runs, user_counts, item_counts, spec, options, progress)
-    features, contexts, action_ids = _describe(log, kept, spec, options, users(), writer)
+    features, contexts, action_ids = _describe(log, kept, spec, options, (users(), items()), writer)
     encoder = _PartEncoder(log.runs, kept, spec, options, action_ids, drop_repeats=len(repeats) > 0)
     lengths = _write_parts(encoder, contexts, writer, progress)
     return Schema(name=spec.name, features=tuple(features), counts=count_statistics(lengths, len(kept.items)))
@@ -135,20 +137,27 @@ def _describe(
     kept: _Kept,
     spec: InteractionSpec,
     options: StreamOptions,
-    users: pl.DataFrame | None,
+    tables: tuple[pl.DataFrame | None, pl.DataFrame | None],
     writer: DatasetWriter,
 ) -> tuple[list[Feature], dict[str, np.ndarray], Callable[[np.ndarray], np.ndarray] | None]:
     """Write the vocabularies; returns the features, the contexts of users, and what makes ids of actions' codes."""
     originals = log.users.originals(kept.users)
     vocabularies = {USER: originals, ITEM: log.items.originals(kept.items)}
     features = [Feature(name=USER, role="user", vocab_size=len(kept.users))]
-    contexts = {}
+    contexts: dict[str, np.ndarray] = {}
+    categories: dict[str, np.ndarray] = {}
+    users, items = tables
+
+    def encode(columns: list[pl.Series], role: Role, ids: dict[str, np.ndarray]) -> None:
+        for column in columns:
+            ids[column.name], vocabularies[column.name] = encode_category(column)
+            features.append(Feature(name=column.name, role=role, vocab_size=len(vocabularies[column.name])))
+
     if users is not None:
-        for column in context_columns(users, originals, spec, options.absent_context):
-            contexts[column.name], vocabularies[column.name] = encode_category(column)
-            size = len(vocabularies[column.name])
-            features.append(Feature(name=column.name, role="context", vocab_size=size))
+        encode(columns_of("user", users, originals, spec, options.absent_context), "context", contexts)
     features.append(Feature(name=ITEM, role="item", vocab_size=len(kept.items)))
+    if items is not None:
+        encode(columns_of("item", items, vocabularies[ITEM], spec), "category", categories)
     action_ids = None
     if spec.action_column:
         size = 2**options.action_bits
@@ -159,7 +168,7 @@ def _describe(
     if spec.time_column:
         features.append(Feature(name=TIME, role="time"))
     for name, values in vocabularies.items():
-        writer.vocabulary(name, to_arrow(values))
+        writer.vocabulary(name, to_arrow(values), categories if name == ITEM else None)
     return features, contexts, action_ids
 
 

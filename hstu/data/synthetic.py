@@ -266,6 +266,7 @@ def generate(config: SyntheticConfig, name: str = "synthetic") -> EncodedDataset
             Feature(name="user_id", role="user", vocab_size=users),
             Feature(name="segment", role="context", vocab_size=config.num_types),
             Feature(name="item_id", role="item", vocab_size=config.num_items),
+            Feature(name="cluster", role="category", vocab_size=config.num_clusters),
             Feature(name="action", role="action", vocab_size=2, action_type="bitmask"),
             Feature(name="timestamp", role="time"),
         ),
@@ -273,13 +274,14 @@ def generate(config: SyntheticConfig, name: str = "synthetic") -> EncodedDataset
         source={"SyntheticConfig": hashlib.sha256(json.dumps(asdict(config)).encode()).hexdigest()},
         best_possible=best,
     )
-    sizes_of = {"user_id": users, "segment": config.num_types, "item_id": config.num_items}
+    sizes_of = {f.name: f.vocab_size for f in schema.features if f.vocab_size and f.role != "action"}
     return EncodedDataset(
         schema=schema,
         lengths=lengths,
         contexts={"segment": segment},
         events={"item_id": items, "action": actions, "timestamp": _draw_times(lengths, clock)},
         vocabularies={feature: pa.array(np.arange(size)) for feature, size in sizes_of.items()},
+        categories={"cluster": model.cluster},
     )
 
 

@@ -56,6 +56,7 @@ def preprocess_interactions(
     *,
     data_dir: str | Path = "tmp_data",
     users: pl.DataFrame | pd.DataFrame | None = None,
+    items: pl.DataFrame | pd.DataFrame | None = None,
     **options: object,
 ) -> Schema:
     """Make the data set ``data_dir/name`` of a polars or pandas table with one row per event.
@@ -64,6 +65,7 @@ def preprocess_interactions(
         interactions: The events.
         data_dir: Where data sets are.
         users: One row per user; every column but the user column becomes a context feature.
+        items: One row per item; every column but the item column becomes a category feature.
         **options: Fields of :class:`InteractionSpec`; ``name`` is required.
 
     Returns:
@@ -73,9 +75,10 @@ def preprocess_interactions(
         ValueError: For bad input, naming column, row, value and remedy.
     """
     spec = InteractionSpec(**options)  # type: ignore[arg-type]
-    frame, user_table = _to_polars(interactions), None if users is None else _to_polars(users)
+    frame = _to_polars(interactions)
+    user_table, item_table = (None if table is None else _to_polars(table) for table in (users, items))
     with writing(Path(data_dir) / spec.name) as writer:
-        schema = encode_table(in_memory(frame), spec, writer, users=lambda: user_table)
+        schema = encode_table(in_memory(frame), spec, writer, users=lambda: user_table, items=lambda: item_table)
         writer.schema(schema)
     return schema
 
@@ -95,11 +98,13 @@ def encode_table(
     writer: DatasetWriter,
     *,
     users: Callable[[], pl.DataFrame | None],
+    items: Callable[[], pl.DataFrame | None] = lambda: None,
     progress: Progress = lambda what, events, share: None,
 ) -> Schema:
     """Encode a table with one row per event and write it; the schema is returned and still to be written.
 
-    See :func:`hstu.data.stream.encode_stream` for ids and order, and for ``writer``, ``users`` and ``progress``.
+    See :func:`hstu.data.stream.encode_stream` for ids and order, and for ``writer``, ``users``, ``items``
+    and ``progress``.
 
     Raises:
         ValueError: For bad input, naming column, row, value and remedy.
@@ -107,7 +112,14 @@ def encode_table(
     cleaner = _Cleaner(table, spec, progress)
     options = StreamOptions(ticks_per_second=cleaner.ticks_per_second, action_bits=cleaner.action_bits)
     return encode_stream(
-        cleaner.blocks(), spec, options, writer, users=users, progress=progress, on_repeats=cleaner.on_repeats
+        cleaner.blocks(),
+        spec,
+        options,
+        writer,
+        users=users,
+        items=items,
+        progress=progress,
+        on_repeats=cleaner.on_repeats,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hstu.data.replace import DATA_DIR, VOCABULARY_DIR, replacing
-from hstu.data.schema import Schema
+from hstu.data.schema import CATEGORY, Schema
 
 EVENTS_PER_PART = 1 << 22
 
@@ -27,6 +27,7 @@ class EncodedDataset:
         contexts: Context feature -> ids, int64 [U].
         events: Item, action and time feature -> values, user after user in time order, int64 [T].
         vocabularies: Feature -> original values in the order of the ids, [vocab_size].
+        categories: Category feature -> id of each item, int64 [items].
     """
 
     schema: Schema
@@ -34,6 +35,7 @@ class EncodedDataset:
     contexts: dict[str, np.ndarray]
     events: dict[str, np.ndarray]
     vocabularies: dict[str, pa.Array]
+    categories: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -75,9 +77,10 @@ class DatasetWriter:
         columns |= {feature: pa.ListArray.from_arrays(bounds, pa.array(values)) for feature, values in events.items()}
         _write(pa.table(columns), self._new / DATA_DIR / f"part-{number:05d}.parquet")
 
-    def vocabulary(self, feature: str, originals: pa.Array) -> None:
-        """Write the original values of a feature, in the order of the ids."""
-        table = pa.table({"id": pa.array(np.arange(len(originals))), "original": originals})
+    def vocabulary(self, feature: str, originals: pa.Array, categories: dict[str, np.ndarray] | None = None) -> None:
+        """Write the original values of a feature, in the order of the ids; of items, their ``categories`` beside."""
+        columns = {CATEGORY + name: pa.array(ids) for name, ids in (categories or {}).items()}
+        table = pa.table({"id": pa.array(np.arange(len(originals))), "original": originals, **columns})
         _write(table, self._new / VOCABULARY_DIR / f"{feature}.parquet")
 
     def schema(self, schema: Schema) -> None:
@@ -126,7 +129,7 @@ def write_dataset(dataset: EncodedDataset, directory: str | Path, events_per_par
                 events={name: values[events] for name, values in dataset.events.items()},
             )
         for name, originals in dataset.vocabularies.items():
-            writer.vocabulary(name, originals)
+            writer.vocabulary(name, originals, dataset.categories if name == dataset.schema.item.name else None)
         writer.schema(dataset.schema)
 
 

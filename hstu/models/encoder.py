@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hstu.config import Config, ConfigError
-from hstu.data.batch import POOL, Batch
+from hstu.data.batch import POOL, Batch, KeyedJaggedTensor
 from hstu.data.collate import Collator
 from hstu.data.schema import Schema
 from hstu.layers.mlp import initialize
@@ -18,7 +18,7 @@ from hstu.layers.postprocess import Postprocess
 from hstu.layers.preprocess import Preprocess
 from hstu.layers.tokens import Stream
 from hstu.models.backbone import has_position_table, make_backbone, uses_time_bias
-from hstu.models.embedding import Embeddings, EmbeddingTables, Table
+from hstu.models.embedding import Embeddings, EmbeddingTables, ItemCategories, Table, category_feature
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,13 +94,15 @@ def model_inputs(config: Config, schema: Schema) -> Inputs:
 
 
 def make_tables(config: Config, schema: Schema) -> tuple[Table, ...]:
-    """Return one table for each feature that the model reads, named after it and sized by the schema.
+    """Return one table for each feature that the model embeds, named after it and sized by the schema.
 
     Raises:
         ConfigError: for a sharding type given to a table that does not exist.
     """
     inputs, network = model_inputs(config, schema), config.network
-    widths = {inputs.item: network.item_embedding_dim}
+    widths = {inputs.item: network.item_embedding_dim} if network.item_embedding != "categorical" else {}
+    categories = dict.fromkeys(item_categories(config, schema), network.item_embedding_dim)
+    widths |= categories
     if inputs.action is not None:
         widths[inputs.action] = network.action_embedding_dim
     widths |= {name: network.contextual_embedding_dim for name in inputs.contexts}
@@ -109,17 +111,34 @@ def make_tables(config: Config, schema: Schema) -> tuple[Table, ...]:
         if table not in widths:
             raise ConfigError(f"EmbeddingArgs.{field}", f": no table {table!r}; tables: {', '.join(widths)}")
     rows = {feature.name: feature.vocab_size for feature in schema.features}
+    sources = (inputs.item, POOL) if config.task == "retrieval" else (inputs.item,)
+    features = {name: tuple(category_feature(source, name) for source in sources) for name in categories}
+    features[inputs.item] = sources
     return tuple(
         Table(
             name=name,
             rows=rows[name] or 0,
             width=network.hidden_size if width == -1 else width,
-            features=(name, POOL) if name == inputs.item and config.task == "retrieval" else (name,),
+            features=features.get(name, (name,)),
             std=network.embedding_initializer_std,
             seed=config.trainer.seed,
         )
         for name, width in widths.items()
     )
+
+
+def item_categories(config: Config, schema: Schema) -> tuple[str, ...]:
+    """Return the categories that items are embedded by.
+
+    Raises:
+        ConfigError: if there are to be some and the data set has none.
+    """
+    if config.network.item_embedding == "local":
+        return ()
+    if not schema.categories:
+        raise config.network.error("item_embedding", f"data set {schema.name!r} has no categories of items; give the "
+                                   "preprocessor an --items file, or use 'local'")  # fmt: skip
+    return tuple(feature.name for feature in schema.categories)
 
 
 class Encoder(nn.Module):
@@ -135,6 +154,12 @@ class Encoder(nn.Module):
         super().__init__()
         network, inputs = config.network, model_inputs(config, schema)
         self.embeddings: Embeddings = EmbeddingTables(make_tables(config, schema), allocate=allocate_tables)
+        categories = item_categories(config, schema)
+        #: What stands for items beside, or in place of, rows of their own; whoever has the data sets its ids.
+        self.categories = ItemCategories(inputs.item, categories, schema.item.vocab_size or 0) if categories else None
+        self.features = (*inputs.contexts, inputs.item, *([inputs.action] if inputs.action else []))
+        item_width = network.hidden_size if network.item_embedding_dim == -1 else network.item_embedding_dim
+        widths = {inputs.item: item_width} | self.embeddings.widths
         num_positions = network.num_position_buckets or inputs.max_tokens
         if num_positions < inputs.max_tokens:
             raise network.error(
@@ -143,7 +168,7 @@ class Encoder(nn.Module):
         dropout = network.hidden_dropout if network.input_dropout is None else network.input_dropout
         self.preprocess = Preprocess(
             network.hidden_size,
-            {name: width for name, width in self.embeddings.widths.items() if name != POOL},
+            {name: width for name, width in widths.items() if name in self.features},
             item=inputs.item,
             action=inputs.action,
             contexts=inputs.contexts,
@@ -163,11 +188,17 @@ class Encoder(nn.Module):
         norm = network.output_norm or ("l2" if config.retrieval else "layer_norm")
         eps = config.retrieval.l2_norm_eps if config.retrieval and norm == "l2" else network.norm_epsilon or 1e-5
         self.postprocess = Postprocess(network.hidden_size, norm, eps, last_token=config.task == "retrieval")
-        self.features = (*inputs.contexts, inputs.item, *([inputs.action] if inputs.action else []))
         self.autocast_dtype = torch.bfloat16 if network.dtype_str == "bfloat16" else None
         own = (self.preprocess,) if network.is_hugging_face else (self.preprocess, self.backbone)
         for part in own:
             initialize(part, network.dense_initializer_type, network.dense_initializer_normal_std)
+
+    def embed(self, features: KeyedJaggedTensor) -> dict[str, Tensor]:
+        """Look up every feature, items as ``NetworkArgs.item_embedding`` says: name -> [ids of the feature, width]."""
+        if self.categories is None:
+            found: dict[str, Tensor] = self.embeddings(features)
+            return found
+        return self.categories.merged(self.embeddings(self.categories.beside(features)))
 
     def stream(self, batch: Batch) -> Stream:
         """Lay out the tokens of ``batch``, and which of them are held here; asked again, the answer is at hand."""
@@ -201,8 +232,7 @@ class Encoder(nn.Module):
         stream = self.stream(batch)
         if stream.held is not None:
             batch = batch.only({name: stream.holds(name) for name in self.features})
-        embedded: dict[str, Tensor] = self.embeddings((batch if pool is None else batch.with_pool(pool)).features)
-        return embedded
+        return self.embed((batch if pool is None else batch.with_pool(pool)).features)
 
     def encode(self, embedded: dict[str, Tensor], batch: Batch) -> Tensor:
         """Return the rows that carry labels and are held here, [L, D] float32."""

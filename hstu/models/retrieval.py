@@ -31,8 +31,7 @@ class RetrievalModel(Encoder):
         initialize(self.similarity, "xavier_uniform", 0.0)
         self.item_bias = ItemBias(self.num_items) if self.args.item_bias else None
         self.sampler = NegativeSampler(self.args.negatives, self.num_items, self.args.num_negatives, self.seed)
-        width = self.embeddings.widths[self.item]
-        if width != config.network.hidden_size:
+        if config.network.item_embedding_dim not in (-1, config.network.hidden_size):
             raise config.network.error("item_embedding_dim", "retrieval scores hidden states against items: use -1")
 
     def forward(self, batch: Batch) -> LossSum:
@@ -90,7 +89,7 @@ class RetrievalModel(Encoder):
 
     def catalogue_vectors(self, batch: Batch, ids: Tensor) -> Tensor:
         """Return items ``ids`` [n] as they are scored, [n, ..] float32; ``batch`` lends its features."""
-        return self.item_vectors(self.embeddings(batch.with_pool(ids).features)[POOL], ids)
+        return self.item_vectors(self.embed(batch.with_pool(ids).features)[POOL], ids)
 
     def scores(self, queries: Tensor, items: Tensor) -> Tensor:
         """Score ``queries`` [L, ..] against ``items`` [n, ..]: [L, n] float32."""

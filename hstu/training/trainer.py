@@ -78,6 +78,8 @@ class Trainer:
         }
         self.total_steps = self._total_steps()
         model = build_model(config, dataset.schema, allocate_tables=False)
+        if model.categories is not None:
+            model.categories.read(dataset)
         if config.retrieval is not None and config.retrieval.needs_item_counts:
             assert isinstance(model, RetrievalModel)
             model.sampler.set_counts(count_items(dataset, self.loaders["train"].split).to(mesh.device))

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 
-from hstu.data.batch import keyed_features
+from hstu.config import ConfigError
+from hstu.data import SequenceDataset, leave_one_out
+from hstu.data.batch import POOL, Batch, keyed_features
+from hstu.models import RankingModel, RetrievalModel, build_model, make_collator
 from hstu.models.embedding import _BLOCK, EmbeddingTables, Table
+from tests.samples import make_config, make_dataset
 
 ROWS = 2 * _BLOCK + 100
 
@@ -65,3 +72,61 @@ def test_lookup_of_features_that_share_a_table() -> None:
 
 def test_descriptions_without_weights() -> None:
     assert len(list(EmbeddingTables((table(),), allocate=False).parameters())) == 0
+
+
+@pytest.fixture(scope="module")
+def categorized(tmp_path_factory: pytest.TempPathFactory) -> SequenceDataset:
+    folder = tmp_path_factory.mktemp("data") / "small"
+    return make_dataset(folder, [3, 9, 1, 5], num_items=30, categories=("genre", "maker"))
+
+
+def model_and_batch(
+    dataset: SequenceDataset, task: str, kind: str, *lines: str
+) -> tuple[RankingModel | RetrievalModel, Batch]:
+    config = make_config(task, f"NetworkArgs.item_embedding={kind!r}", *lines)
+    model = build_model(config, dataset.schema)
+    assert model.categories is not None
+    model.categories.read(dataset)
+    split = leave_one_out(dataset.lengths)["train"]
+    rows = np.arange(len(split))
+    return model, make_collator(config, dataset.schema)(dataset, split, rows, rows, 0)
+
+
+@pytest.mark.parametrize("task", ["ranking", "retrieval"])
+@pytest.mark.parametrize("kind", ["categorical", "both"])
+def test_items_are_the_sum_of_the_rows_of_their_categories(categorized: SequenceDataset, task: str, kind: str) -> None:
+    model, batch = model_and_batch(categorized, task, kind)
+    tables = model.embeddings.weights
+    assert ("item" in tables) == (kind == "both") and {"genre", "maker"} < {*tables}
+    whole = sum(tables[name][torch.from_numpy(categorized.category_ids(name))] for name in ("genre", "maker"))
+    if kind == "both":
+        whole = whole + tables["item"]
+    pool = torch.tensor([4, 4, 29])
+    found = model.look_up(batch, pool) if task == "retrieval" else model.look_up(batch)
+    torch.testing.assert_close(found["item"], whole[batch.ids("item")])
+    if task == "retrieval":
+        assert isinstance(model, RetrievalModel)
+        torch.testing.assert_close(found[POOL], whole[pool])
+        everything = model.catalogue_vectors(batch, torch.arange(30))
+        torch.testing.assert_close(everything, model.item_vectors(whole, torch.arange(30)))
+    assert {*found} == {*batch.features.keys(), *([POOL] if task == "retrieval" else [])}
+    loss = model(batch)
+    loss.total.backward()
+    assert all(table.grad.abs().sum() > 0 for name, table in tables.items() if name in ("item", "genre", "maker"))
+
+
+def test_an_item_that_training_never_saw_has_what_its_categories_learned(categorized: SequenceDataset) -> None:
+    model, batch = model_and_batch(categorized, "retrieval", "categorical", "RetrievalArgs.loss='full_softmax'")
+    vectors = model.catalogue_vectors(batch, torch.arange(30))
+    kinds = np.stack([categorized.category_ids(name) for name in ("genre", "maker")], 1)
+    twins = [(a, b) for a in range(30) for b in range(a) if (kinds[a] == kinds[b]).all()]
+    assert twins and all(torch.equal(vectors[a], vectors[b]) for a, b in twins)
+
+
+def test_categories_that_are_missing_are_refused(categorized: SequenceDataset, tmp_path: Path) -> None:
+    bare = make_dataset(tmp_path / "bare", [3, 4])
+    with pytest.raises(ConfigError, match="NetworkArgs.item_embedding = 'both'.*no categories of items.*--items"):
+        build_model(make_config("retrieval", "NetworkArgs.item_embedding='both'"), bare.schema)
+    with pytest.raises(ConfigError, match="no table 'item'; tables: genre"):
+        sharding = "EmbeddingArgs.table_sharding_types={'item': 'row_wise'}"
+        model_and_batch(categorized, "ranking", "categorical", sharding)

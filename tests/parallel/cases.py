@@ -48,6 +48,7 @@ SASREC_MOL = (
     "RetrievalArgs.sampling_strategy='log_uniform'",
     "RetrievalArgs.logq_correction=True",
 )
+BOTH = ("NetworkArgs.item_embedding='both'",)
 PIPELINED = ("TrainerArgs.pipeline_type='native'", "TrainerArgs.eval_interval=7")
 ACCUMULATED = ("TrainerArgs.gradient_accumulation_steps=2",)
 WIDTHS = ("NetworkArgs.item_embedding_dim=22", "NetworkArgs.action_embedding_dim=6")
@@ -129,7 +130,7 @@ CASES = {
             data="short",
             plain_steps=0,
         ),
-        Case("retrieval-adam-pipelined", "retrieval", (*PIPELINED, *IN_BATCH, *sharding("table_wise"))),
+        Case("retrieval-adam-pipelined", "retrieval", (*PIPELINED, *BOTH, *IN_BATCH, *sharding("table_wise"))),
         Case(
             "ranking-adagrad-clipped",
             "ranking",
@@ -138,7 +139,7 @@ CASES = {
         ),
         Case("retrieval-adam-uniform", "retrieval", ("NetworkArgs.preset='research'",)),
         Case("retrieval-sgd-uniform", "retrieval", (*SGD, *sharding("table_wise"))),
-        Case("retrieval-adam-in-batch", "retrieval", (*IN_BATCH, *sharding("table_wise"))),
+        Case("retrieval-adam-in-batch", "retrieval", (*IN_BATCH, *BOTH, *sharding("table_wise"))),
         Case("retrieval-sgd-in-batch-short", "retrieval", (*SGD, *IN_BATCH), data="short"),
         Case("retrieval-adam-full", "retrieval", (*FULL, "RetrievalArgs.item_bias=True")),
         Case(
@@ -182,7 +183,7 @@ SPLITS = {
     for case in (
         Case("context-ranking-candidates", "ranking", (*CANDIDATES, *DISTRIBUTED), "short", context=2, steps=12),
         Case("context-retrieval-research", "retrieval", (*RESEARCH, *IN_BATCH), "short", context=2, steps=12),
-        Case("context-retrieval-sasrec-mol", "retrieval", (*SGD, *SASREC_MOL), context=2, steps=12),
+        Case("context-retrieval-sasrec-mol", "retrieval", (*SGD, *BOTH, *SASREC_MOL), context=2, steps=12),
         Case("context-retrieval-llama-bce", "retrieval", (*SGD, *LLAMA_BCE), context=2, steps=12),
         Case("context-retrieval-bert", "retrieval", (*SGD, *BERT), context=2, steps=12),
         Case(

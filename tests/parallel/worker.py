@@ -120,6 +120,8 @@ def steps_of(loader: BatchLoader, count: int) -> Iterator[list[Batch]]:
 def train_plain(config: Config, dataset: SequenceDataset, steps: int) -> list[float]:
     """Return the losses of the plain model under torch's own optimizers, in one process without any engine."""
     model, args = build_model(config, dataset.schema, allocate_tables=True), config.optimizer
+    if model.categories is not None:
+        model.categories.read(dataset)
     weights = model.embeddings.weights
     sparse_rate = args.sparse_learning_rate or args.learning_rate
     sharded = {name: weights[name] for name in weights if config.embedding.of(name) != "data_parallel"}
@@ -159,9 +161,12 @@ def train_plain(config: Config, dataset: SequenceDataset, steps: int) -> list[fl
 
 def _looked_up(name: str, model: Any, batch: Batch) -> Tensor:
     """Return the rows of a table that this batch reads, which are the ones that a fused optimizer moves."""
-    rows = batch.ids(name)
-    if hasattr(model, "sampler") and name == batch.item:
+    of_items = model.categories is not None and name in model.categories.names
+    rows = batch.ids(batch.item if of_items else name)
+    if hasattr(model, "sampler") and (name == batch.item or of_items):
         rows = torch.cat([rows, model.sampler.pool(batch.labels, batch.step)])
+    if of_items:
+        rows = model.categories.ids[model.categories.names.index(name)][rows]
     return rows.unique()
 
 

@@ -19,11 +19,13 @@ FRAME = pl.DataFrame(ratings(), schema=["who", "what", "stars", "when"], orient=
 COLUMNS = {"user_column": "who", "item_column": "what", "time_column": "when", "action_column": "stars"}
 
 
-def encode(path: Path, users: Path | None = None, **options) -> EncodedDataset:
-    spec = InteractionSpec(name="mine", file=str(path), users_file=str(users), **COLUMNS | options)
+def encode(path: Path, users: Path | None = None, items: Path | None = None, **options) -> EncodedDataset:
+    spec = InteractionSpec(
+        name="mine", file=str(path), users_file=str(users), items_file=str(items), **COLUMNS | options
+    )
     with tempfile.TemporaryDirectory() as folder:
         with writing(folder) as writer:
-            writer.schema(encode_custom(path, spec, writer, lambda *_: None, users))
+            writer.schema(encode_custom(path, spec, writer, lambda *_: None, users, items))
         return read_back(Path(folder))
 
 
@@ -73,6 +75,27 @@ def test_two_files_of_one_name_keep_a_checksum_each(tmp_path: Path) -> None:
     (tmp_path / "people" / "log.csv").write_text("who,region\n" + "".join(f"{user},north\n" for user in range(1, 13)))
     source = encode(tmp_path / "log.csv", tmp_path / "people" / "log.csv").schema.source
     assert list(source) == ["log.csv", "people/log.csv"] and len(set(source.values())) == 2
+
+
+def test_items_file(tmp_path: Path) -> None:
+    FRAME.write_csv(tmp_path / "log.csv")
+    kinds = {item: "tea" if item % 3 else "milk" for item in FRAME["what"].unique().to_list()}
+    rows = [f"{item},{kind},{item % 2 == 0}\n" for item, kind in kinds.items()]
+    (tmp_path / "items.csv").write_text("what,kind,even\n9999,none,true\n" + "".join(rows))
+    dataset = encode(tmp_path / "log.csv", items=tmp_path / "items.csv")
+    assert [(f.name, f.role, f.vocab_size) for f in dataset.schema.categories] == [
+        ("kind", "category", 2),
+        ("even", "category", 2),
+    ]
+    assert dataset.vocabularies["kind"].to_pylist() == ["milk", "tea"]
+    expected = [int(kinds[item] == "tea") for item in dataset.vocabularies["item_id"].to_pylist()]
+    assert dataset.categories["kind"].tolist() == expected
+    (tmp_path / "items.csv").write_text("what,kind\n" + "".join(f"{item},x\n" for item in list(kinds)[1:]))
+    with pytest.raises(ValueError, match=f"items.csv: 1 of {len(kinds)} items of .*log.csv are missing"):
+        encode(tmp_path / "log.csv", items=tmp_path / "items.csv")
+    (tmp_path / "items.csv").write_text("what,kind\n1,x\n1,y\n")
+    with pytest.raises(ValueError, match="items.csv: row 2: item 1 appears twice"):
+        encode(tmp_path / "log.csv", items=tmp_path / "items.csv")
 
 
 JSON = '{"who":1,"what":2,"stars":3,"when":4}\n'
