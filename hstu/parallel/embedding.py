@@ -18,7 +18,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import PlannerError
-from torchrec.distributed.types import CacheParams, ShardingEnv
+from torchrec.distributed.types import CacheParams, ShardingEnv, ShardingPlan
 
 from hstu.config import ConfigError, EmbeddingArgs, OptimizerArgs
 from hstu.models.embedding import Embeddings, EmbeddingTables, Table
@@ -66,8 +66,7 @@ class ShardedTables(Embeddings):
         self._features: dict[str, list[str]] = {}
         #: How each table is laid out over ranks, and by which kernel.
         self.layout = dict.fromkeys((t.name for t in replicated), "data_parallel")
-        for width in sorted({_stored_width(t) for t in tables if t not in replicated}):
-            members = tuple(t for t in tables if _stored_width(t) == width and t not in replicated)
+        for width, members in by_width(tuple(t for t in tables if t not in replicated)).items():
             self._features[str(width)] = [feature for t in members for feature in t.features]
             self.collections[str(width)] = sharded = _shard(members, embedding, optimizer, mesh)
             for name, plan in sharded.plan.get_plan_for_module("").items():
@@ -141,14 +140,14 @@ def _topology(mesh: Mesh) -> Topology:
     return Topology(world_size=mesh.world_size, compute_device=mesh.device.type, local_world_size=local, **memory)
 
 
-def _constraints(table: str, embedding: EmbeddingArgs, optimizer: str, mesh: Mesh) -> ParameterConstraints:
-    """Return what the planner may choose from for ``table``."""
+def _constraints(table: str, embedding: EmbeddingArgs, optimizer: str, device: str) -> ParameterConstraints:
+    """Return what the planner may choose from for ``table`` on a kind of device."""
     kinds = [embedding.of(table)]
     if kinds == ["auto"]:
         kinds = ["row_wise", "table_wise", *(["column_wise"] if optimizer != "rowwise_adagrad" else [])]
     if table not in embedding.uvm_caching_tables:
         return ParameterConstraints(sharding_types=kinds, compute_kernels=["fused"])
-    if mesh.device.type == "cpu":
+    if device == "cpu":
         logger.info("EmbeddingArgs.uvm_caching_tables: %s is in host memory as all tables are: there is no GPU", table)
         return ParameterConstraints(sharding_types=kinds, compute_kernels=["fused"])
     cache = CacheParams(load_factor=embedding.uvm_cache_load_factor)
@@ -160,9 +159,20 @@ def _stored_width(table: Table) -> int:
     return -(-table.width // 4) * 4
 
 
-def _shard(
-    tables: tuple[Table, ...], embedding: EmbeddingArgs, optimizer: OptimizerArgs, mesh: Mesh
-) -> DistributedModelParallel:
+def by_width(tables: tuple[Table, ...]) -> dict[int, tuple[Table, ...]]:
+    """Return the tables that form a collection, under their stored width."""
+    widths = sorted({_stored_width(t) for t in tables})
+    return {width: tuple(t for t in tables if _stored_width(t) == width) for width in widths}
+
+
+def place(
+    tables: tuple[Table, ...], embedding: EmbeddingArgs, optimizer: OptimizerArgs, topology: Topology
+) -> tuple[EmbeddingCollection, EmbeddingCollectionSharder, ShardingPlan]:
+    """Return the collection of tables of one width, what shards it, and where TorchRec's planner puts its shards.
+
+    Raises:
+        ConfigError: for a layout that the optimizer or the memory of ``topology`` does not allow.
+    """
     kind = sparse_optimizer_name(optimizer)
     if kind == "rowwise_adagrad" and any(embedding.of(t.name) == "column_wise" for t in tables):
         raise ConfigError(
@@ -189,20 +199,26 @@ def _shard(
             max_gradient=optimizer.sparse_max_gradient,
         ),
         # Which sums the gradients of a row before they could be clipped one by one.
-        use_index_dedup=mesh.device.type == "cuda" and not optimizer.sparse_max_gradient,
+        use_index_dedup=topology.compute_device == "cuda" and not optimizer.sparse_max_gradient,
     )
     planner = EmbeddingShardingPlanner(
-        topology=_topology(mesh),
-        constraints={t.name: _constraints(t.name, embedding, kind, mesh) for t in tables},
+        topology=topology,
+        constraints={t.name: _constraints(t.name, embedding, kind, topology.compute_device) for t in tables},
         storage_reservation=FixedPercentageStorageReservation(percentage=0.15),
     )
     try:
         # Every rank plans for itself, which is deterministic: a plan that fails then fails everywhere.
-        plan = planner.plan(collection, [sharder])
+        return collection, sharder, planner.plan(collection, [sharder])
     except PlannerError as error:
         sizes = ", ".join(f"{t.name} {t.rows:,} x {t.width}" for t in tables)
         reason = str(error).strip().splitlines()[0]
         raise ConfigError("EmbeddingArgs.sharding_type", f": no layout of the tables {sizes} fits: {reason}") from None
+
+
+def _shard(
+    tables: tuple[Table, ...], embedding: EmbeddingArgs, optimizer: OptimizerArgs, mesh: Mesh
+) -> DistributedModelParallel:
+    collection, sharder, plan = place(tables, embedding, optimizer, _topology(mesh))
     with adam_on_host():
         return DistributedModelParallel(
             collection,

@@ -3,8 +3,8 @@
 Per GPU, with world = data x context x tensor ranks, and rates from the data sheets:
 
 - memory: weights and gradients of 4 bytes (backbone matrices over the tensor ranks), moments, tables and their moments
-  over all ranks, and activations: what one pass over a real batch keeps for its backward pass, measured here and
-  divided by context and tensor ranks (which split tokens too, by sequence parallelism);
+  as TorchRec's planner puts them, and activations: what one pass over a real batch keeps for its backward pass,
+  measured here and divided by context and tensor ranks (which split tokens too, by sequence parallelism);
 - arithmetic: counted operations at ``efficiency`` of the peak;
 - memory traffic: moments once, weights once and activations three times a batch;
 - tables: rows of the looked-up ids, out and back; dense gradients: a ring all-reduce; context: keys and values to the
@@ -20,16 +20,18 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchrec import KeyedJaggedTensor
+from torchrec.distributed.planner import Topology
 
 from hstu.config import Config, ConfigError, ContextParallelArgs, TensorModelParallelArgs
 from hstu.data.batch import Batch
 from hstu.data.reader import SequenceDataset
 from hstu.models import RankingModel, RetrievalModel, build_model
 from hstu.models.embedding import Embeddings, Table
-from hstu.parallel.embedding import sparse_optimizer_name
+from hstu.parallel.embedding import by_width, place, sparse_optimizer_name
 from hstu.training.hardware import Gpu
 from hstu.training.work import batch_flops, matrix_elements
 
@@ -149,8 +151,9 @@ def make_plans(config: Config, demand: Demand, gpu: Gpu, nodes: int, per_node: i
         per_node: GPUs of each.
         efficiency: Share of the peak that arithmetic reaches.
     """
+    held = table_memory(config, demand.tables, gpu, nodes, per_node)
     plans = [
-        _plan(config, demand, gpu, nodes * per_node, per_node, context, tensor, efficiency)
+        _plan(config, demand, gpu, nodes * per_node, per_node, context, tensor, efficiency, held)
         for context, tensor in _degrees(config, nodes * per_node, per_node)
     ]
     return sorted(plans, key=lambda plan: (not fits(plan, gpu), -plan.tokens_per_second))
@@ -161,9 +164,31 @@ def fits(plan: Plan, gpu: Gpu) -> bool:
     return plan.memory <= 0.9 * gpu.memory
 
 
-def table_bytes(table: Table, optimizer: str, ranks: int) -> tuple[int, int]:
-    """Return the bytes of the weights and of the moments of the largest row-wise shard of ``table``."""
-    rows, width = -(-table.rows // ranks), -(-table.width // 4) * 4
+def table_memory(config: Config, tables: tuple[Table, ...], gpu: Gpu, nodes: int, per_node: int) -> float:
+    """Return the bytes of tables and moments on the fullest GPU, as TorchRec's planner lays them out; inf if it cannot.
+
+    Of a table in host memory, that is the cache.
+    """
+    world = nodes * per_node
+    topology = Topology(world, "cuda", hbm_cap=int(gpu.memory), ddr_cap=2**50, local_world_size=per_node)
+    held, optimizer = np.zeros(world), sparse_optimizer_name(config.optimizer)
+    for members in by_width(tables).values():
+        try:
+            _, _, plan = place(members, config.embedding, config.optimizer, topology)
+        except ConfigError:
+            return float("inf")
+        for placed in plan.get_plan_for_module("").values():
+            for shard in placed.sharding_spec.shards:
+                rows, width = shard.shard_sizes
+                weights, moments = shard_bytes(rows, width, optimizer)
+                cached = placed.compute_kernel == "fused_uvm_caching"
+                share = config.embedding.uvm_cache_load_factor * weights if cached else weights + moments
+                held[shard.placement.rank()] += share
+    return float(held.max())
+
+
+def shard_bytes(rows: int, width: int, optimizer: str) -> tuple[int, int]:
+    """Return the bytes of the weights and of the moments of a part of a table."""
     moments = {"sgd": 0, "adagrad": rows * width, "rowwise_adagrad": rows, "adam": 2 * rows * width}[optimizer]
     return rows * width * _FLOAT, moments * _FLOAT
 
@@ -199,14 +224,21 @@ def _allowed(config: Config, context: int, tensor: int) -> bool:
 
 
 def _plan(
-    config: Config, demand: Demand, gpu: Gpu, world: int, per_node: int, context: int, tensor: int, efficiency: float
+    config: Config,
+    demand: Demand,
+    gpu: Gpu,
+    world: int,
+    per_node: int,
+    context: int,
+    tensor: int,
+    efficiency: float,
+    held: float,
 ) -> Plan:
-    network, optimizer = config.network, sparse_optimizer_name(config.optimizer)
+    network = config.network
     data, element = world // (context * tensor), 2 if network.dtype_str == "bfloat16" else 4
     batches, sums = config.trainer.gradient_accumulation_steps, 2 if network.backbone == "hstu" else 4
     dense = demand.dense - demand.backbone + demand.backbone // tensor
     weights, moments = dense_bytes(config, dense, data * context)
-    shards = [table_bytes(table, optimizer, world) for table in demand.tables]
     activations, tokens = demand.activations / (context * tensor), demand.tokens / context
 
     def rate(ranks: int) -> float:
@@ -224,7 +256,7 @@ def _plan(
         context=context,
         tensor=tensor,
         dense_memory=weights + moments,
-        table_memory=sum(map(sum, shards)),
+        table_memory=held,
         activation_memory=activations,
         arithmetic=batches * arithmetic,
         traffic=(2 * (batches * weights + moments) + 3 * batches * activations) / gpu.memory_rate,

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from torchrec.distributed.planner import planners
 
 from hstu.config import EmbeddingArgs, OptimizerArgs
 from hstu.models.embedding import Table
 from hstu.parallel import embedding as module
-from hstu.parallel.embedding import _constraints, _shard
-from hstu.parallel.mesh import Mesh
+from hstu.parallel.embedding import _constraints, place
 from tests.tiny import write_tiny
 from tests.training.runs import trainer
 
@@ -29,15 +26,13 @@ def test_kernels_and_types(caplog: pytest.LogCaptureFixture, monkeypatch: pytest
     caplog.set_level(logging.INFO, "hstu")
     own = dict(table_sharding_types={"b": "table_wise"}, uvm_caching_tables=("b",), uvm_cache_load_factor=0.3)
     args = EmbeddingArgs(sharding_type="auto", **own)  # type: ignore[arg-type]
-    with Mesh.create() as cpu:
-        gpu = replace(cpu, device=torch.device("cuda", 0))
-        found = _constraints("a", args, "adam", gpu)
-        assert found.sharding_types == ["row_wise", "table_wise", "column_wise"] and found.compute_kernels == ["fused"]
-        assert _constraints("a", args, "rowwise_adagrad", gpu).sharding_types == ["row_wise", "table_wise"]
-        cached = _constraints("b", args, "adam", gpu)
-        assert (cached.sharding_types, cached.compute_kernels) == (["table_wise"], ["fused_uvm_caching"])
-        assert cached.cache_params is not None and cached.cache_params.load_factor == 0.3
-        assert _constraints("b", args, "adam", cpu).compute_kernels == ["fused"]
+    found = _constraints("a", args, "adam", "cuda")
+    assert found.sharding_types == ["row_wise", "table_wise", "column_wise"] and found.compute_kernels == ["fused"]
+    assert _constraints("a", args, "rowwise_adagrad", "cuda").sharding_types == ["row_wise", "table_wise"]
+    cached = _constraints("b", args, "adam", "cuda")
+    assert (cached.sharding_types, cached.compute_kernels) == (["table_wise"], ["fused_uvm_caching"])
+    assert cached.cache_params is not None and cached.cache_params.load_factor == 0.3
+    assert _constraints("b", args, "adam", "cpu").compute_kernels == ["fused"]
     assert "uvm_caching_tables: b is in host memory as all tables are" in caplog.text
 
 
@@ -54,8 +49,8 @@ def test_each_lookup_is_clipped_on_its_own_on_a_gpu_too(monkeypatch: pytest.Monk
     monkeypatch.setattr(module, "EmbeddingCollectionSharder", ask)
     table = Table(name="t", rows=9, width=4, features=("t",), std=0.1, seed=0)
     args = OptimizerArgs(optimizer_str="adam", learning_rate=0.1, sparse_max_gradient=limit)
-    with Mesh.create() as cpu, pytest.raises(Asked) as asked:
-        _shard((table,), EmbeddingArgs(), args, replace(cpu, device=torch.device("cuda", 0)))
+    with pytest.raises(Asked) as asked:
+        place((table,), EmbeddingArgs(), args, planners.Topology(2, "cuda"))
     assert asked.value.args == (limit == 0.0,)
 
 

@@ -20,7 +20,7 @@ from hstu.parallel.embedding import sparse_optimizer_name
 from hstu.parallel.mesh import Group, parallel_state
 from hstu.parallel.tensor import TensorParallel
 from hstu.training.hardware import GPUS
-from hstu.training.plan import Demand, dense_bytes, fits, make_plans, measure_demand, table_bytes
+from hstu.training.plan import Demand, dense_bytes, fits, make_plans, measure_demand, shard_bytes, table_memory
 from hstu.training.summary import memory_rows
 from tests.launch import ROOT, run, torchrun_command
 from tests.tiny import BINDINGS, write_tiny
@@ -47,13 +47,37 @@ def test_weights_moments_and_tables_are_exact(data: Path, tmp_path: Path, bindin
         (_, _, _, *dense), *tables = memory_rows(run_.parallel, run_.optimizer)
     assert list(dense_bytes(run_.config, demand.dense, 1)) == dense
     kind = sparse_optimizer_name(run_.config.optimizer)
-    planned = {f"table {table.name}": table_bytes(table, kind, 1) for table in demand.tables}
+    planned = {f"table {t.name}": shard_bytes(t.rows, -(-t.width // 4) * 4, kind) for t in demand.tables}
     assert planned == {row[0]: row[3:] for row in tables}
 
 
-def test_a_shard_is_the_largest_one() -> None:
-    table = Table(name="t", rows=125, width=6, features=("t",), std=0.1, seed=0)
-    assert table_bytes(table, "adam", 2) == (63 * 8 * 4, 2 * 63 * 8 * 4)
+ELEMENT = 3 * 4  # bytes of a weight and both moments of adam
+LAYOUTS = {
+    "row_wise": ((63 + 26) * 8 + 13 * 4, ()),
+    "table_wise": (125 * 8, ()),
+    "column_wise": (125 * 8, ()),  # too narrow to be cut
+    "cached": (0.25 / 3 * 63 * 8 + 26 * 8 + 13 * 4, ("EmbeddingArgs.uvm_caching_tables=('a',)",
+                                                     "EmbeddingArgs.uvm_cache_load_factor=0.25")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_tables_on_the_fullest_of_two_gpus(kind: str) -> None:
+    elements, lines = LAYOUTS[kind]
+    layout = f"EmbeddingArgs.sharding_type='{'row_wise' if kind == 'cached' else kind}'"
+    config = load_config("ranking", [], [*BINDINGS["ranking"], layout, *lines]).config
+    shapes = {"a": (125, 6), "b": (51, 8), "c": (25, 4)}
+    tables = tuple(Table(name=n, rows=r, width=w, features=(n,), std=0.1, seed=0) for n, (r, w) in shapes.items())
+    found = table_memory(config, tables[:2] if "wise" in kind and kind != "row_wise" else tables, GPUS["h100"], 1, 2)
+    assert found == pytest.approx(ELEMENT * elements)
+
+
+def test_tables_that_fit_nowhere() -> None:
+    config = load_config("ranking", [], [*BINDINGS["ranking"], "EmbeddingArgs.sharding_type='table_wise'"]).config
+    table = Table(name="a", rows=2 * 10**8, width=128, features=("a",), std=0.1, seed=0)
+    assert table_memory(config, (table,), GPUS["h100"], 1, 8) == float("inf")
+    spread = replace(config, embedding=replace(config.embedding, sharding_type="row_wise"))
+    assert table_memory(spread, (table,), GPUS["h100"], 1, 8) == ELEMENT * 2 * 10**8 * 128 / 8
 
 
 def test_activations_are_within_a_factor_of_two_of_the_measured_peak(tmp_path: Path) -> None:
