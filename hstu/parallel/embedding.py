@@ -12,7 +12,7 @@ import psutil
 import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torch import Tensor, nn
-from torchrec import EmbeddingCollection, EmbeddingConfig, KeyedJaggedTensor
+from torchrec import EmbeddingCollection, EmbeddingConfig, KeyedJaggedTensor, optim
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
@@ -33,6 +33,8 @@ _OPTIMIZERS = {
     "adagrad": EmbOptimType.EXACT_ADAGRAD,
     "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
 }
+# By which the planner tells the size of the moments.
+_CLASSES = {"sgd": optim.SGD, "adam": optim.Adam, "adagrad": optim.Adagrad, "rowwise_adagrad": optim.RowWiseAdagrad}
 
 
 def sparse_optimizer_name(args: OptimizerArgs) -> str:
@@ -206,13 +208,18 @@ def place(
         constraints={t.name: _constraints(t.name, embedding, kind, topology.compute_device) for t in tables},
         storage_reservation=FixedPercentageStorageReservation(percentage=0.15),
     )
+    for weight in collection.parameters():
+        weight._optimizer_classes = [_CLASSES[kind]]
     try:
         # Every rank plans for itself, which is deterministic: a plan that fails then fails everywhere.
-        return collection, sharder, planner.plan(collection, [sharder])
+        plan = planner.plan(collection, [sharder])
     except PlannerError as error:
         sizes = ", ".join(f"{t.name} {t.rows:,} x {t.width}" for t in tables)
         reason = str(error).strip().splitlines()[0]
         raise ConfigError("EmbeddingArgs.sharding_type", f": no layout of the tables {sizes} fits: {reason}") from None
+    for weight in collection.parameters():
+        del weight._optimizer_classes  # or it would be the optimizer too
+    return collection, sharder, plan
 
 
 def _shard(

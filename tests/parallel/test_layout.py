@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 from torchrec.distributed.planner import planners
 
-from hstu.config import EmbeddingArgs, OptimizerArgs
+from hstu.config import ConfigError, EmbeddingArgs, OptimizerArgs
 from hstu.models.embedding import Table
 from hstu.parallel import embedding as module
 from hstu.parallel.embedding import _constraints, place
@@ -66,6 +67,21 @@ def test_tables_that_do_not_fit_are_named(data: Path, tmp_path: Path, monkeypatc
     monkeypatch.setattr(module, "_topology", lambda mesh: planners.Topology(1, "cpu", ddr_cap=1000))
     with pytest.raises(ValueError, match="no layout of the tables .*item_id 120 x 16.* fits"), trainer(data, tmp_path):
         pass
+
+
+@pytest.mark.parametrize(
+    ("kind", "fits"), [("sgd", True), ("rowwise_adagrad", True), ("adagrad", False), ("adam", False)]
+)
+def test_moments_count_when_tables_are_placed(kind: str, fits: bool) -> None:
+    """50 GB of weights, on the 68 GB of a GPU that are not reserved."""
+    table = Table(name="t", rows=100_000_000, width=128, features=("t",), std=0.1, seed=0)
+    args = OptimizerArgs(optimizer_str="adam", learning_rate=0.1, sparse_optimizer_str=kind)  # type: ignore[arg-type]
+    gpus = planners.Topology(4, "cuda", hbm_cap=80 * 10**9, ddr_cap=2**50)
+    place((table,), EmbeddingArgs(sharding_type="row_wise"), args, gpus)
+    with (
+        nullcontext() if fits else pytest.raises(ConfigError, match="no layout of the tables t 100,000,000 x 128 fits")
+    ):
+        place((table,), EmbeddingArgs(sharding_type="table_wise"), args, gpus)
 
 
 @pytest.mark.parametrize(("binding", "message"), [
