@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 from dataclasses import replace
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from hstu.cli.plan import main
-from hstu.config import Config, ConfigError, load_config, task_of
+from hstu.config import Config, ConfigError, NetworkArgs, TensorModelParallelArgs, load_config, task_of
 from hstu.data.reader import SequenceDataset
 from hstu.models.backbone import make_backbone
 from hstu.models.embedding import Table
@@ -123,16 +124,17 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "split already": ("TensorModelParallelArgs.tensor_model_parallel_size=2",
                       "TensorModelParallelArgs.sequence_parallel=True"),
 }  # fmt: skip
-EIGHT = {(c, t) for c in (1, 2, 4, 8, 16) for t in (1, 2, 4, 8) if 16 % (c * t) == 0}
+EVERY = {(c, t) for c in (1, 2, 4, 8, 16) for t in (1, 2, 4, 8) if 16 % (c * t) == 0}
 
 
-def spread(config: Config) -> None:
-    """Do to the backbone what training does to it."""
-    backbone, args = make_backbone(replace(config.network, num_layers=1), 17), config.tensor_model_parallel
-    with grid(config.context_parallel.context_parallel_size, args.tensor_model_parallel_size):
-        if config.context_parallel.context_parallel_size > 1:
-            context = ContextParallel(Group.of(parallel_state.get_context_parallel_group()))
-            attend_across_ranks(backbone, context)
+@functools.cache
+def spread(network: NetworkArgs, context: int, args: TensorModelParallelArgs) -> None:
+    """Do to a layer what training does to it."""
+    backbone = make_backbone(replace(network, num_layers=1), 17)
+    with grid(context, args.tensor_model_parallel_size):
+        if context > 1:
+            ring = ContextParallel(Group.of(parallel_state.get_context_parallel_group()))
+            attend_across_ranks(backbone, ring)
         if args.tensor_model_parallel_size > 1:
             group = Group.of(parallel_state.get_tensor_model_parallel_group())
             TensorParallel(group, args, torch.device("cpu")).split(backbone)
@@ -149,15 +151,16 @@ def test_training_takes_every_degree_that_is_planned_and_refuses_the_others(name
     config = load_config(task, [name], lines).config
     need = Demand(dense=1, backbone=1, tables=(), activations=1, flops=1.0, tokens=1, lookups=1)
     planned = {(plan.context, plan.tensor) for plan in make_plans(config, need, GPUS["h100"], 2, 8, 0.4)}
-    assert (1, 1) in planned <= EIGHT
-    for context, tensor in sorted(EIGHT):
+    assert (1, 1) in planned <= EVERY
+    for context, tensor in {(1, 2), (1, 8), (2, 1), (4, 4), (16, 1), *planned} if lines else planned - {(1, 1)}:
         chosen = (
             f"ContextParallelArgs.context_parallel_size={context}",
             f"TensorModelParallelArgs.tensor_model_parallel_size={tensor}",
             f"TensorModelParallelArgs.sequence_parallel={tensor > 1}",
         )
         if (context, tensor) in planned:
-            spread(load_config(task, [name], [*lines, *chosen]).config)
+            taken = load_config(task, [name], [*lines, *chosen]).config
+            spread(taken.network, context, taken.tensor_model_parallel)
         else:
             with pytest.raises(ConfigError):
                 load_config(task, [name], [*lines, *chosen])
@@ -170,7 +173,7 @@ def test_degrees_of_backbones() -> None:
         return {(plan.context, plan.tensor) for plan in make_plans(config, need, GPUS["h100"], 2, 8, 0.4)}
 
     heads = "NetworkArgs.num_attention_heads=8"
-    assert planned(heads) == EIGHT
+    assert planned(heads) == EVERY
     assert (
         planned("NetworkArgs.backbone='gru'")
         == planned(*VARIANTS["hf"])
