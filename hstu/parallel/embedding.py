@@ -18,7 +18,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import PlannerError
-from torchrec.distributed.types import CacheParams, ShardingEnv, ShardingPlan
+from torchrec.distributed.types import CacheParams, ModuleShardingPlan, ShardingEnv, ShardingPlan
 
 from hstu.config import ConfigError, EmbeddingArgs, OptimizerArgs
 from hstu.models.embedding import Embeddings, EmbeddingTables, Table
@@ -68,11 +68,13 @@ class ShardedTables(Embeddings):
         self._features: dict[str, list[str]] = {}
         #: How each table is laid out over ranks, and by which kernel.
         self.layout = dict.fromkeys((t.name for t in replicated), "data_parallel")
-        for width, members in by_width(tuple(t for t in tables if t not in replicated)).items():
-            self._features[str(width)] = [feature for t in members for feature in t.features]
-            self.collections[str(width)] = sharded = _shard(members, embedding, optimizer, mesh)
-            for name, plan in sharded.plan.get_plan_for_module("").items():
-                self.layout[name] = f"{plan.sharding_type} {plan.compute_kernel}"
+        sharded = tuple(t for t in tables if t not in replicated)
+        collections, sharder, plan = place(sharded, embedding, optimizer, _topology(mesh))
+        for width, collection in collections.items():
+            self._features[width] = [name for config in collection.embedding_configs() for name in config.feature_names]
+            self.collections[width] = _shard(collection, sharder, plan.plan[width], mesh)
+            for name, placed in plan.plan[width].items():
+                self.layout[name] = f"{placed.sharding_type} {placed.compute_kernel}"
         self._answer: Callable[[dict[str, KeyedJaggedTensor]], dict[str, Any]] = self._look_up
         self.shards = nn.ModuleDict(self.collections)
         self.fill()
@@ -161,16 +163,10 @@ def _stored_width(table: Table) -> int:
     return -(-table.width // 4) * 4
 
 
-def by_width(tables: tuple[Table, ...]) -> dict[int, tuple[Table, ...]]:
-    """Return the tables that form a collection, under their stored width."""
-    widths = sorted({_stored_width(t) for t in tables})
-    return {width: tuple(t for t in tables if _stored_width(t) == width) for width in widths}
-
-
 def place(
     tables: tuple[Table, ...], embedding: EmbeddingArgs, optimizer: OptimizerArgs, topology: Topology
-) -> tuple[EmbeddingCollection, EmbeddingCollectionSharder, ShardingPlan]:
-    """Return the collection of tables of one width, what shards it, and where TorchRec's planner puts its shards.
+) -> tuple[dict[str, EmbeddingCollection], EmbeddingCollectionSharder, ShardingPlan]:
+    """Return collections of tables by stored width, what shards them, and where TorchRec's planner puts the shards.
 
     Raises:
         ConfigError: for a layout that the optimizer or the memory of ``topology`` does not allow.
@@ -181,15 +177,8 @@ def place(
             "OptimizerArgs.sparse_optimizer_str",
             "= 'rowwise_adagrad': keeps one number per row, which column_wise tables split; use 'adagrad'",
         )
-    collection = EmbeddingCollection(
-        tables=[
-            EmbeddingConfig(
-                name=t.name, num_embeddings=t.rows, embedding_dim=_stored_width(t), feature_names=list(t.features)
-            )
-            for t in tables
-        ],
-        device=torch.device("meta"),
-    )
+    widths = sorted({_stored_width(t) for t in tables})
+    collections = {str(width): _collection(tables, width) for width in widths}
     sharder: Any = EmbeddingCollectionSharder(
         fused_params=dict(
             optimizer=_OPTIMIZERS[kind],
@@ -208,30 +197,40 @@ def place(
         constraints={t.name: _constraints(t.name, embedding, kind, topology.compute_device) for t in tables},
         storage_reservation=FixedPercentageStorageReservation(percentage=0.15),
     )
-    for weight in collection.parameters():
-        weight._optimizer_classes = [_CLASSES[kind]]
+    whole = nn.ModuleDict(collections)
+    for weight in whole.parameters():
+        weight._optimizer_classes = [_CLASSES[kind]]  # type: ignore[attr-defined]
     try:
         # Every rank plans for itself, which is deterministic: a plan that fails then fails everywhere.
-        plan = planner.plan(collection, [sharder])
+        plan = planner.plan(whole, [sharder]) if collections else ShardingPlan({})
     except PlannerError as error:
         sizes = ", ".join(f"{t.name} {t.rows:,} x {t.width}" for t in tables)
         reason = str(error).strip().splitlines()[0]
         raise ConfigError("EmbeddingArgs.sharding_type", f": no layout of the tables {sizes} fits: {reason}") from None
-    for weight in collection.parameters():
-        del weight._optimizer_classes  # or it would be the optimizer too
-    return collection, sharder, plan
+    for weight in whole.parameters():
+        # Or it would be the optimizer too.
+        del weight._optimizer_classes  # type: ignore[attr-defined]
+    return collections, sharder, plan
+
+
+def _collection(tables: tuple[Table, ...], width: int) -> EmbeddingCollection:
+    configs = [
+        EmbeddingConfig(name=t.name, num_embeddings=t.rows, embedding_dim=width, feature_names=list(t.features))
+        for t in tables
+        if _stored_width(t) == width
+    ]
+    return EmbeddingCollection(tables=configs, device=torch.device("meta"))
 
 
 def _shard(
-    tables: tuple[Table, ...], embedding: EmbeddingArgs, optimizer: OptimizerArgs, mesh: Mesh
+    collection: EmbeddingCollection, sharder: EmbeddingCollectionSharder, plan: ModuleShardingPlan, mesh: Mesh
 ) -> DistributedModelParallel:
-    collection, sharder, plan = place(tables, embedding, optimizer, _topology(mesh))
     with adam_on_host():
         return DistributedModelParallel(
             collection,
             env=ShardingEnv.from_process_group(torch.distributed.group.WORLD),
             device=mesh.device,
-            plan=plan,
+            plan=ShardingPlan({"": plan}),
             sharders=[sharder],
             init_data_parallel=False,
         )

@@ -31,7 +31,7 @@ from hstu.data.batch import Batch
 from hstu.data.reader import SequenceDataset
 from hstu.models import RankingModel, RetrievalModel, build_model
 from hstu.models.embedding import Embeddings, Table
-from hstu.parallel.embedding import by_width, place, sparse_optimizer_name
+from hstu.parallel.embedding import place, sparse_optimizer_name
 from hstu.training.hardware import Gpu
 from hstu.training.work import batch_flops, matrix_elements
 
@@ -172,18 +172,17 @@ def table_memory(config: Config, tables: tuple[Table, ...], gpu: Gpu, nodes: int
     world = nodes * per_node
     topology = Topology(world, "cuda", hbm_cap=int(gpu.memory), ddr_cap=2**50, local_world_size=per_node)
     held, optimizer = np.zeros(world), sparse_optimizer_name(config.optimizer)
-    for members in by_width(tables).values():
-        try:
-            _, _, plan = place(members, config.embedding, config.optimizer, topology)
-        except ConfigError:
-            return float("inf")
-        for placed in plan.get_plan_for_module("").values():
-            for shard in placed.sharding_spec.shards:
-                rows, width = shard.shard_sizes
-                weights, moments = shard_bytes(rows, width, optimizer)
-                cached = placed.compute_kernel == "fused_uvm_caching"
-                share = config.embedding.uvm_cache_load_factor * weights if cached else weights + moments
-                held[shard.placement.rank()] += share
+    try:
+        _, _, plan = place(tables, config.embedding, config.optimizer, topology)
+    except ConfigError:
+        return float("inf")
+    for placed in (parameter for module in plan.plan.values() for parameter in module.values()):
+        for shard in placed.sharding_spec.shards:
+            rows, width = shard.shard_sizes
+            weights, moments = shard_bytes(rows, width, optimizer)
+            cached = placed.compute_kernel == "fused_uvm_caching"
+            share = config.embedding.uvm_cache_load_factor * weights if cached else weights + moments
+            held[shard.placement.rank()] += share
     return float(held.max())
 
 

@@ -84,6 +84,17 @@ def test_moments_count_when_tables_are_placed(kind: str, fits: bool) -> None:
         place((table,), EmbeddingArgs(sharding_type="table_wise"), args, gpus)
 
 
+def test_tables_of_several_widths_share_the_ranks() -> None:
+    widths = (8, 16, 32, 64)
+    tables = tuple(Table(name=f"t{w}", rows=1000, width=w, features=(f"t{w}",), std=0.1, seed=0) for w in widths)
+    args = OptimizerArgs(optimizer_str="adam", learning_rate=0.1)
+    _, _, plan = place(
+        tables, EmbeddingArgs(sharding_type="table_wise"), args, planners.Topology(4, "cpu", ddr_cap=2**40)
+    )
+    ranks = [placed.ranks for module in plan.plan.values() for placed in module.values()]  # type: ignore[attr-defined]
+    assert sorted(ranks) == [[0], [1], [2], [3]]
+
+
 @pytest.mark.parametrize(("binding", "message"), [
     ("EmbeddingArgs.uvm_caching_tables=('nothing',)", "no table 'nothing'"),
     ("EmbeddingArgs.uvm_cache_load_factor=0.0", "above 0"),
