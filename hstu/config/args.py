@@ -7,11 +7,11 @@ from typing import Literal
 
 from hstu.config.backbones import HUGGING_FACE, check_backbone, check_degrees, swiglu_size
 from hstu.config.base import Args, ConfigError
+from hstu.config.embedding import DynamicEmbeddingArgs, EmbeddingArgs
 from hstu.config.retrieval import RetrievalArgs
 from hstu.config.training import OptimizerArgs, TrainerArgs
 
 RANKING_METRICS = ("AUC", "GAUC", "NE", "LOGLOSS", "ACCURACY")
-ShardingType = Literal["auto", "row_wise", "table_wise", "column_wise", "data_parallel"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,32 +103,6 @@ class DatasetArgs(Args):
                              "without candidates), or some events are never a target")  # fmt: skip
         if self.history_start is not None or self.history_end is not None:
             raise self.error("train_stride", "needs the whole history: leave out history_start and history_end")
-
-
-@dataclass(frozen=True, kw_only=True)
-class EmbeddingArgs(Args):
-    """How tables are laid out over ranks: one type for all, or by table name.
-
-    ``auto`` leaves row-, table- or column-wise to TorchRec's planner; ``data_parallel`` is whole on every rank.
-    """
-
-    sharding_type: ShardingType = "row_wise"
-    table_sharding_types: dict[str, ShardingType] = field(default_factory=dict)
-    #: Sharded tables that stay in host memory, with a cache on the GPU. Without a GPU all tables are there.
-    uvm_caching_tables: tuple[str, ...] = ()
-    #: Share of their rows that the cache holds.
-    uvm_cache_load_factor: float = 0.2
-
-    def of(self, table: str) -> str:
-        """Return the sharding type of ``table``."""
-        return self.table_sharding_types.get(table, self.sharding_type)
-
-    def validate(self) -> None:
-        if not 0 < self.uvm_cache_load_factor <= 1:
-            raise self.error("uvm_cache_load_factor", "must be above 0 and at most 1")
-        for table in self.uvm_caching_tables:
-            if self.of(table) == "data_parallel":
-                raise self.error("uvm_caching_tables", f"table {table!r} is data_parallel: a dense weight on the GPU")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -301,6 +275,7 @@ class Config:
     network: NetworkArgs
     optimizer: OptimizerArgs
     embedding: EmbeddingArgs = field(default_factory=EmbeddingArgs)
+    dynamic_embedding: DynamicEmbeddingArgs = field(default_factory=DynamicEmbeddingArgs)
     context_parallel: ContextParallelArgs = field(default_factory=ContextParallelArgs)
     tensor_model_parallel: TensorModelParallelArgs = field(default_factory=TensorModelParallelArgs)
     ranking: RankingArgs | None = None
@@ -309,6 +284,7 @@ class Config:
     def __post_init__(self) -> None:
         assert (self.ranking is None) != (self.retrieval is None), "exactly one task"
         network = self.network
+        self.dynamic_embedding.check(self.embedding, pipelined=self.trainer.pipeline_type != "none")
         check_degrees(
             network,
             self.context_parallel.context_parallel_size,
@@ -353,6 +329,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "DatasetArgs",
+    "DynamicEmbeddingArgs",
     "EmbeddingArgs",
     "NetworkArgs",
     "OptimizerArgs",

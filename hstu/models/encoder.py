@@ -106,11 +106,13 @@ def make_tables(config: Config, schema: Schema) -> tuple[Table, ...]:
     if inputs.action is not None:
         widths[inputs.action] = network.action_embedding_dim
     widths |= {name: network.contextual_embedding_dim for name in inputs.contexts}
-    named = {field: getattr(config.embedding, field) for field in ("table_sharding_types", "uvm_caching_tables")}
+    named = {f"EmbeddingArgs.{f}": getattr(config.embedding, f) for f in ("table_sharding_types", "uvm_caching_tables")}
+    named["DynamicEmbeddingArgs.capacity"] = config.dynamic_embedding.capacity
     for field, table in ((field, table) for field, tables in named.items() for table in tables):
         if table not in widths:
-            raise ConfigError(f"EmbeddingArgs.{field}", f": no table {table!r}; tables: {', '.join(widths)}")
+            raise ConfigError(field, f": no table {table!r}; tables: {', '.join(widths)}")
     rows = {feature.name: feature.vocab_size for feature in schema.features}
+    rows |= _dynamic_rows(config, rows, inputs.item)
     sources = (inputs.item, POOL) if config.task == "retrieval" else (inputs.item,)
     features = {name: tuple(category_feature(source, name) for source in sources) for name in categories}
     features[inputs.item] = sources
@@ -125,6 +127,20 @@ def make_tables(config: Config, schema: Schema) -> tuple[Table, ...]:
         )
         for name, width in widths.items()
     )
+
+
+def _dynamic_rows(config: Config, ids: dict[str, int | None], item: str) -> dict[str, int]:
+    """Return the rows of dynamic tables, after a look at whether they make sense."""
+    args = config.dynamic_embedding
+    for table, rows in args.capacity.items():
+        if rows >= (ids[table] or 0):
+            raise args.error("capacity", f"table {table!r} has {ids[table]:,} ids, so each can have a row of its own; "
+                             "leave it out, or use fewer rows")  # fmt: skip
+    retrieval = config.retrieval
+    if item in args.capacity and retrieval and (retrieval.negatives != "in_batch" or retrieval.loss == "bce"):
+        raise args.error("capacity", f"table {item!r}: most negatives drawn from all items would have no row; use "
+                         "RetrievalArgs.sampling_strategy = 'in_batch'")  # fmt: skip
+    return args.capacity
 
 
 def item_categories(config: Config, schema: Schema) -> tuple[str, ...]:

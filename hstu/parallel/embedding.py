@@ -97,6 +97,14 @@ class ShardedTables(Embeddings):
             for lookup in collection.module._lookups:
                 lookup.purge()
 
+    def row_maps(self) -> dict[str, Tensor]:
+        """Return which ids have which rows, where that is learned; loading writes into it."""
+        return {}
+
+    def counters(self) -> dict[str, float]:
+        """Return what deserves to be on record."""
+        return {}
+
     def forward(self, features: KeyedJaggedTensor) -> dict[str, Tensor]:
         """Look up every feature: name -> [ids of the feature, width]."""
         found: dict[str, Tensor] = self.replicated(features)

@@ -181,6 +181,22 @@ class Mesh:
         dist.all_gather(parts, padded, group=group)
         return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
+    def exchange(self, values: Tensor, counts: list[int]) -> tuple[Tensor, list[int]]:
+        """Send the first ``counts[0]`` rows of ``values`` to rank 0, the next ``counts[1]`` to rank 1, and so on.
+
+        Returns:
+            The rows that this rank was sent, in the order of the ranks, and how many came from each.
+        """
+        if self.world_size == 1:
+            return values, counts
+        sent = torch.tensor(counts, device=values.device)
+        got = torch.empty_like(sent)
+        dist.all_to_all_single(got, sent)
+        sizes = got.tolist()
+        received = values.new_empty(sum(sizes), *values.shape[1:])
+        dist.all_to_all_single(received, values.contiguous(), sizes, counts)
+        return received, sizes
+
     def _token_group(self, values: Tensor) -> dist.ProcessGroup:
         return self.tokens.group if values.is_cuda else self.token_host_group
 

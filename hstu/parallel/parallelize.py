@@ -10,6 +10,7 @@ from hstu.config import Config
 from hstu.models import RankingModel, RetrievalModel
 from hstu.parallel.context import ContextParallel, attend_across_ranks
 from hstu.parallel.dense import DenseParallel
+from hstu.parallel.dynamic import DynamicTables
 from hstu.parallel.embedding import ShardedTables
 from hstu.parallel.mesh import Mesh
 from hstu.parallel.tensor import TensorParallel
@@ -45,7 +46,11 @@ def parallelize(model: RankingModel | RetrievalModel, mesh: Mesh, config: Config
     if config.network.kernel_backend == "triton" and mesh.device.type == "cpu":
         raise config.network.error("kernel_backend", "Triton kernels need a GPU; use 'auto'")
     model.to(mesh.device)
-    tables = ShardedTables(model.embeddings.tables, config.embedding, config.optimizer, mesh)
+    every, dynamic = model.embeddings.tables, config.dynamic_embedding
+    if dynamic.capacity:
+        tables: ShardedTables = DynamicTables(every, config.embedding, dynamic, config.optimizer, mesh)
+    else:
+        tables = ShardedTables(every, config.embedding, config.optimizer, mesh)
     model.embeddings = tables
     if isinstance(model, RetrievalModel):
         model.sampler.gather = mesh.gather

@@ -59,6 +59,8 @@ def model_identity(config: Config, schema: Schema) -> dict[str, Any]:
         "DatasetArgs.contextual_feature_names": config.dataset.contextual_feature_names,
         "OptimizerArgs.optimizer_str": config.optimizer.optimizer_str,
         "OptimizerArgs.sparse_optimizer_str": sparse_optimizer_name(config.optimizer),
+        "DynamicEmbeddingArgs.capacity": config.dynamic_embedding.capacity,
+        "DynamicEmbeddingArgs.evict_strategy": config.dynamic_embedding.evict_strategy,
         "tables": {feature.name: feature.vocab_size for feature in schema.features},
     }
     if config.ranking is not None:
@@ -205,6 +207,7 @@ class Checkpointer:
         state: dict[str, Any] = {_DENSE + name: value for name, value in self.parallel.dense.state().items()}
         for width, collection in tables.collections.items():
             state |= {f"tables/{width}/{name}": value for name, value in collection.state_dict().items()}
+        state |= {f"row_maps/{name}": value for name, value in tables.row_maps().items()}
         if not optimizer:
             return state
         state |= {_DENSE_OPTIMIZER + name: value for name, value in self.optimizer.state().items()}

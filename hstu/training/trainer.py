@@ -258,6 +258,7 @@ class Trainer:
             "epoch": epoch,
             "lr": rate,
             **self.meter.read(self.progress.step),
+            **self.parallel.tables.counters(),
         }
 
     def _draw(self, record: dict[str, Any]) -> None:

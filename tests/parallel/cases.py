@@ -59,6 +59,11 @@ def sharding(kind: str, **by_table: str) -> tuple[str, str]:
     return f"EmbeddingArgs.sharding_type='{kind}'", f"EmbeddingArgs.table_sharding_types={by_table!r}"
 
 
+def dynamic(strategy: str = "lru", **capacity: int) -> tuple[str, str]:
+    """Return the bindings of tables with so many rows."""
+    return f"DynamicEmbeddingArgs.capacity={capacity!r}", f"DynamicEmbeddingArgs.evict_strategy={strategy!r}"
+
+
 CASES = {
     case.name: case
     for case in (
@@ -130,6 +135,13 @@ CASES = {
             data="short",
             plain_steps=0,
         ),
+        Case("ranking-adam-dynamic", "ranking", (*FAST_TABLES, *dynamic(item_id=67)), plain_steps=0),
+        Case(
+            "retrieval-adam-dynamic",
+            "retrieval",
+            (*IN_BATCH, *BOTH, *dynamic("distance_lfu", item_id=70)),
+            plain_steps=0,
+        ),
         Case("retrieval-adam-pipelined", "retrieval", (*PIPELINED, *BOTH, *IN_BATCH, *sharding("table_wise"))),
         Case(
             "ranking-adagrad-clipped",
@@ -185,6 +197,8 @@ SPLITS = {
         Case("context-retrieval-research", "retrieval", (*RESEARCH, *IN_BATCH), "short", context=2, steps=12),
         Case("context-retrieval-sasrec-mol", "retrieval", (*SGD, *BOTH, *SASREC_MOL), context=2, steps=12),
         Case("context-retrieval-llama-bce", "retrieval", (*SGD, *LLAMA_BCE), context=2, steps=12),
+        Case("context-ranking-dynamic", "ranking", (*SGD, *dynamic("lfu", item_id=67)), context=2, steps=12),
+        Case("tensor-ranking-dynamic", "ranking", (*FAST_TABLES, *dynamic("lfu", item_id=67)), tensor=2, steps=12),
         Case("context-retrieval-bert", "retrieval", (*SGD, *BERT), context=2, steps=12),
         Case(
             "tensor-ranking-concat",
@@ -208,6 +222,7 @@ GRIDS = {
         Case("data-2-context-2-ranking", "ranking", (*CANDIDATES, *DISTRIBUTED), "short", context=2, steps=12),
         Case("data-2-context-2-retrieval", "retrieval", (*RESEARCH, *IN_BATCH), "short", context=2, steps=12),
         Case("pipeline-context-2", "retrieval", (*RESEARCH, "TrainerArgs.pipeline_type='native'"), context=2, steps=12),
+        Case("data-2-context-2-dynamic", "ranking", (*FAST_TABLES, *dynamic(item_id=67)), context=2, steps=12),
         Case("data-2-tensor-2-ranking", "ranking", (*SGD, *CANDIDATES), tensor=2, steps=12),
         Case("context-2-tensor-2-retrieval", "retrieval", (*SGD, *RESEARCH), context=2, tensor=2, steps=12),
         Case(

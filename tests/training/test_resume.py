@@ -30,9 +30,10 @@ VARIANTS = {
     "retrieval": ("retrieval", "NetworkArgs.preset='research'", "EmbeddingArgs.sharding_type='table_wise'"),
     "accumulated": ("ranking", "TrainerArgs.gradient_accumulation_steps=2", "TrainerArgs.train_batch_size=16",
                     "OptimizerArgs.sparse_max_gradient=0.01", "OptimizerArgs.sparse_lr_schedule='linear'"),
+    "dynamic": ("ranking", "DynamicEmbeddingArgs.capacity={'item_id': 67}", "TrainerArgs.train_batch_size=4"),
     "distributed-optimizer": ("ranking", "OptimizerArgs.use_distributed_optimizer=True"),
 }  # fmt: skip
-TWO_RANKS = ("adam", "retrieval", "distributed-optimizer")
+TWO_RANKS = ("adam", "retrieval", "dynamic", "distributed-optimizer")
 
 
 def broken_run(data: Path, path: Path, variant: str, forget: Callable[[Trainer, Path], None] | None = None) -> None:
@@ -135,6 +136,17 @@ FORGOTTEN = {
 def test_each_part_of_the_state_matters(data: Path, unbroken: Any, tmp_path: Path, part: str) -> None:
     broken_run(data, tmp_path, "adam", FORGOTTEN[part])
     assert worst(losses(tmp_path), losses(unbroken("adam"))) > 1e-5
+
+
+@pytest.mark.parametrize("part", ["ids", "last_access_iter", "lookups"])
+def test_each_part_of_a_row_map_matters(data: Path, unbroken: Any, tmp_path: Path, part: str) -> None:
+    def forget(run: Trainer, checkpoint: Path) -> None:
+        for name, value in run.parallel.tables.row_maps().items():
+            if name.endswith(part):
+                value.fill_(torch.iinfo(torch.int64).max if part == "ids" else 0)
+
+    broken_run(data, tmp_path, "dynamic", forget)
+    assert worst(losses(tmp_path), losses(unbroken("dynamic"))) > 1e-5
 
 
 def test_nothing_but_the_checkpoint_is_carried_over(data: Path, unbroken: Any, tmp_path: Path) -> None:

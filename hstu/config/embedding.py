@@ -1,0 +1,69 @@
+"""Knobs of the embedding tables: how they lie over ranks, and which of them have fewer rows than ids."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from hstu.config.base import Args
+
+ShardingType = Literal["auto", "row_wise", "table_wise", "column_wise", "data_parallel"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingArgs(Args):
+    """How tables are laid out over ranks: one type for all, or by table name.
+
+    ``auto`` leaves row-, table- or column-wise to TorchRec's planner; ``data_parallel`` is whole on every rank.
+    """
+
+    sharding_type: ShardingType = "row_wise"
+    table_sharding_types: dict[str, ShardingType] = field(default_factory=dict)
+    #: Sharded tables that stay in host memory, with a cache on the GPU. Without a GPU all tables are there.
+    uvm_caching_tables: tuple[str, ...] = ()
+    #: Share of their rows that the cache holds.
+    uvm_cache_load_factor: float = 0.2
+
+    def of(self, table: str) -> str:
+        """Return the sharding type of ``table``."""
+        return self.table_sharding_types.get(table, self.sharding_type)
+
+    def validate(self) -> None:
+        if not 0 < self.uvm_cache_load_factor <= 1:
+            raise self.error("uvm_cache_load_factor", "must be above 0 and at most 1")
+        for table in self.uvm_caching_tables:
+            if self.of(table) == "data_parallel":
+                raise self.error("uvm_caching_tables", f"table {table!r} is data_parallel: a dense weight on the GPU")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DynamicEmbeddingArgs(Args):
+    """Tables whose rows go to the ids that training meets; see ``hstu.parallel.dynamic``.
+
+    An id gets a row when it is first met. When no row is free it takes that of another id, with fresh weights and
+    without the other's past. Ids without a row share one of a few rows kept for them; only training gives out rows.
+    """
+
+    #: Rows by table, at least 32. Other tables have a row for each id.
+    capacity: dict[str, int] = field(default_factory=dict)
+    #: Who loses a row: "lru", the id not met for longest; "lfu", the one met least often, to an id that one batch meets
+    #: more often; "distance_lfu", by both.
+    evict_strategy: Literal["lru", "lfu", "distance_lfu"] = "lru"
+
+    def validate(self) -> None:
+        for table, rows in self.capacity.items():
+            if rows < 32:
+                raise self.error("capacity", f"table {table!r} needs at least 32 rows")
+
+    def check(self, embedding: EmbeddingArgs, *, pipelined: bool) -> None:
+        """Raise ``ConfigError`` for what dynamic tables do not go with."""
+        for table in self.capacity:
+            if embedding.of(table) == "data_parallel":
+                raise embedding.error("sharding_type", f"table {table!r} is dynamic and has to be sharded; use "
+                                      "'row_wise', or leave it out of DynamicEmbeddingArgs.capacity")  # fmt: skip
+            if table in embedding.uvm_caching_tables:
+                raise embedding.error("uvm_caching_tables", f"table {table!r} is dynamic: a row that changes hands is "
+                                      "written outside the cache; choose one of the two")  # fmt: skip
+        if self.capacity and pipelined:
+            raise self.error("capacity", "a pipeline looks up a batch while the one before is computed, whose rows "
+                             "would be given away; use TrainerArgs.pipeline_type = 'none'")  # fmt: skip
