@@ -13,19 +13,24 @@ from hstu.layers.tokens import Stream, Tokens
 from hstu.ops import positions_in_sequence, sequence_ids
 
 
-def token_positions(tokens: Stream) -> Tensor:
-    """Return p_i = min(i, L_b - m_b) of the rows held, [t] int64: candidates stand at the place after the history."""
+def token_positions(tokens: Stream, *, from_end: bool = False) -> Tensor:
+    """Return p_i = min(i, L_b - m_b) of the rows held, [t] int64: candidates stand at the place after the history.
+
+    ``from_end`` counts the other way, L_b - 1 - i: 0 is the last token.
+    """
     total = tokens.timestamps.shape[0]
-    history_end = tokens.offsets.diff() - tokens.num_candidates
-    place = positions_in_sequence(tokens.offsets, total)
-    return tokens.of_held(torch.minimum(place, history_end[sequence_ids(tokens.offsets, total)]))
+    place, sequence = positions_in_sequence(tokens.offsets, total), sequence_ids(tokens.offsets, total)
+    if from_end:
+        return tokens.of_held((tokens.offsets.diff() - 1)[sequence] - place)
+    return tokens.of_held(torch.minimum(place, (tokens.offsets.diff() - tokens.num_candidates)[sequence]))
 
 
 class PositionEncoder(nn.Module):
     """x * sqrt(D) + P[p], and optionally + A[bucket(seconds before the request)], then dropout.
 
     The request is the latest event of the sample. With ``num_positions`` = 0 there is no P, for backbones that
-    know positions themselves; with ``num_time_buckets`` = 0 no A.
+    know positions themselves; with ``num_time_buckets`` = 0 no A. ``positions_from_end`` is for sequences without
+    candidates whose last token is asked for, as padding on the left has it.
     Following "Actions Speak Louder than Words" (https://arxiv.org/abs/2402.17152) and its production form.
     """
 
@@ -34,12 +39,14 @@ class PositionEncoder(nn.Module):
         hidden_size: int,
         num_positions: int,
         *,
+        positions_from_end: bool = False,
         num_time_buckets: int = 0,
         time_bucket_fn: Literal["sqrt", "log"] = "sqrt",
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.scale = math.sqrt(hidden_size)
+        self.positions_from_end = positions_from_end
         self.position: nn.Parameter | None = None
         if num_positions:
             self.position = nn.Parameter(torch.empty(num_positions, hidden_size))
@@ -54,7 +61,7 @@ class PositionEncoder(nn.Module):
         """Return the stream with encoded values."""
         values = tokens.values * self.scale
         if self.position is not None:
-            values = values + self.position[token_positions(tokens)]
+            values = values + self.position[token_positions(tokens, from_end=self.positions_from_end)]
         if self.time is not None:
             values = values + self.time[self.time_buckets(tokens)]
         return tokens.with_values(self.dropout(values))

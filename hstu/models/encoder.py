@@ -192,6 +192,7 @@ class Encoder(nn.Module):
             positions=PositionEncoder(
                 network.hidden_size,
                 num_positions if has_position_table(network) else 0,
+                positions_from_end=network.is_masked,
                 num_time_buckets=network.num_time_buckets,
                 time_bucket_fn=network.time_bucket_fn,
                 dropout=dropout,

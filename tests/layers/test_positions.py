@@ -29,6 +29,14 @@ def test_scaled_values_plus_the_row_of_the_position() -> None:
     assert out.offsets is tokens.offsets and encoder.time is None
 
 
+def test_positions_from_the_end_are_those_of_a_history_cut_at_its_start() -> None:
+    tokens = make_tokens((4, 0, 1, 3))
+    assert token_positions(tokens, from_end=True).tolist() == [3, 2, 1, 0, 0, 2, 1, 0]
+    encoder = PositionEncoder(10, 4, positions_from_end=True)
+    cut = Tokens(**{**vars(make_tokens((3,))), "values": tokens.values[1:4]})
+    torch.testing.assert_close(encoder(tokens).values[1:4], encoder(cut).values, rtol=0, atol=0)
+
+
 def bounded(kind: str, seconds: int, largest: int) -> int:
     return min(int(math.sqrt(seconds) if kind == "sqrt" else math.log1p(seconds)), largest)
 
