@@ -8,6 +8,7 @@ every lookup evicts, and nothing waits.
 
 from __future__ import annotations
 
+import logging
 from functools import cached_property
 from typing import Any
 
@@ -27,6 +28,8 @@ from hstu.data.batch import POOL, keyed_features
 from hstu.models.embedding import Table
 from hstu.parallel.embedding import ShardedTables
 from hstu.parallel.mesh import Mesh
+
+logger = logging.getLogger(__name__)
 
 BUCKETS = 16
 _POLICIES = {"lru": LRU_EvictionPolicy, "lfu": LFU_EvictionPolicy, "distance_lfu": DistanceLFU_EvictionPolicy}
@@ -51,15 +54,25 @@ class _Bucket(MCHManagedCollisionModule):
         )
 
     @torch.no_grad()
-    def admit(self, ids: Tensor, counts: Tensor) -> Tensor:
-        """Give rows to ``ids`` [n], each once, met ``counts`` [n] times now; return the rows with a new id, [m]."""
+    def admit(self, ids: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """Give rows to ``ids`` [n], each once, met ``counts`` [n] times now.
+
+        Returns:
+            The rows with a new id [m], and how many of them had another one and how many of ``ids`` got none, [2].
+        """
+        free = self._free()
         self._current_iter_tensor += 1
         self._current_iter = int(self._current_iter_tensor)
         times = {"last_access_iter": torch.full_like(ids, self._current_iter)}
         self._update_and_evict(ids, counts, times)
         changed = self.evict()
         assert changed is not None
-        return changed
+        without = (self.rows(ids) == self._output_global_offset + self._zch_size - 1).sum()
+        return changed, torch.stack([changed.numel() - (free - self._free()), without])
+
+    def _free(self) -> Tensor:
+        """Return how many rows no id has."""
+        return (self._mch_sorted_raw_ids == self._delimiter).sum()
 
     def rows(self, ids: Tensor) -> Tensor:
         """Return the row of each of ``ids`` [n]."""
@@ -87,6 +100,8 @@ class DynamicRows:
             bucket: _Bucket(ends[bucket], ends[bucket + 1], args.evict_strategy, mesh.device)
             for bucket in range(mesh.rank, BUCKETS, mesh.world_size)
         }
+        #: On all ranks: rows given out, those of them that another id lost, ids of a lookup that got none; [3].
+        self.tally = torch.zeros(3, dtype=torch.int64, device=mesh.device)
 
     def __call__(self, ids: Tensor, met: Tensor | None) -> tuple[Tensor, Tensor]:
         """Look up ids of this rank; all ranks do so at once.
@@ -108,28 +123,36 @@ class DynamicRows:
         questions, sizes = self.mesh.exchange(
             torch.stack([asked, counts], 1)[order], torch.bincount(owner, minlength=ranks).tolist()
         )
-        rows, changed = self._answer(*questions.unbind(1), admit=met is not None)
+        rows, changed, tally = self._answer(*questions.unbind(1), admit=met is not None)
         answers, _ = self.mesh.exchange(rows, sizes)
-        changed, _ = self.mesh.exchange(changed.repeat(ranks), [changed.numel()] * ranks)
+        news = torch.cat([tally, changed])
+        news, sizes = self.mesh.exchange(news.repeat(ranks), [news.numel()] * ranks)
+        parts = news.split(sizes)
+        changed = torch.cat([part[2:] for part in parts])
+        self.tally[0] += changed.numel()
+        self.tally[1:] += torch.stack([part[:2] for part in parts]).sum(0)
         return torch.empty_like(asked).index_copy(0, order, answers)[inverse], changed
 
-    def _answer(self, ids: Tensor, counts: Tensor, *, admit: bool) -> tuple[Tensor, Tensor]:
-        """Return the rows of ids of this rank's buckets [n], after ``counts`` [n] of them were met, and those with a
-        new id.
+    def _answer(self, ids: Tensor, counts: Tensor, *, admit: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the rows of ids of this rank's buckets [n] after ``counts`` [n] of them were met, those with a new
+        id, and the sums of what ``_Bucket.admit`` counts.
         """
-        bucket, rows, changed = bucket_of(ids), torch.empty_like(ids), [ids[:0]]
+        bucket, rows, changed, tally = bucket_of(ids), torch.empty_like(ids), [ids[:0]], ids.new_zeros(2)
         for number, owned in self.buckets.items():
             mine = bucket == number
             if admit:
                 met = mine & (counts > 0)
                 each, inverse = ids[met].unique(return_inverse=True)
-                changed.append(owned.admit(each, torch.zeros_like(each).index_add(0, inverse, counts[met])))
+                fresh, counted = owned.admit(each, torch.zeros_like(each).index_add(0, inverse, counts[met]))
+                changed.append(fresh)
+                tally += counted
             rows[mine] = owned.rows(ids[mine])
-        return rows, torch.cat(changed)
+        return rows, torch.cat(changed), tally
 
     def state(self) -> dict[str, Tensor]:
         """Return this rank's part of the map, by names that no number of ranks changes."""
-        return {f"{number}/{name}": x for number, owned in self.buckets.items() for name, x in owned.state().items()}
+        own = {f"{number}/{name}": x for number, owned in self.buckets.items() for name, x in owned.state().items()}
+        return own | {"tally": self.tally}
 
 
 class DynamicTables(ShardedTables):
@@ -150,16 +173,27 @@ class DynamicTables(ShardedTables):
     ) -> None:
         super().__init__(tables, embedding, optimizer, mesh)
         self.maps = {table: DynamicRows(table, dynamic, mesh) for table in tables if table.name in dynamic.capacity}
-
-        #: How many rows were given out, the same on every rank.
-        self.given = {table.name: torch.zeros(1, dtype=torch.int64) for table in self.maps}
+        self._warned: set[str] = set()
 
     def row_maps(self) -> dict[str, Tensor]:
-        states = {table.name: rows.state() | {"given": self.given[table.name]} for table, rows in self.maps.items()}
+        states = {table.name: rows.state() for table, rows in self.maps.items()}
         return {f"{table}/{name}": value for table, state in states.items() for name, value in state.items()}
 
     def counters(self) -> dict[str, float]:
-        return {f"rows_given/{table}": float(count) for table, count in self.given.items()}
+        found: dict[str, float] = {}
+        for table, rows in self.maps.items():
+            given, evicted, without = rows.tally.tolist()
+            used = (given - evicted) / (table.rows - BUCKETS)
+            found |= {
+                f"rows_in_use/{table.name}": used,
+                f"evictions/{table.name}": float(evicted),
+                f"ids_without_row/{table.name}": float(without),
+            }
+            if without and table.name not in self._warned and rows.mesh.is_main:
+                logger.warning("table %s: %d times an id of a training batch got no row and shared one with others; if "
+                               "that goes on, raise DynamicEmbeddingArgs.capacity", table.name, without)  # fmt: skip
+                self._warned.add(table.name)
+        return found
 
     def forward(self, features: KeyedJaggedTensor) -> dict[str, Tensor]:
         names, sizes = [*features.keys()], [*features.length_per_key()]
@@ -170,7 +204,6 @@ class DynamicTables(ShardedTables):
             met = torch.cat([torch.full_like(x, not n.startswith(POOL)) for n, x in zip(present, parts, strict=True)])
             found, changed = rows(torch.cat(parts), met > 0 if self.training else None)
             values |= dict(zip(present, found.split([x.numel() for x in parts]), strict=True))
-            self.given[table.name] += changed.numel()
             self.renew(table, changed)
         lengths = features.lengths().view(len(names), -1)
         return super().forward(keyed_features(names, torch.cat([*values.values()]), lengths, sizes))

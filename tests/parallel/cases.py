@@ -177,6 +177,7 @@ THREES = {
     for case in (
         Case("ranking-adam-three", "ranking", WIDTHS, global_batch=30),
         Case("retrieval-sgd-three", "retrieval", (*SGD, *IN_BATCH), data="short", global_batch=30),
+        Case("ranking-dynamic-three", "ranking", (*FAST_TABLES, *dynamic(item_id=67)), global_batch=30),
     )
 }
 
@@ -222,6 +223,7 @@ GRIDS = {
         Case("data-2-context-2-ranking", "ranking", (*CANDIDATES, *DISTRIBUTED), "short", context=2, steps=12),
         Case("data-2-context-2-retrieval", "retrieval", (*RESEARCH, *IN_BATCH), "short", context=2, steps=12),
         Case("pipeline-context-2", "retrieval", (*RESEARCH, "TrainerArgs.pipeline_type='native'"), context=2, steps=12),
+        Case("data-4-dynamic", "ranking", (*FAST_TABLES, *dynamic(item_id=67)), steps=12),
         Case("data-2-context-2-dynamic", "ranking", (*FAST_TABLES, *dynamic(item_id=67)), context=2, steps=12),
         Case("data-2-tensor-2-ranking", "ranking", (*SGD, *CANDIDATES), tensor=2, steps=12),
         Case("context-2-tensor-2-retrieval", "retrieval", (*SGD, *RESEARCH), context=2, tensor=2, steps=12),

@@ -15,7 +15,7 @@ from hstu.models.embedding import Table
 from hstu.parallel import Mesh
 from hstu.parallel.dynamic import BUCKETS, DynamicRows, DynamicTables, bucket_of
 from tests.tiny import write_tiny
-from tests.training.runs import losses, trainer
+from tests.training.runs import losses, records, trainer
 
 ROWS = 67  # 4 or 5 a bucket
 IDS = 2**62
@@ -71,7 +71,7 @@ def test_a_stream_of_ten_times_as_many_ids(mesh: Mesh, strategy: str) -> None:
     rows, wanted = row_map(mesh, strategy), Reference(strategy, ROWS)
     generator = torch.Generator().manual_seed(0)
     universe = torch.randint(IDS, (10 * ROWS,), generator=generator)
-    evicted = 0
+    evicted = given = without = 0
     for step in range(60):
         size = [0, 1, 7, 40, 300][step % 5]
         place = (len(universe) * torch.rand(size, generator=generator) ** 3).long()
@@ -80,14 +80,16 @@ def test_a_stream_of_ten_times_as_many_ids(mesh: Mesh, strategy: str) -> None:
         expected = wanted(ids.tolist(), Counter(ids[met].tolist()))
         now = {i for bucket in wanted.known for i in bucket}
         found, changed = rows(ids, met)
-        evicted += len(known - now)
+        evicted, given = evicted + len(known - now), given + len(now - known)
+        without += len({*ids[met].tolist()} - now)
         assert changed.numel() == changed.unique().numel() == len(now - known)
         # Which of the free rows an id gets does not matter: compare who has one, and that each has its own.
         spare = torch.tensor([end - 1 for end in wanted.ends[1:]])
         assert torch.equal(torch.isin(found, spare), torch.isin(torch.tensor(expected).long(), spare))
         owners = {(int(i), int(r)) for i, r in zip(ids, found, strict=True) if int(r) not in spare.tolist()}
         assert len(owners) == len({i for i, _ in owners}) == len({r for _, r in owners})
-    assert evicted > 20
+        assert rows.tally.tolist() == [given, evicted, without]
+    assert evicted > 20 and without > 20
 
 
 def test_an_id_keeps_its_row_while_it_is_met(mesh: Mesh) -> None:
@@ -110,6 +112,15 @@ def test_looking_gives_out_nothing(mesh: Mesh) -> None:
     assert found[10:].unique().numel() <= BUCKETS  # ids that were never met share a row a bucket
     empty, _ = rows(torch.zeros(0, dtype=torch.int64), None)
     assert empty.shape == (0,)
+
+
+def test_more_ids_at_once_than_rows(mesh: Mesh) -> None:
+    rows = row_map(mesh)
+    ids = torch.arange(1000).repeat(2)
+    found, changed = rows(ids, torch.ones(2000, dtype=torch.bool))
+    assert rows.tally.tolist() == [ROWS - BUCKETS, 0, 1000 - (ROWS - BUCKETS)] and changed.numel() == ROWS - BUCKETS
+    shared = torch.bincount(found, minlength=ROWS)
+    assert (shared > 2).sum() == BUCKETS and torch.equal(found[:1000], found[1000:])
 
 
 def test_ids_that_are_only_looked_at_get_no_row(mesh: Mesh) -> None:
@@ -164,6 +175,20 @@ def test_a_row_that_changes_hands_begins_anew(data: Path, tmp_path: Path, mesh: 
     assert any(rows and dirty for rows, dirty, _ in seen[1:]), "rows that had learned something were given away"
     assert optimizer == "sgd" or any(moved for *_, moved in seen[1:])
     assert all(torch.isfinite(torch.tensor(loss)) for loss in losses(tmp_path).values())
+
+
+def test_items_and_contexts_at_once(tmp_path: Path, mesh: Mesh, caplog: pytest.LogCaptureFixture) -> None:
+    data = write_tiny(tmp_path / "synthetic", num_users=64, num_types=50)
+    lines = ("DynamicEmbeddingArgs.capacity={'item_id': 67, 'segment': 32}", "TrainerArgs.max_train_iters=4")
+    with trainer(data, tmp_path / "run", "ranking", *lines, mesh=mesh) as run:
+        run.train()
+        sizes = {table.name: table.rows for table in run.parallel.tables.tables}
+        assert (sizes["item_id"], sizes["segment"]) == (67, 32)
+    first, *_, last = records(tmp_path / "run")
+    for name in ("item_id", "segment"):
+        assert 0 < first[f"rows_in_use/{name}"] <= last[f"rows_in_use/{name}"] <= 1
+        assert last[f"evictions/{name}"] > 0 and last[f"ids_without_row/{name}"] > 0
+        assert sum(f"table {name}: " in message for message in caplog.messages) == 1, "said once"
 
 
 def test_evaluation_changes_nothing(data: Path, tmp_path: Path, mesh: Mesh) -> None:

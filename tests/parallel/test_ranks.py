@@ -94,15 +94,23 @@ def test_two_ranks_lose_what_one_loses(results: Results, name: str) -> None:
     assert worst(two, one) < 1e-5
 
 
+@pytest.mark.parametrize("name", [name for name in CASES if "dynamic" in name])
+def test_rows_change_hands_alike(results: Results, name: str) -> None:
+    one, two = (results[ranks][name]["counters"] for ranks in (1, 2))
+    assert one == two and one["evictions/item_id"] > 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", THREES)
 def test_three_ranks_lose_what_one_loses(results: Results, name: str) -> None:
     assert worst(results[3][name]["losses"], results[-1][name]["losses"]) < 1e-5
+    assert results[3][name]["counters"] == results[-1][name]["counters"]
     assert [0, 8] in results[3]["ranking-adam-three"]["shards"]["action"], "a rank without a row of the table"
 
 
 def assert_same(found: dict[str, Any], wanted: dict[str, Any]) -> None:
     assert worst(found["losses"], wanted["losses"][-len(found["losses"]) :]) < 1e-5
+    assert found["counters"] == wanted["counters"]
     assert found["scores"] == pytest.approx(wanted["scores"], rel=1e-5)
 
 

@@ -82,7 +82,7 @@ def train(
     save: Path | None = None,
     load: Path | None = None,
 ) -> dict[str, Any]:
-    """Return the loss of each step, taken by the trainer itself, the last scores, and how tables were laid out."""
+    """Return the loss of each step, taken by the trainer itself, the last scores, and facts about the tables."""
     trainer = Trainer(config, dataset, mesh, RunDirectory(save or Path("unused")))
     if load is not None:
         trainer.resume(mesh.broadcast(find_checkpoint(load / "checkpoints", "latest")))
@@ -107,7 +107,8 @@ def train(
         for collection in trainer.parallel.tables.collections.values()
         for name, weight in collection.state_dict().items()
     }
-    return {"losses": losses, "shards": shards, "scores": scores}
+    counters = trainer.parallel.tables.counters()
+    return {"losses": losses, "shards": shards, "scores": scores, "counters": counters}
 
 
 def steps_of(loader: BatchLoader, count: int) -> Iterator[list[Batch]]:

@@ -38,6 +38,7 @@ OPTIMIZERS = (
     ),
     ("OptimizerArgs.sparse_optimizer_str='adagrad'", "EmbeddingArgs.table_sharding_types={'segment': 'data_parallel'}"),
     ("OptimizerArgs.sparse_optimizer_str='rowwise_adagrad'", "NetworkArgs.item_embedding_dim=22"),
+    ("OptimizerArgs.sparse_optimizer_str='adam'", "DynamicEmbeddingArgs.capacity={'item_id': 67}"),
 )
 
 
