@@ -18,6 +18,8 @@ CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.gin"))
 # Data set: number of classes of its actions; 0 is a binary action.
 DATA = {"synthetic": 0, "custom": 0, "ml-100k": 5, "ml-1m": 5, "ml-20m": 10, "amazon-books": 5}
 # Made of raw files in their published layouts.
+# Another one of the same model, or of the same layout of data, is run in their place by the quick tests.
+TWINS = ("_large_", "kuairand_1k", "kuairand_27k", "amazon_sports", "amazon_toys", "ml_20m", "books_sasrec", "movielen")
 KUAIRAND, AMAZON = ("kuairand-pure", "kuairand-1k", "kuairand-27k"), ("amazon-beauty", "amazon-sports", "amazon-toys")
 SMALL = (
     "TrainerArgs.train_batch_size=8",
@@ -54,7 +56,10 @@ def test_there_are_configs() -> None:
     assert wanted <= set(CONFIGS)
 
 
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize(
+    "config",
+    [pytest.param(c, marks=pytest.mark.slow) if any(twin in c for twin in TWINS) else c for c in CONFIGS],
+)
 def test_two_steps(place: Path, config: str) -> None:
     task = Path(config).stem.rsplit("_", 1)[1]
     flags = [f"--gin-config-file={config}", f"--run-dir={config}.run", *(f"--gin-bindings={line}" for line in SMALL)]

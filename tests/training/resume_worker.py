@@ -21,7 +21,7 @@ def main() -> None:
         for variant in TWO_RANKS:
             task, *bindings = VARIANTS[variant]
             limits = (*bindings, f"TrainerArgs.max_train_iters={STEPS}", "TrainerArgs.train_batch_size=16")
-            for name in ("whole", "broken", *(["forgetful"] if variant == "adam" else [])):
+            for name in ("whole", "broken", *(["forgetful"] if variant == "dynamic" else [])):
                 path = out / variant / name
                 with trainer(data, path, task, *limits, mesh=mesh) as first:
                     if name == "whole":
