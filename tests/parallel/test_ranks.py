@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,18 @@ FAULTS = {
     "own negatives only": "retrieval-sgd-in-batch-short",
 }
 PLAIN = [name for name, case in CASES.items() if case.plain_steps]
-
-
+# Each part of these is in another case.
+TWINS = (
+    "ranking-sgd-column",
+    "retrieval-sgd-accumulated-short",
+    "retrieval-adam-dynamic",
+    "retrieval-adam-pipelined",
+    "retrieval-sgd-full-short",
+    "retrieval-sgd-llama-bce",
+    "retrieval-sgd-sasrec-mol-short",
+    "retrieval-rowwise-adagrad",
+)
+FIRST = [name for name in CASES if name not in TWINS]
 QUICK = ("context-ranking-candidates", "context-retrieval-research", "tensor-ranking-concat", "sequence-ranking")
 LATER = [name for name in SPLITS if name not in QUICK]
 
@@ -32,12 +43,19 @@ class Results(dict[int, dict[str, Any]]):
     """What the worker finds, by number of ranks, each launched when it is first asked for; -n: n ranks, slow cases."""
 
     REQUESTS = {
-        1: {"cases": [(name, None) for name in (*CASES, *QUICK)], "plain": PLAIN, "mesh": True},
-        -1: {"cases": [(name, None) for name in (*THREES, *LATER, *GRIDS)]},
-        -2: {"cases": [(name, None) for name in LATER]},
+        1: {
+            "cases": [(name, None) for name in (*FIRST, *QUICK)],
+            "plain": [name for name in PLAIN if name in FIRST],
+            "mesh": True,
+        },
+        -1: {
+            "cases": [(name, None) for name in (*TWINS, *THREES, *LATER, *GRIDS)],
+            "plain": [name for name in PLAIN if name in TWINS],
+        },
+        -2: {"cases": [(name, None) for name in (*TWINS, *LATER)]},
         2: {
             "cases": [
-                *((name, None) for name in (*CASES, *QUICK)),
+                *((name, None) for name in (*FIRST, *QUICK)),
                 *((name, fault) for fault, name in FAULTS.items()),
             ],
             "mesh": True,
@@ -58,6 +76,10 @@ class Results(dict[int, dict[str, Any]]):
         folder = {"save": str(self.root / f"saved{-ranks}")} if ranks < 0 else {}
         self[ranks] = self.launch(abs(ranks), self.REQUESTS[ranks] | folder)
         return self[ranks]
+
+    def of(self, ranks: int, name: str) -> Any:
+        """Return what the worker finds for a case, or a plain one, on ``ranks``."""
+        return self[ranks if name.removesuffix(" plain") in (*FIRST, *QUICK) else -ranks][name]
 
     def moved(self, before: int, after: int) -> dict[str, Any]:
         """Return what LATER lose on ``after`` ranks when they begin with the state that ``before`` ranks saved."""
@@ -81,22 +103,27 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     return Results(tmp_path_factory.mktemp("ranks"))
 
 
+def marked(names: Iterable[str]) -> list[Any]:
+    """Return parameters, of which those beside the quick ones are slow."""
+    return [name if name in (*FIRST, *QUICK) else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
 def worst(losses: list[float], wanted: list[float]) -> float:
     """Return the largest relative difference."""
     assert len(losses) == len(wanted) > 0
     return max(abs(a - b) / abs(b) for a, b in zip(losses, wanted, strict=True))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", marked(CASES))
 def test_two_ranks_lose_what_one_loses(results: Results, name: str) -> None:
-    one, two = (results[ranks][name]["losses"] for ranks in (1, 2))
+    one, two = (results.of(ranks, name)["losses"] for ranks in (1, 2))
     assert len(one) == 30
     assert worst(two, one) < 1e-5
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if "dynamic" in name])
+@pytest.mark.parametrize("name", marked(name for name in CASES if "dynamic" in name))
 def test_rows_change_hands_alike(results: Results, name: str) -> None:
-    one, two = (results[ranks][name]["counters"] for ranks in (1, 2))
+    one, two = (results.of(ranks, name)["counters"] for ranks in (1, 2))
     assert one == two and one["evictions/item_id"] > 0
 
 
@@ -114,9 +141,9 @@ def assert_same(found: dict[str, Any], wanted: dict[str, Any]) -> None:
     assert found["scores"] == pytest.approx(wanted["scores"], rel=1e-5)
 
 
-@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in LATER)])
+@pytest.mark.parametrize("name", marked((*QUICK, *LATER)))
 def test_tokens_and_heads_split_over_two_ranks(results: Results, name: str) -> None:
-    two, one = (results[n if name in QUICK else -n][name] for n in (2, 1))
+    two, one = (results.of(ranks, name) for ranks in (2, 1))
     assert_same(two, one)
 
 
@@ -142,18 +169,18 @@ def test_attention_round_the_ring_is_exact(results: Results, ranks: int) -> None
     assert max(errors.values()) < 1e-10, errors
 
 
-@pytest.mark.parametrize("name", [*CASES, *QUICK])
+@pytest.mark.parametrize("name", marked((*CASES, *QUICK)))
 def test_the_losses_move(results: Results, name: str) -> None:
     """Otherwise a comparison of losses would say nothing about the steps."""
-    losses = results[1][name]["losses"]
+    losses = results.of(1, name)["losses"]
     assert max(losses) - min(losses) > 0.02 * losses[0]
 
 
-@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("name", marked(PLAIN))
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_plain_pytorch_loses_the_same(results: Results, name: str, ranks: int) -> None:
-    plain = results[1][f"{name} plain"]
-    assert worst(results[ranks][name]["losses"][: len(plain)], plain) < 1e-5
+    plain = results.of(1, f"{name} plain")
+    assert worst(results.of(ranks, name)["losses"][: len(plain)], plain) < 1e-5
 
 
 @pytest.mark.parametrize("planted", FAULTS)
@@ -163,7 +190,7 @@ def test_a_wrong_average_is_caught(results: Results, planted: str) -> None:
 
 
 def test_tables_are_really_sharded(results: Results) -> None:
-    two = {name: results[2][name]["shards"] for name in CASES}
+    two = {name: results[2][name]["shards"] for name in FIRST}
     assert two["ranking-adam-row"]["item_id"] == [[60, 16], [60, 16]]
     assert two["ranking-sgd-table"]["item_id"] == [[120, 16]]
     assert two["ranking-adam-column"]["item_id"] == [[120, 128], [120, 128]]
