@@ -14,8 +14,10 @@ How a file is read is decided by the file:
 from __future__ import annotations
 
 import csv
+import glob
 import hashlib
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -33,7 +35,6 @@ logger = logging.getLogger("hstu.preprocessing")
 
 _SEPARATORS = (",", "\t", ";", "|", " ")
 _SAMPLE = 1 << 20  # bytes that tell how long lines are
-_JSON_LINES = 1000  # that tell what keys objects have
 
 
 def encode_custom(
@@ -92,14 +93,35 @@ def open_table(path: Path, columns: list[str]) -> Table:
             frame = pl.scan_parquet(path, glob=False)
             return _table(path, frame, rows=frame.select(pl.len()).collect().item())
         if path.suffix in (".jsonl", ".ndjson"):
-            keys = pl.scan_ndjson(path, infer_schema_length=_JSON_LINES).collect_schema().names()
-            return _table(path, pl.scan_ndjson(path, schema=dict.fromkeys(keys, pl.String)))
+            keys = pl.scan_ndjson(_literal(path), infer_schema_length=None).collect_schema().names()  # of every line
+            return _table(path, pl.scan_ndjson(_literal(path), schema=dict.fromkeys(keys, pl.String)))
         with path.open(encoding="utf-8-sig") as file:
             first = file.readline().strip("\r\n")
         separator = {".csv": ",", ".tsv": "\t"}.get(path.suffix) or _separator(first, columns)
         if separator is None:
+            _refuse_half_a_header(path, first, columns)
             return _text(path, columns)
+        _refuse_repeated_columns(path, first, separator)
         return _table(path, pl.scan_csv(path, separator=separator, infer_schema=False, glob=False), separator)
+
+
+def _literal(path: Path) -> str:
+    """The path, without a meaning for the characters of patterns."""
+    return glob.escape(str(path))
+
+
+def _refuse_half_a_header(path: Path, first_line: str, columns: list[str]) -> None:
+    """Raise ValueError if the first line has one of the columns but not the other."""
+    fields = re.split(r"[,\t;| ]", first_line)
+    present, missing = ([name for name in columns if (name in fields) == has] for has in (True, False))
+    if present and missing:
+        raise ValueError(f"{path}: column {missing[0]!r} is missing; the first line has: {', '.join(fields)}")
+
+
+def _refuse_repeated_columns(path: Path, first_line: str, separator: str) -> None:
+    names = next(csv.reader([first_line], delimiter=separator), [])
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"{path}: column {repeated[0]!r} appears twice; rename one")
 
 
 def _separator(first_line: str, columns: list[str]) -> str | None:

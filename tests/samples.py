@@ -51,8 +51,11 @@ def make_dataset(
         lengths=sizes,
         contexts={name: rng.integers(7, size=len(sizes)) for name in contexts},
         events=events,
-        vocabularies={"user": pa.array(np.arange(len(sizes)))}
-        | ({"item": pa.array(np.arange(num_items))} if categories else {}),
+        vocabularies={
+            feature.name: pa.array(np.arange(feature.vocab_size))
+            for feature in features
+            if (feature.vocab_size or 2**60) < 10**6 and feature.action_type != "bitmask"
+        },
         categories={name: rng.integers(5, size=num_items) for name in categories},
     )
     write_dataset(dataset, folder)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 
 import polars as pl
 
@@ -19,6 +20,7 @@ logger = logging.getLogger(__name__)
 _MAX_EXACT_FLOAT = 2**53
 MAX_BITS = 20
 _UNITS = {1: "seconds", 10**3: "milliseconds", 10**6: "microseconds", 10**9: "nanoseconds"}  # by ticks per second
+_EPOCH, _EARLIEST = datetime(1970, 1, 1), -62_135_596_800  # what a date can show, in seconds
 _ISO_FORMATS = ("%Y-%m-%dT%H:%M:%S%.f", "%Y-%m-%dT%H:%M", "%Y-%m-%d")
 
 
@@ -45,7 +47,7 @@ class Look:
 
     def add(self, column: pl.Series) -> Look:
         """Look at a block of the column."""
-        column = column.drop_nulls()
+        column = as_text(column).drop_nulls()
         if column.dtype == pl.String:
             self.rows += len(column)
             if self.plain:
@@ -72,6 +74,11 @@ class _Place:
         if row is not None:
             place = f"{self.file}: column {column.name!r}, row {self.first_row + row + 1}"
             raise ValueError(f"{place}: value {column[row]!r} {reason}")
+
+
+def as_text(column: pl.Series) -> pl.Series:
+    """The column, as strings if it is a categorical or an enum."""
+    return column.cast(pl.String) if isinstance(column.dtype, (pl.Categorical, pl.Enum)) else column
 
 
 def require_names(present: list[str], names: list[str], file: str) -> None:
@@ -136,6 +143,8 @@ def clean_values(column: pl.Series, file: str, look: Look | None = None, first_r
         return column.cast(pl.Float64)
     if column.dtype.is_integer():
         return _to_int64(column, place)
+    if column.dtype.is_nested():
+        raise ValueError(f"{file}: column {column.name!r} is {column.dtype}; give one value a row")
     return column if column.dtype == pl.Boolean else column.cast(pl.String)
 
 
@@ -180,6 +189,7 @@ def clean_times(column: pl.Series, file: str, look: Look | None = None, first_ro
         column = _to_int64(column, place)
     elif column.dtype.is_float():
         place.refuse(column, ~column.is_finite(), "is not finite; remove or replace it")
+        place.refuse(column, column.abs() >= 2.0**63, "is too large for a time, even in nanoseconds; correct it")
     else:
         raise ValueError(f"{file}: column {column.name!r} is {column.dtype}; times are numbers, dates or ISO strings")
     if ticks > 1:
@@ -187,8 +197,9 @@ def clean_times(column: pl.Series, file: str, look: Look | None = None, first_ro
         small = (column != 0) & (column.abs() < 10**7 * ticks)
         unit = _UNITS[ticks]
         place.refuse(column, small, f"is no time in {unit}, as the largest is; give all rows one unit")
-        if first_row == 0:
-            logger.info("%s: column %r is taken as %s, judged by its size", file, column.name, unit)
+    if first_row == 0 and column.dtype.is_numeric() and len(column):
+        logger.info("%s: column %r is taken as %s, judged by its size: %s is %s", file, column.name, _UNITS[ticks],
+                    column[0], _EPOCH + timedelta(seconds=max(_EARLIEST, float(column[0]) / ticks)))  # fmt: skip
     return column, ticks
 
 
@@ -203,6 +214,7 @@ def ticks_per_second(kind: pl.DataType, look: Look) -> int:
 
 def look_at_times(column: pl.Series, look: Look | None = None) -> Look:
     """Look at times, or a block more of them: blanks around numbers do not matter."""
+    column = as_text(column)
     return (look or Look()).add(column.str.strip_chars() if column.dtype == pl.String else column)
 
 
@@ -229,7 +241,7 @@ def _parse_time_strings(column: pl.Series, look: Look, place: _Place) -> pl.Seri
         naive = iso.str.to_datetime(pattern, time_unit="us", strict=False)
         zoned = iso.str.to_datetime(pattern + "%z", time_unit="us", strict=False).dt.replace_time_zone(None)
         parsed = parsed.fill_null(naive).fill_null(zoned)
-    place.refuse(column, parsed.is_null(), remedy)
+    place.refuse(column, parsed.is_null() | (parsed.dt.year() < 1000), remedy)  # 24-05-31 is no year 24
     return parsed.alias(column.name)
 
 
@@ -241,5 +253,4 @@ def _to_int64(column: pl.Series, place: _Place) -> pl.Series:
 
 def _present(column: pl.Series, place: _Place, remedy: str) -> pl.Series:
     place.refuse(column, column.is_null(), f"is missing; {remedy}")
-    is_text = isinstance(column.dtype, (pl.Categorical, pl.Enum))
-    return column.cast(pl.String) if is_text else column
+    return as_text(column)

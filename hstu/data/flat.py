@@ -68,7 +68,10 @@ def _fingerprint(path: Path, files: list[Path]) -> str:
 
 def _load(folder: Path, schema: Schema) -> dict[str, np.ndarray]:
     names = [OFFSETS, *(feature.name for feature in (*schema.contexts, *event_features(schema)))]
-    return {name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in names}
+    try:
+        return {name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in names}
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder}: is damaged ({error}); remove it, it is made again") from error
 
 
 def _publish(folder: Path, files: list[Path], schema: Schema) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.util import Finalize
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -123,14 +123,17 @@ def _in_order(make: Callable[[_Place], Batch], places: Iterable[_Place], threads
         executor.shutdown(cancel_futures=True)
 
 
-class _Made(Dataset[Batch]):
+class _Made(Dataset[Batch | ValueError]):
     """What worker processes index: a place gives its batch."""
 
     def __init__(self, make: Callable[[tuple[int, int]], Batch]) -> None:
         self._make = make
 
-    def __getitem__(self, place: tuple[int, int]) -> Batch:
-        return self._make(place)
+    def __getitem__(self, place: tuple[int, int]) -> Batch | ValueError:
+        try:
+            return self._make(place)
+        except ValueError as mistake:  # DataLoader would wrap what the user is to read
+            return mistake
 
 
 def _from_processes(
@@ -153,11 +156,23 @@ def _from_processes(
             )
         )
     # At exit it runs before multiprocessing closes its queues (10) and waits for readers, which ignore SIGTERM.
-    stop = Finalize(None, batches._shutdown_workers, exitpriority=20)  # type: ignore[attr-defined]
+    stop = Finalize(None, _end, (batches,), exitpriority=20)
     try:
-        yield from batches
+        for batch in batches:
+            if isinstance(batch, ValueError):
+                raise batch
+            yield batch
     finally:
         stop()
+
+
+def _end(batches: Any) -> None:
+    """End the readers, those too that are stuck."""
+    batches._shutdown_workers()
+    for reader in batches._workers:
+        if reader.is_alive():
+            reader.kill()
+            reader.join()
 
 
 def _become_reader(_: int) -> None:

@@ -107,11 +107,11 @@ def _same(values: np.ndarray | None) -> np.ndarray | bool:
 
 
 def _originals(dataset: SequenceDataset, feature: str, ids: np.ndarray) -> np.ndarray:
-    """Return original values; ids stand for themselves where there is no vocabulary, as of bit masks."""
-    try:
-        return dataset.vocabulary(feature)[ids]
-    except ValueError:
+    """Return original values; bit masks stand for themselves."""
+    action = dataset.schema.action
+    if action is not None and action.name == feature and action.action_type == "bitmask":
         return ids
+    return dataset.vocabulary(feature)[ids]
 
 
 def _warnings(found: Overview) -> list[str]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hstu.data.flat import OFFSETS, event_features, map_columns
@@ -195,7 +196,10 @@ class SequenceDataset:
         if not path.is_file():
             present = ", ".join(sorted(file.stem for file in path.parent.glob("*.parquet")))
             raise ValueError(f"{path}: no vocabulary of {feature!r}; there are: {present}")
-        table = pq.read_table(path, memory_map=True)
+        try:
+            table = pq.read_table(path, memory_map=True)
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"{path}: not readable as parquet ({error}); run the preprocessor again") from error
         if column not in table.column_names:
             raise ValueError(f"{path}: column {column!r} is missing; run the preprocessor again")
         values = table.column(column).to_numpy()

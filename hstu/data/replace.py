@@ -42,6 +42,7 @@ def replacing(target: Path) -> Iterator[Path]:
     try:
         work.mkdir(parents=True, exist_ok=True)
         with _lock(work, target):
+            replaced = False
             try:
                 _take_over(work, target)
                 _refuse_foreign(target)
@@ -49,8 +50,14 @@ def replacing(target: Path) -> Iterator[Path]:
                 yield work
                 (work / "new").rename(work / "ready")
                 _swap(target, work)
+                replaced = True
             finally:
-                shutil.rmtree(work, ignore_errors=True)
+                try:
+                    shutil.rmtree(work, ignore_errors=True)
+                except KeyboardInterrupt:
+                    if not replaced:
+                        raise
+                    shutil.rmtree(work, ignore_errors=True)  # too late to stop: the new data set is there
     except OSError as error:
         raise unwritable(target, error) from error
 

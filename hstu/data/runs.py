@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -117,6 +119,8 @@ def _write_run(run: _Run, blocks: list[dict[str, np.ndarray]]) -> None:
             values = _smallest(values)
             run.types[name] = values.dtype
             (values if order is None else values[order]).tofile(file)
+    if run.path.stat().st_size != sum(kind.itemsize * run.rows for kind in run.types.values()):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # tofile does not notice in its last bytes
 
 
 def _smallest(values: np.ndarray) -> np.ndarray:

@@ -14,6 +14,7 @@ import polars as pl
 from hstu.data.columns import (
     MAX_BITS,
     Look,
+    as_text,
     clean_ids,
     clean_masks,
     clean_times,
@@ -141,7 +142,7 @@ class _Cleaner:
             for role, look in self._looks.items():
                 column = block[spec.columns[role]]  # type: ignore[index]
                 if role == "time":
-                    self.ticks_per_second = ticks_per_second(column.dtype, look_at_times(column, look))
+                    self.ticks_per_second = ticks_per_second(as_text(column).dtype, look_at_times(column, look))
                 else:
                     look.add(column)
             self._rows += block.height

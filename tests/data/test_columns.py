@@ -101,14 +101,14 @@ def test_a_block_of_masks_in_a_column_with_words_is_read() -> None:
 @pytest.mark.parametrize(
     ("values", "unit"),
     [
-        ([NOON], None),
+        ([NOON], "seconds"),
         ([NOON * 10**3 + 999], "milliseconds"),
         ([NOON * 10**6], "microseconds"),
         ([NOON * 10**9], "nanoseconds"),
-        ([float(NOON) + 0.7], None),
+        ([float(NOON) + 0.7], "seconds"),
         ([float(NOON * 1000)], "milliseconds"),
-        ([str(NOON)], None),
-        ([f"{NOON}.5"], None),
+        ([str(NOON)], "seconds"),
+        ([f"{NOON}.5"], "seconds"),
         (["2024-05-31T12:10:00Z"], None),
         (["2024-05-31 12:10:00.75"], None),
         (["2024-05-31T14:10:00+02:00"], None),
@@ -120,9 +120,36 @@ def test_a_block_of_masks_in_a_column_with_words_is_read() -> None:
 def test_times_are_seconds(values: list, unit: str | None, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         assert seconds(values) == [NOON]
-    assert [record.getMessage() for record in caplog.records] == (
-        [f"f: column 'c' is taken as {unit}, judged by its size"] if unit else []
-    )
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == (unit is not None)
+    assert all(f"is taken as {unit}, judged by its size" in line and "is 2024-05-31 12:10:00" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [([1e9, 1e30], "row 2: value 1e\\+30 is too large for a time"), (["2024-05-31", "24-05-31"], "row 2.*is no time")],
+)
+def test_times_that_cannot_be_are_refused(values: list, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        seconds(values)
+
+
+def test_numbers_that_are_no_seconds_are_shown_as_a_date(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        seconds([20240501])
+    assert "is taken as seconds, judged by its size: 20240501 is 1970-08-23" in caplog.text
+
+
+@pytest.mark.parametrize("kind", [pl.Categorical, pl.Enum(["a", "b", "7"])])
+def test_categoricals_are_read_as_strings(kind: pl.DataType) -> None:
+    column = pl.Series("c", ["b", "a"], dtype=kind)
+    assert clean_ids(column, "f").to_list() == clean_values(column, "f").to_list() == ["b", "a"]
+    assert clean_ids(pl.Series("c", ["7"], dtype=kind), "f").to_list() == [7]
+
+
+def test_lists_are_refused() -> None:
+    with pytest.raises(ValueError, match="column 'c' is List.*give one value a row"):
+        clean_values(pl.Series("c", [[1], [2]]), "f")
 
 
 def test_times_before_1970_round_down() -> None:

@@ -242,7 +242,7 @@ def test_an_error_in_a_worker_reaches_the_training_loop(dataset: SequenceDataset
 
     (loader,) = loaders(dataset, 1, 8, num_workers=num_workers)
     seen = []
-    with pytest.raises(ValueError, match="bad batch"):
+    with pytest.raises(ValueError, match="^bad batch$"):
         seen.extend(batch.step for batch in replace(loader, collate=Fails(task="retrieval", max_history=5)).epoch(0))
     assert seen == [0, 1] and reader_threads() == 0 and not multiprocessing.active_children()
 
@@ -276,6 +276,22 @@ def test_processes_end_with_a_rank_that_does_not_close_its_batches(dataset: Sequ
     process.start()
     process.join(20)
     assert process.exitcode == 0
+
+
+def test_a_reader_that_is_stuck_is_ended(dataset: SequenceDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Sleeps(Collator):
+        def __call__(self, *args: object) -> Batch:
+            if args[-1] == 1:
+                time.sleep(60)
+            return super().__call__(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)
+    (loader,) = loaders(dataset, 1, 4, num_workers=2)
+    batches = replace(loader, collate=Sleeps(task="retrieval", max_history=5)).epoch(0)
+    next(batches)
+    began = time.monotonic()
+    batches.close()
+    assert time.monotonic() - began < 10 and not multiprocessing.active_children()
 
 
 def test_processes_die_with_a_killed_rank(dataset: SequenceDataset) -> None:

@@ -84,3 +84,12 @@ def test_pictures_of_any_lengths(tmp_path: Path, lengths: tuple[int, ...]) -> No
     sketch = sketch_overview(found)
     assert "users by number of events" in sketch and "rank of popularity" in sketch
     assert "\x1b" not in sketch and max(map(len, sketch.splitlines())) <= 72
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_examples_are_never_ids_in_place_of_originals(tmp_path: Path, damage: str) -> None:
+    dataset = crowded(tmp_path / "small")
+    path = tmp_path / "small" / "vocabulary" / "item.parquet"
+    path.write_bytes(path.read_bytes()[:100]) if damage == "cut" else path.unlink()
+    with pytest.raises(ValueError, match="item.parquet: (not readable as parquet|no vocabulary)"):
+        overview.examples(dataset)

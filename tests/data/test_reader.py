@@ -334,3 +334,13 @@ def test_categorical_actions_keep_their_original_values(
     table = pa.table({"id": pa.array(range(4)), "original": pa.array(originals)})
     pq.write_table(table, dataset.path / "vocabulary" / "action.parquet")
     assert dataset.action_ids(wanted) == ids
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_damaged_columns_are_named(tmp_path: Path, damage: str) -> None:
+    make_dataset(tmp_path / "small", [3, 4])
+    (folder,) = (tmp_path / "small").glob(".columns-*")
+    path = folder / "item.npy"
+    path.write_bytes(path.read_bytes()[:-4]) if damage == "cut" else path.unlink()
+    with pytest.raises(ValueError, match=r"\.columns-\w+: is damaged .*; remove it"):
+        SequenceDataset.open(tmp_path / "small")

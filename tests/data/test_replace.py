@@ -100,3 +100,20 @@ def test_a_link_to_another_place(tmp_path: Path) -> None:
     assert work_directory(tmp_path / "tiny").parent == tmp_path / "elsewhere"
     write_dataset(tiny(1), tmp_path / "tiny")
     assert holds(tmp_path / "elsewhere" / "store", tiny(1)) and (tmp_path / "tiny").is_symlink()
+
+
+def test_an_interrupt_after_the_swap_comes_too_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who is told that a run was interrupted finds the old data set; this one is done."""
+    target = tmp_path / "small"
+    write_dataset(tiny(1), target)
+    rmtree, calls = shutil.rmtree, []
+
+    def interrupted(path: Path, **options: object) -> None:
+        calls.append(path)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        rmtree(path, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(shutil, "rmtree", interrupted)
+    write_dataset(tiny(2), target)
+    assert len(calls) > 1 and holds(target, tiny(2)) and not work_directory(target).exists()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import resource
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -186,3 +189,24 @@ def test_runs_hold_every_row_once(tmp_path: Path) -> None:
         expected = frame.filter(pl.col("user") == user)
         for name in frame.columns:
             assert part[name].tolist() == expected[name].to_list()
+
+
+@pytest.mark.parametrize("limit", [100, 4000, 7999])
+def test_a_disk_that_is_full_at_the_last_byte_is_noticed(tmp_path: Path, limit: int) -> None:
+    ours, theirs = multiprocessing.Pipe()
+
+    def write() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        runs = Runs(tmp_path, 10**6)
+        runs.append({"user": np.arange(1000) * 2**40})
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        try:
+            runs.close()
+            theirs.send("")
+        except OSError as error:
+            theirs.send(str(error))
+
+    process = multiprocessing.get_context("fork").Process(target=write)
+    process.start()
+    assert ours.poll(20) and ours.recv()
+    process.join()

@@ -69,6 +69,36 @@ def test_users_file(tmp_path: Path) -> None:
     assert len(dataset.schema.source) == 2
 
 
+def test_a_frame_with_categoricals(tmp_path: Path) -> None:
+    frame = FRAME.with_columns(pl.col("who").cast(pl.String).cast(pl.Categorical), pl.col("stars").cast(pl.String))
+    frame = frame.with_columns(pl.col("stars").cast(pl.Categorical))
+    frame.write_parquet(tmp_path / "log.parquet")
+    FRAME.write_csv(tmp_path / "log.csv")
+    found, wanted = (encode(tmp_path / name) for name in ("log.parquet", "log.csv"))
+    assert found.schema.features == wanted.schema.features
+    assert all((found.events[name] == wanted.events[name]).all() for name in wanted.events)
+
+
+def test_half_a_header_is_no_event(tmp_path: Path) -> None:
+    (tmp_path / "log.txt").write_text("who item\n1 2\n1 3\n")
+    with pytest.raises(ValueError, match="log.txt: column 'what' is missing; the first line has: who, item"):
+        encode(tmp_path / "log.txt", time_column=None, action_column=None)
+
+
+def test_a_column_that_appears_twice_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "log.csv").write_text("who,what,what,stars,when\n1,2,3,4,5\n")
+    with pytest.raises(ValueError, match="log.csv: column 'what' appears twice; rename one"):
+        encode(tmp_path / "log.csv")
+
+
+def test_keys_of_late_json_lines_count(tmp_path: Path) -> None:
+    FRAME.write_csv(tmp_path / "log.csv")
+    lines = [f'{{"who": {user}' + (', "region": "x"}' if user > 1100 else "}") for user in range(1, 1300)]
+    (tmp_path / "users[1].jsonl").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match="column 'region', row 1: value None is missing"):
+        encode(tmp_path / "log.csv", tmp_path / "users[1].jsonl")
+
+
 def test_two_files_of_one_name_keep_a_checksum_each(tmp_path: Path) -> None:
     (tmp_path / "people").mkdir()
     FRAME.write_csv(tmp_path / "log.csv")
