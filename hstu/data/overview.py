@@ -24,8 +24,8 @@ class Overview:
         popularity: Events of each item, int64 [items].
         actions: Events of each action id, int64 [actions], or None.
         ties: Events at the time of the one before; None without times.
-        repeats: Events at the time of the one before with its item and action; without times, with its item
-            and action alone.
+        repeats: Events with the time, item and action of another one of their user; without times, with the item
+            and action of the one before.
         warnings: What deserves a look, a line each.
     """
 
@@ -50,9 +50,8 @@ def overview(dataset: SequenceDataset) -> Overview:
         # Both belong to one user.
         inside = np.ones(events.items.size, bool)
         inside[(np.cumsum(events.lengths) - events.lengths)[events.lengths > 0]] = False
-        tied = inside & _same(events.times)
-        ties += int(tied.sum())
-        repeats += int((tied & _same(events.items) & _same(events.actions)).sum())
+        ties += int((inside & _same(events.times)).sum())
+        repeats += _repeats(events, inside)
     found = Overview(
         lengths=dataset.lengths,
         popularity=popularity,
@@ -101,6 +100,18 @@ def _all_users(dataset: SequenceDataset) -> Iterator[Sequences]:
         yield dataset.gather(users, np.zeros_like(users), dataset.lengths[users])
 
 
+def _repeats(events: Sequences, inside: np.ndarray) -> int:
+    """Count the repeats of ``Overview``; ``inside`` [T] tells which events are not the first of their user."""
+    columns = [values for values in (events.items, events.actions, events.times) if values is not None]
+    if events.times is not None:  # equal rows have equal times, but others may stand between them
+        owner = np.repeat(np.arange(events.lengths.size), events.lengths)
+        order = np.lexsort((*columns, owner))
+        columns, inside = [values[order] for values in (owner, *columns)], np.ones_like(inside)
+    for values in columns:
+        inside = inside & _same(values)
+    return int(inside.sum())
+
+
 def _same(values: np.ndarray | None) -> np.ndarray | bool:
     """Return where a value equals the one before it, [T]; True where there are none to differ."""
     return True if values is None else np.concatenate([[False], values[1:] == values[:-1]])[: values.size]
@@ -121,7 +132,7 @@ def _warnings(found: Overview) -> list[str]:
     constant = None if found.actions is None else int((found.actions > 0).sum()) < 2
     share = f"{found.repeats:,} of {events:,} events"
     kinds = [
-        (found.repeats, f"duplicates: {share} repeat the one before them in every column"
+        (found.repeats, f"duplicates: {share} repeat another one in every column"
          if found.ties is not None else f"repeats: {share} repeat the item before them"),
         (found.ties, f"ties: {found.ties or 0:,} events have the time of the one before them; the order of the input "
          "decides which of them is held out"),

@@ -29,13 +29,14 @@ def test_counts_equal_those_of_a_loop(
 ) -> None:
     monkeypatch.setattr(overview, "_EVENTS_AT_ONCE", at_once)
     dataset = crowded(tmp_path / "small", **options)
-    popularity, ties, repeats = np.zeros(40, int), 0, 0
+    popularity, ties, repeats, timed = np.zeros(40, int), 0, 0, "with_time" not in options
     for user, length in enumerate(LENGTHS):
         events = dataset.gather(np.array([user]), np.array([0]), np.array([length]))
         np.add.at(popularity, events.items, 1)
         columns = [c for c in (events.items, events.actions, events.times) if c is not None]
         for t in range(1, length):
-            repeats += all(column[t] == column[t - 1] for column in columns)
+            before = range(t) if timed else [t - 1]
+            repeats += any(all(column[t] == column[s] for column in columns) for s in before)
             ties += events.times is not None and events.times[t] == events.times[t - 1]
     found = overview.overview(dataset)
     assert found.popularity.tolist() == popularity.tolist() and found.lengths.tolist() == list(LENGTHS)
