@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from hstu.data.replace import note_state
+from hstu.data.atomic_directory import note_state
 
 logger = logging.getLogger("hstu.preprocessing")
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from hstu.data.overview import Overview, examples, overview
-from hstu.data.picture import draw_overview, sketch_overview
+from hstu.data.overview_plot import draw_overview, sketch_overview
 from hstu.data.reader import SequenceDataset
 
 

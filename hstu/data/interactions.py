@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from hstu.data.columns import clean_ids, clean_values, require_columns
+from hstu.data.cleaning import clean_ids, clean_values, require_columns
 from hstu.data.schema import ActionType, require_plain_name
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hstu.data.flat import OFFSETS, event_features, map_columns
+from hstu.data.column_cache import OFFSETS, event_features, map_columns
 from hstu.data.schema import CATEGORY, VOCABULARY_DIR, Schema
 
 

@@ -11,9 +11,9 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from hstu.data.replace import DATA_DIR as DATA_DIR
-from hstu.data.replace import SCHEMA_FILE, repair
-from hstu.data.replace import VOCABULARY_DIR as VOCABULARY_DIR
+from hstu.data.atomic_directory import DATA_DIR as DATA_DIR
+from hstu.data.atomic_directory import SCHEMA_FILE, repair
+from hstu.data.atomic_directory import VOCABULARY_DIR as VOCABULARY_DIR
 
 Role = Literal["user", "item", "action", "time", "context", "category"]
 ActionType = Literal["categorical", "bitmask"]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import polars as pl
 
-from hstu.data.columns import (
+from hstu.data.cleaning import (
     MAX_BITS,
     Look,
     as_text,

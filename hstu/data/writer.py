@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hstu.data.replace import DATA_DIR, VOCABULARY_DIR, replacing
+from hstu.data.atomic_directory import DATA_DIR, VOCABULARY_DIR, replacing
 from hstu.data.schema import CATEGORY, Schema
 
 EVENTS_PER_PART = 1 << 22

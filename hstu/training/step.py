@@ -17,7 +17,7 @@ from hstu.parallel.pipeline import LookupPipeline
 from hstu.training.checkpoint_files import Progress
 from hstu.training.meter import Meter, not_finite
 from hstu.training.optimizer import Optimizer
-from hstu.training.work import batch_flops
+from hstu.training.batch_flops import batch_flops
 
 logger = logging.getLogger(__name__)
 

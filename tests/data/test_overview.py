@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from hstu.data import SequenceDataset, overview
-from hstu.data.picture import draw_overview, sketch_overview
+from hstu.data.overview_plot import draw_overview, sketch_overview
 from tests.samples import make_dataset
 
 LENGTHS = (5, 1, 12, 30, 2, 9)

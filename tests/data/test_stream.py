@@ -14,7 +14,7 @@ import pytest
 
 from hstu.data import SequenceDataset
 from hstu.data.interactions import InteractionSpec
-from hstu.data.runs import Runs
+from hstu.data.external_sort import Runs
 from hstu.data.stream import StreamOptions, encode_stream
 from hstu.data.writer import writing
 
@@ -169,7 +169,7 @@ def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("hstu.data.runs._write_run", full)
+    monkeypatch.setattr("hstu.data.external_sort._write_run", full)
     with pytest.raises(ValueError, match=r"a: cannot be written \(No space left on device\); choose another"):
         stream(tmp_path / "a", [(0, table())])
     assert list(tmp_path.iterdir()) == []

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hstu.data import EncodedDataset, SequenceDataset, SyntheticConfig, generate, write_dataset
-from hstu.data.replace import require_writable
+from hstu.data.atomic_directory import require_writable
 
 TINY = {"num_users": 20, "num_items": 40, "num_clusters": 4, "num_types": 2, "max_seqlen": 20}
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hstu.data import EncodedDataset, SequenceDataset, SyntheticConfig, generate, write_dataset
-from hstu.data.replace import _swap, replacing, work_directory
+from hstu.data.atomic_directory import _swap, replacing, work_directory
 
 TINY = {"num_users": 20, "num_items": 40, "num_clusters": 4, "num_types": 2, "max_seqlen": 20}
 

@@ -10,8 +10,8 @@ from typing import Literal
 import numpy as np
 import polars as pl
 
-from hstu.data.columns import clean_ids, clean_masks, clean_times, clean_values, require_columns, whole_seconds
-from hstu.data.flat import OFFSETS
+from hstu.data.cleaning import clean_ids, clean_masks, clean_times, clean_values, require_columns, whole_seconds
+from hstu.data.column_cache import OFFSETS
 from hstu.data.reader import SequenceDataset
 from hstu.data.schema import Feature
 

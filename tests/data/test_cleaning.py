@@ -6,7 +6,7 @@ from datetime import date, datetime, timedelta, timezone
 import polars as pl
 import pytest
 
-from hstu.data.columns import Look, clean_ids, clean_masks, clean_times, clean_values, whole_seconds
+from hstu.data.cleaning import Look, clean_ids, clean_masks, clean_times, clean_values, whole_seconds
 
 NOON = 1_717_157_400  # 2024-05-31T12:10:00Z
 
