@@ -26,8 +26,8 @@ if find_spec("preprocessing") is None:
     sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from hstu.cli.flags import underscore_flags
-from hstu.data.interactions import Duplicates, InteractionSpec
 from hstu.data.atomic_directory import require_writable
+from hstu.data.interactions import Duplicates, InteractionSpec
 from hstu.data.schema import ActionType, Schema
 from hstu.data.synthetic import Distribution, SyntheticConfig, generate
 from hstu.data.writer import write_dataset, writing

@@ -14,8 +14,8 @@ import pyarrow as pa
 from torch import Tensor
 
 from hstu.data.cleaning import clean_ids, require_columns
-from hstu.data.request_files import HistoryColumns, find_ids, find_users, read_frame, read_histories
 from hstu.data.reader import SequenceDataset
+from hstu.data.request_files import HistoryColumns, find_ids, find_users, read_frame, read_histories
 from hstu.data.requests import Requests
 from hstu.data.splits import Split
 from hstu.metrics.topk import TopK

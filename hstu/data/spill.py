@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import polars as pl
 
-from hstu.data.numbering import Numbering, ValueCounts
 from hstu.data.external_sort import Runs
+from hstu.data.numbering import Numbering, ValueCounts
 from hstu.data.writer import part_bounds
 
 ROW_HASH = "row hash"  # column of a block: equal where rows are

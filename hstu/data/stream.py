@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 
+from hstu.data.external_sort import EVENTS_PER_RUN, Runs
 from hstu.data.interactions import (
     ITEM,
     TIME,
@@ -25,7 +26,6 @@ from hstu.data.interactions import (
     to_arrow,
 )
 from hstu.data.numbering import Numbering
-from hstu.data.external_sort import EVENTS_PER_RUN, Runs
 from hstu.data.schema import Feature, Role, Schema, count_statistics
 from hstu.data.spill import ROW_HASH, Log, Progress, find_repeats, first_of_equals
 from hstu.data.splits import MIN_EVENTS

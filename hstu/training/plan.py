@@ -32,8 +32,8 @@ from hstu.data.reader import SequenceDataset
 from hstu.models import RankingModel, RetrievalModel, build_model
 from hstu.models.embedding import Embeddings, Table
 from hstu.parallel.embedding import place, sparse_optimizer_name
-from hstu.training.hardware import Gpu
 from hstu.training.batch_flops import batch_flops, matrix_elements
+from hstu.training.hardware import Gpu
 
 _FLOAT = 4
 

@@ -14,10 +14,10 @@ from hstu.data.reader import SequenceDataset
 from hstu.models.losses import LossSum
 from hstu.parallel import Parallelized
 from hstu.parallel.pipeline import LookupPipeline
+from hstu.training.batch_flops import batch_flops
 from hstu.training.checkpoint_files import Progress
 from hstu.training.meter import Meter, not_finite
 from hstu.training.optimizer import Optimizer
-from hstu.training.batch_flops import batch_flops
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from hstu.data import EncodedDataset, Feature, Schema, SequenceDataset, flat, write_dataset
+from hstu.data import EncodedDataset, Feature, Schema, SequenceDataset, column_cache, write_dataset
 from hstu.data.schema import count_statistics
 from tests.samples import make_dataset
 
@@ -256,14 +256,14 @@ def test_refused_and_interrupted_columns_leave_nothing(path: Path, monkeypatch: 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(flat, "_write_columns", interrupt)
+    monkeypatch.setattr(column_cache, "_write_columns", interrupt)
     with pytest.raises(KeyboardInterrupt):
         SequenceDataset.open(path)
     assert not list(path.glob(".*columns*"))
 
 
 def test_a_faster_process_wins(path: Path, encoded: EncodedDataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    write, rivals = flat._write_columns, []
+    write, rivals = column_cache._write_columns, []
 
     def beaten(folder: Path, files: list[Path], schema: Schema) -> None:
         write(folder, files, schema)
@@ -271,7 +271,7 @@ def test_a_faster_process_wins(path: Path, encoded: EncodedDataset, monkeypatch:
             rivals.append(1)
             SequenceDataset.open(path)
 
-    monkeypatch.setattr(flat, "_write_columns", beaten)
+    monkeypatch.setattr(column_cache, "_write_columns", beaten)
     assert_same_data(path, encoded)
     assert rivals and len(list(path.glob(".*columns*"))) == 1
 
@@ -294,7 +294,7 @@ def test_a_data_set_that_cannot_be_written_is_read_all_the_same(
 
 
 def test_rows_are_numbered_alike_in_chunks_of_any_size(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flat, "_EVENTS_AT_ONCE", 1)
+    monkeypatch.setattr(column_cache, "_EVENTS_AT_ONCE", 1)
     edit(path, falling_time)
     with pytest.raises(ValueError, match="column 'timestamp', row 5: "):
         SequenceDataset.open(path)

@@ -13,8 +13,8 @@ import polars as pl
 import pytest
 
 from hstu.data import SequenceDataset
-from hstu.data.interactions import InteractionSpec
 from hstu.data.external_sort import Runs
+from hstu.data.interactions import InteractionSpec
 from hstu.data.stream import StreamOptions, encode_stream
 from hstu.data.writer import writing
 

@@ -13,8 +13,8 @@ from hstu.config import load_config
 from hstu.models.backbone import make_backbone
 from hstu.parallel.mesh import Group, parallel_state
 from hstu.parallel.tensor import TensorParallel
-from hstu.training.summary import memory_rows, memory_table
 from hstu.training.batch_flops import batch_flops, matrix_elements
+from hstu.training.summary import memory_rows, memory_table
 from tests.tiny import BINDINGS
 from tests.training.runs import grid, trainer
 
