@@ -24,10 +24,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from hstu.ops.attention import triton_tiles as tiles
-from hstu.ops.attention.triton_backward import attention_backward_columns, attention_backward_rows
-from hstu.ops.attention.triton_config import MAX_REGISTERS, Kernel, TileConfig, is_rich, padded_width, tile_config
-from hstu.ops.attention.triton_forward import attention_forward
+from hstu.ops.attention.triton import tiles
+from hstu.ops.attention.triton.backward import attention_backward_columns, attention_backward_rows
+from hstu.ops.attention.triton.config import MAX_REGISTERS, Kernel, TileConfig, is_rich, padded_width, tile_config
+from hstu.ops.attention.triton.forward import attention_forward
 
 KERNELS: dict[Kernel, Any] = {
     "forward": attention_forward,

@@ -21,8 +21,8 @@ from hstu.layers.tokens import Stream, Tokens
 from hstu.layers.transformer import TransformerBlock
 from hstu.layers.visibility import Attention, Visibility
 from hstu.ops import Mask, RelativeBias
-from hstu.ops.attention.blocks import Block, Scene, Share, deal_tokens, pair_pieces, with_padding_row
-from hstu.ops.attention.shared import SharedAttention, SharedHSTU, SharedSoftmax
+from hstu.ops.attention.ring.partial import SharedAttention, SharedHSTU, SharedSoftmax
+from hstu.ops.attention.ring.shard import Block, Scene, Share, deal_tokens, pair_pieces, with_padding_row
 from hstu.parallel.mesh import Group
 
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from hstu.ops import hstu_attention
-from hstu.ops.attention import cpu_groups
 from hstu.ops.attention.bias import RelativeBias, bucket_thresholds, query_times, time_bucket
-from hstu.ops.attention.cpu_bias import _CELL_SHIFT, _cell_tables
+from hstu.ops.attention.cpu import plan as cpu_groups
+from hstu.ops.attention.cpu.bias import _CELL_SHIFT, _cell_tables
 from tests.ops.attention_cases import CASES, RAGGED, build, outputs_and_gradients
 
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from hstu.ops import Mask, attention_buckets, hstu_attention, softmax_attention
-from hstu.ops.attention.blocks import Scene, Share, deal_tokens, pair_pieces, with_padding_row
-from hstu.ops.attention.shared import SharedAttention, SharedHSTU, SharedSoftmax
+from hstu.ops.attention.ring.partial import SharedAttention, SharedHSTU, SharedSoftmax
+from hstu.ops.attention.ring.shard import Scene, Share, deal_tokens, pair_pieces, with_padding_row
 from tests.ops.attention_cases import CASES, build
 
 HOLDERS = (3, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 8)))
@@ -61,7 +61,7 @@ def mask_of(arguments: dict) -> Mask:
 @pytest.mark.parametrize("holders", HOLDERS)
 @pytest.mark.parametrize("name", CASES)
 def test_hstu_shares_add_up_to_the_reference(name: str, holders: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hstu.ops.attention.blocks.TILE_ELEMENTS", 700)
+    monkeypatch.setattr("hstu.ops.attention.ring.shard.TILE_ELEMENTS", 700)
     tensors, arguments = build(CASES[name], torch.float64)
     leaves = [x.requires_grad_() for x in tensors]
     bias = arguments.get("bias")
@@ -82,7 +82,7 @@ def test_hstu_shares_add_up_to_the_reference(name: str, holders: int, monkeypatc
 def test_softmax_shares_add_up_to_the_whole(
     name: str, groups: int, holders: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hstu.ops.attention.blocks.TILE_ELEMENTS", 700)
+    monkeypatch.setattr("hstu.ops.attention.ring.shard.TILE_ELEMENTS", 700)
     (q, k, v), arguments = build(CASES[name].named(heads=2), torch.float64)
     leaves = [x.requires_grad_() for x in (q, k[:, :groups].contiguous(), v[:, :groups].contiguous())]
     mask = mask_of(arguments)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hstu.ops.attention.bias import RelativeBias
 from hstu.ops.attention.checks import check_arguments
-from hstu.ops.attention.cpu import hstu_attention_cpu
+from hstu.ops.attention.cpu.run import hstu_attention_cpu
 from hstu.ops.attention.mask import Mask
 from hstu.ops.attention.reference import hstu_attention_reference
 from hstu.ops.attention.softmax import Bucket, attention_buckets, softmax_attention
@@ -101,7 +101,7 @@ def hstu_attention(
         backend = _choose(q)
     common: dict[str, Any] = {"scaling_seqlen": scaling_seqlen, "alpha": alpha, "mask": mask, "bias": bias}
     if backend == "triton":
-        from hstu.ops.attention.triton import hstu_attention_triton
+        from hstu.ops.attention.triton.launch import hstu_attention_triton
 
         return hstu_attention_triton(q, k, v, offsets, max_seqlen=max_seqlen, **common)
     if backend == "cpu" and q.device.type != "cpu":

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hstu.ops.attention.bias import RelativeBias
 from hstu.ops.attention.checks import check_arguments
-from hstu.ops.attention.cpu import CpuAttention
+from hstu.ops.attention.cpu.run import CpuAttention
 from hstu.ops.attention.mask import Mask
 from hstu.ops.layer.fused import Attention, FusedLayer, LayerCall
 from hstu.ops.layer.kernels import TorchKernels
@@ -88,7 +88,7 @@ def _prepare(
     kernels: TorchKernels = TorchKernels()
     attend: Attention
     if backend == "triton":
-        from hstu.ops.attention.triton import AttentionCall, TritonAttention
+        from hstu.ops.attention.triton.launch import AttentionCall, TritonAttention
         from hstu.ops.layer.triton import TritonKernels
 
         kernels = TritonKernels()

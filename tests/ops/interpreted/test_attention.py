@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-import hstu.ops.attention.triton as attention
+import hstu.ops.attention.triton.launch as attention
 from hstu.ops import hstu_attention
-from hstu.ops.attention.triton_config import TileConfig
+from hstu.ops.attention.triton.config import TileConfig
 from tests.ops.attention_cases import CASES, Case, build, outputs_and_gradients
 
 SHORT = {(5, 0, 1, 70, 3, 130, 2): (5, 0, 1, 20, 3, 35, 2)}

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-import hstu.ops.attention.triton as attention
+import hstu.ops.attention.triton.launch as attention
 import hstu.ops.layer.triton as layer
-from hstu.ops.attention.triton_config import TileConfig
+from hstu.ops.attention.triton.config import TileConfig
 from tests.ops.layer_cases import KEEP, LAYERS, LayerCase, build, results
 
 SMALL = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16, "GROUP": 2}

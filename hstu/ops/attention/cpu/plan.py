@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hstu.ops.attention.cpu_scratch import scratch
+from hstu.ops.attention.cpu.scratch import scratch
 from hstu.ops.attention.mask import Mask, visible
 
 TILE_ROWS = 100

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hstu.ops.attention.blocks import Block, Scene, Share, gather_heads, scatter_heads
+from hstu.ops.attention.ring.shard import Block, Scene, Share, gather_heads, scatter_heads
 
 Columns = tuple[Tensor, Tensor]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from hstu.ops.attention import triton_tiles as tiles
+from hstu.ops.attention.triton import tiles
 
 Kernel = Literal["forward", "backward_columns", "backward_rows"]
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hstu.ops.attention.bias import RelativeBias
-from hstu.ops.attention.cpu_bias import ScoreBias, TimeIndex
-from hstu.ops.attention.cpu_groups import Chunk, Group, Layout, Tile
-from hstu.ops.attention.cpu_scratch import scratch
+from hstu.ops.attention.cpu.bias import ScoreBias, TimeIndex
+from hstu.ops.attention.cpu.plan import Chunk, Group, Layout, Tile
+from hstu.ops.attention.cpu.scratch import scratch
 from hstu.ops.attention.mask import Mask
 
 aten = torch.ops.aten

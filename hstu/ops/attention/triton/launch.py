@@ -15,12 +15,12 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hstu.ops.attention import triton_tiles as tiles
 from hstu.ops.attention.bias import RelativeBias, bucket_thresholds, query_times
 from hstu.ops.attention.mask import Mask
-from hstu.ops.attention.triton_backward import attention_backward_columns, attention_backward_rows
-from hstu.ops.attention.triton_config import MAX_REGISTERS, Kernel, TileConfig, is_rich, padded_width, tile_config
-from hstu.ops.attention.triton_forward import attention_forward
+from hstu.ops.attention.triton import tiles
+from hstu.ops.attention.triton.backward import attention_backward_columns, attention_backward_rows
+from hstu.ops.attention.triton.config import MAX_REGISTERS, Kernel, TileConfig, is_rich, padded_width, tile_config
+from hstu.ops.attention.triton.forward import attention_forward
 from hstu.ops.checks import values_readable
 
 _INT32_MAX = 2**31 - 1

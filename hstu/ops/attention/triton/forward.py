@@ -5,7 +5,7 @@
 import triton
 import triton.language as tl
 
-from hstu.ops.attention.triton_tiles import (
+from hstu.ops.attention.triton.tiles import (
     add_bias,
     column_ranges,
     load_rows,

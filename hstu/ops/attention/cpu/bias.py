@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from hstu.ops.attention.bias import RelativeBias, bucket_thresholds, query_times
-from hstu.ops.attention.cpu_groups import Chunk, Layout, Tile
-from hstu.ops.attention.cpu_scratch import scratch
+from hstu.ops.attention.cpu.plan import Chunk, Layout, Tile
+from hstu.ops.attention.cpu.scratch import scratch
 from hstu.ops.attention.mask import Mask
 
 # A float32 difference is looked up by its exponent and two bits of mantissa. Thresholds are 1.35 times apart,

@@ -1,0 +1,1 @@
+"""Attention on a CPU: chunks of tiles that stay in cache."""

@@ -1,0 +1,1 @@
+"""Attention between shards of a batch, for context parallelism."""
