@@ -118,7 +118,7 @@ def predict(args: argparse.Namespace, mesh: Mesh) -> None:
             "ties": "lower item id first",
         }
     with ParquetOutput(args.output, mesh, about) as output:
-        for columns in _answers(args, trainer, questions, mesh):
+        for columns in _answers(args, trainer, questions, mesh, about):
             output.write(columns)
     logger.info("%d rows: %s", output.rows, args.output)
 
@@ -131,8 +131,10 @@ def _check_approximate(args: argparse.Namespace, config: Config) -> None:
         raise ValueError(f"{given}: must be at least --top_k = {args.top_k}")
 
 
-def _answers(args: argparse.Namespace, trainer: Any, questions: Questions, mesh: Mesh) -> Iterator[dict[str, pa.Array]]:
-    """Yield the columns of the file, batch by batch."""
+def _answers(
+    args: argparse.Namespace, trainer: Any, questions: Questions, mesh: Mesh, about: dict[str, Any]
+) -> Iterator[dict[str, pa.Array]]:
+    """Yield the columns of the file, batch by batch; at the end ``about`` has the number of requests answered."""
     from hstu.inference import recommend, score_candidates
 
     loader = replace(trainer.loaders["test"], dataset=questions.dataset, split=questions.split)
@@ -142,8 +144,22 @@ def _answers(args: argparse.Namespace, trainer: Any, questions: Questions, mesh:
         return
     filter_seen = trainer.config.retrieval.filter_seen
     options: dict[str, Any] = dict(filter_seen=filter_seen, num_candidates=args.approximate)
+    answered = fewer = without = 0
     for rows, best in recommend(trainer.model, loader, mesh, args.top_k, **options):
+        found = (best.items >= 0).sum(1)
+        answered += rows.numel()
+        fewer += int((found < args.top_k).sum())
+        without += int((found == 0).sum())
         yield questions.recommendations(rows, best)
+    about |= {"num_requests": answered, "fewer_than_top_k": fewer, "without_items": without}
+    who = "held-out events" if questions.held_out else "users"
+    if silent := len(questions.split) - answered:
+        logger.info("%d of %d %s have no history to go by and get no answer", silent, len(questions.split), who)
+    if fewer:
+        reason = "what they have seen is left out (RetrievalArgs.filter_seen = True)" if filter_seen else ""
+        reason = reason or f"the catalogue has {trainer.model.num_items} items"
+        logger.info("%d of %d %s get fewer than %d items, %d of them none: %s",
+                    fewer, answered, who, args.top_k, without, reason)  # fmt: skip
 
 
 if __name__ == "__main__":

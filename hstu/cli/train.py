@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +15,7 @@ from absl import app, flags
 from hstu import environment
 from hstu.cli.command import dataset_record, find_dataset, open_dataset, recorded_task, run_on_mesh
 from hstu.cli.flags import underscore_flags
-from hstu.config import ConfigError, LoadedConfig, load_config
+from hstu.config import ConfigError, LoadedConfig, load_config, operative_gin
 
 FLAGS = flags.FLAGS
 logger = logging.getLogger("hstu.cli")
@@ -82,7 +83,8 @@ def _run(task: Literal["ranking", "retrieval"], mesh: Any) -> None:
     if checkpoint is not None:
         logger.info("resumed from %s at step %d", checkpoint, trainer.progress.step)
     record = {"command": sys.argv, "dataset": dataset_record(loaded.config.dataset, path)}
-    mesh.on_main(lambda: run.describe(loaded, environment.describe() | record))
+    applied = replace(loaded, config=trainer.config, operative=operative_gin(trainer.config))
+    mesh.on_main(lambda: run.describe(applied, environment.describe() | record))
     trainer.train()
 
 

@@ -15,7 +15,7 @@ from hstu.config.args import (
 )
 from hstu.config.backbones import RECOMPUTE
 from hstu.config.base import Args, ConfigError
-from hstu.config.load import LoadedConfig, find_config, load_config, task_of
+from hstu.config.load import LoadedConfig, find_config, load_config, operative_gin, task_of
 
 __all__ = [
     "RECOMPUTE",
@@ -35,5 +35,6 @@ __all__ = [
     "TrainerArgs",
     "find_config",
     "load_config",
+    "operative_gin",
     "task_of",
 ]

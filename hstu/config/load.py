@@ -109,7 +109,7 @@ def load_config(
         if error.field not in bound:
             raise
         raise ConfigError(error.field, f"{error.message} (set in {bound[error.field].where})") from None
-    return LoadedConfig(config=config, given=given, operative=_operative(config), notes=tuple(notes))
+    return LoadedConfig(config=config, given=given, operative=operative_gin(config), notes=tuple(notes))
 
 
 def task_of(files: Sequence[str], bindings: Sequence[str] = ()) -> Literal["ranking", "retrieval"]:
@@ -178,7 +178,8 @@ def _construct(name: str, fields: dict[str, Any]) -> Args:
     return cls(**fields)
 
 
-def _operative(config: args.Config) -> str:
+def operative_gin(config: args.Config) -> str:
+    """Return every field of every class with the value that applies, as gin."""
     lines = []
     for name, member in _MEMBERS.items():
         owner = getattr(config, member)

@@ -50,8 +50,9 @@ class RetrievalArgs(Args):
     #: HR@k, NDCG@k, MRR: among the whole catalogue. With ":sampled_100" behind it, as in older papers: among 100
     #: random items that the user has not seen; higher, and comparable with such scores only.
     eval_metrics: tuple[str, ...] = ("HR@10", "NDCG@10")
-    #: Leave items of the user's whole history out of the ranking.
-    filter_seen: bool = True
+    #: Leave items of the user's whole history out of rankings and predictions; a target among them is then a miss.
+    #: None: if at most 1% of the validation targets are such items.
+    filter_seen: bool | None = None
 
     def validate(self) -> None:
         self.require_positive("temperature", "l2_norm_eps")

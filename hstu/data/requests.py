@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from hstu.data.reader import SequenceDataset, Sequences
 from hstu.data.splits import Split
@@ -76,11 +74,3 @@ class Requests(SequenceDataset):
             actions=None if found.actions is None else with_request(found.actions, np.zeros_like(rows)),
             times=None if found.times is None else with_request(found.times, self._times[rows]),
         )
-
-
-def seen_before(dataset: SequenceDataset, split: Split, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return everything before the target of samples ``rows`` [Q]: (place in ``rows``, item id), both [S] int64."""
-    samples = rows.cpu().numpy()
-    events = dataset.gather(split.users[samples], np.zeros_like(samples), split.stop[samples] - 1)
-    owner = np.repeat(np.arange(samples.size), events.lengths)
-    return torch.from_numpy(owner).to(rows.device), torch.from_numpy(events.items).to(rows.device)

@@ -22,7 +22,7 @@ class ParquetOutput(contextlib.AbstractContextManager):
     Args:
         path: The file; its directory is created if absent.
         mesh: The ranks: all call ``write``.
-        about: What readers should know, kept as JSON under ``hstu`` in the file's metadata.
+        about: What readers should know, kept as JSON under ``hstu`` in the file's metadata; may grow until the end.
     """
 
     def __init__(self, path: Path, mesh: Mesh, about: dict[str, Any]) -> None:
@@ -39,8 +39,7 @@ class ParquetOutput(contextlib.AbstractContextManager):
         try:
             if self.writer is None:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                described = table.schema.with_metadata({"hstu": json.dumps(self.about)})
-                self.writer = pq.ParquetWriter(self.partial, described, compression="zstd")
+                self.writer = pq.ParquetWriter(self.partial, table.schema, compression="zstd")
             self.writer.write_table(table)
         except OSError as error:
             raise ValueError(f"{self.path}: cannot be written ({error.strerror or error}); choose another") from None
@@ -49,6 +48,7 @@ class ParquetOutput(contextlib.AbstractContextManager):
     def _finish(self) -> None:
         if self.writer is None:
             raise ValueError(f"{self.path}: not written, there is nobody to answer: no user has a history")
+        self.writer.add_key_value_metadata({"hstu": json.dumps(self.about)})
         self.writer.close()
         os.replace(self.partial, self.path)
 

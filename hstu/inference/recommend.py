@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hstu.data.batch import Batch
 from hstu.data.loader import BatchLoader
-from hstu.data.requests import seen_before
+from hstu.data.seen import seen_before
 from hstu.layers.similarity import MixtureOfLogits
 from hstu.metrics.topk import TopK, best_of, top_k
 from hstu.models import RankingModel, RetrievalModel

@@ -10,20 +10,20 @@ def target_ranks(scores: Tensor, targets: Tensor, excluded: tuple[Tensor, Tensor
     """Return 1 + (candidates that score strictly higher) + half of the ties, [Q] float64.
 
     The average rank among ties: a model that scores everything alike gets chance, not rank 1. A score that is
-    not a number counts as above the target's, and a target's that is none as below all others.
+    not a number counts as above the target's. A target that cannot be returned, as it is left out or has no number
+    as its score, is never found: its rank is infinite.
 
     Args:
         scores: [Q, n].
         targets: [Q] int64, the column of each row's target.
-        excluded: Rows and columns of candidates to leave out; a target is never left out. Changes ``scores``.
+        excluded: Rows and columns of candidates to leave out. Changes ``scores``.
     """
-    target_scores = scores.gather(1, targets[:, None]).clone()
     if excluded is not None:
         scores[excluded] = float("-inf")
-        scores.scatter_(1, targets[:, None], target_scores)
+    target_scores = scores.gather(1, targets[:, None])
     not_higher, ties = (scores <= target_scores).sum(1), (scores == target_scores).sum(1)
-    higher = scores.shape[1] - not_higher.clamp(min=1)  # the target itself is not above itself
-    return 1 + higher.double() + (ties - 1).clamp(min=0).double() / 2
+    ranks = 1 + (scores.shape[1] - not_higher).double() + (ties - 1).double() / 2
+    return ranks.masked_fill(~(target_scores[:, 0] > float("-inf")), float("inf"))
 
 
 def sampled_ranks(

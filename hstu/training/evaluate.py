@@ -18,7 +18,9 @@ from hstu.config import Config
 from hstu.config.retrieval import SAMPLED_100
 from hstu.data.batch import Batch
 from hstu.data.loader import BatchLoader
-from hstu.data.requests import seen_before
+from hstu.data.reader import SequenceDataset
+from hstu.data.seen import MANY_REPEATS, count_seen_targets, is_among, seen_before
+from hstu.data.splits import Split
 from hstu.metrics.ranking import LOWER_IS_BETTER, ranking_scores
 from hstu.metrics.retrieval import per_user_metric, sampled_ranks, target_ranks
 from hstu.models import RankingModel, RetrievalModel
@@ -48,7 +50,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Return the evaluation record of ``loader.split``, the same on every rank.
 
-    The record says how it was made: protocol, split, filter_seen, num_candidates, tie_rule, num_users.
+    The record says how it was made: protocol, split, filter_seen, num_candidates, tie_rule, num_users; of how many
+    targets the item is one that the user had met before: seen_targets.
     """
     model.eval()
     score = _ranking if isinstance(model, RankingModel) else _retrieval
@@ -96,46 +99,67 @@ def _ranking(model: RankingModel, loader: BatchLoader, mesh: Mesh, config: Confi
     }
 
 
-def _retrieval(model: RetrievalModel, loader: BatchLoader, mesh: Mesh, config: Config) -> dict[str, Any]:
+def decide_filter_seen(config: Config, dataset: SequenceDataset, valid: Split) -> tuple[bool, str]:
+    """Return whether seen items leave the ranking, and why, in words that follow ``RetrievalArgs.filter_seen = ..``.
+
+    Where users come back to what they know, a model that may not return it answers another question.
+    """
     assert config.retrieval is not None
-    catalogue = _catalogue(model, loader, mesh)
-    names, filter_seen = config.eval_metrics, config.retrieval.filter_seen
-    sums = torch.zeros(len(names) + 1, dtype=torch.float64)
-    sampled_names = [name for name in names if name.endswith(SAMPLED_100)]
-    elements = _SCORE_ELEMENTS // 8 if sampled_names else _SCORE_ELEMENTS  # random numbers take more than scores
-    block = max(1, elements // catalogue.shape[0])
-    assert not loader.shuffle, "the first epoch of an unshuffled split numbers samples by their rows"
-    scored = []
-    for batch in _batches(loader, config, mesh):
-        queries, batch = model.queries(batch), model.own_labels(batch)
-        samples = _of_labels(batch, batch.sample_ids)
-        scored.append(_of_labels(batch, batch.users))
-        for start in range(0, queries.shape[0], block):
-            rows = slice(start, start + block)
-            targets = batch.labels[rows]
-            seen = seen_before(loader.dataset, loader.split, samples[rows]) if filter_seen else None
-            scores = model.scores(queries[rows], catalogue)
-            sampled = _sampled(scores, targets, samples[rows], loader, config) if sampled_names else None
-            ranks = target_ranks(scores, targets, seen).cpu()
-            of_names = [ranks if sampled is None or name not in sampled_names else sampled for name in names]
-            values = [per_user_metric(name, r).sum() for name, r in zip(names, of_names, strict=True)]
-            sums += torch.stack([*values, ranks.new_tensor(len(ranks))])
-            beat()
-    *totals, count = mesh.sum(sums).tolist()
+    if config.retrieval.filter_seen is not None:
+        return config.retrieval.filter_seen, "as configured"
+    seen = count_seen_targets(dataset, valid)
+    few = seen <= MANY_REPEATS * len(valid)
+    counts = f"{seen:,} of {len(valid):,} validation targets are items that their user has met before"
+    return few, f"{counts}, {'at most' if few else 'more than'} {MANY_REPEATS:.0%}"
+
+
+def _retrieval(model: RetrievalModel, loader: BatchLoader, mesh: Mesh, config: Config) -> dict[str, Any]:
+    assert config.retrieval is not None and config.retrieval.filter_seen is not None, "see decide_filter_seen"
+    parts = zip(*_ranked(model, loader, mesh, config), strict=True)
+    users, seen, ranks, sampled = (mesh.gather(torch.cat(part)).cpu() for part in parts)
+    count, metrics = ranks.numel(), {}
+    for name in config.eval_metrics:
+        values = per_user_metric(name, sampled if name.endswith(SAMPLED_100) else ranks).tolist()
+        # Exactly rounded, so that no order of samples matters.
+        metrics[name] = math.fsum(values) / count if count else float("nan")
     return {
-        "filter_seen": filter_seen,
+        "filter_seen": config.retrieval.filter_seen,
         "num_candidates": model.num_items,
-        "num_users": mesh.gather(torch.cat(scored)).unique().numel(),
-        "num_targets": int(count),
-        "metrics": {name: total / count if count else float("nan") for name, total in zip(names, totals, strict=True)},
+        "num_users": users.unique().numel(),
+        "num_targets": count,
+        "seen_targets": int(seen.sum()),
+        "metrics": metrics,
     }
 
 
-def _sampled(scores: Tensor, targets: Tensor, samples: Tensor, loader: BatchLoader, config: Config) -> Tensor:
+def _ranked(
+    model: RetrievalModel, loader: BatchLoader, mesh: Mesh, config: Config
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Yield of the targets of this rank [Q] each: user, whether the user has met it, rank, rank among 100 items."""
+    assert config.retrieval is not None
+    catalogue = _catalogue(model, loader, mesh)
+    sampling = any(name.endswith(SAMPLED_100) for name in config.eval_metrics)
+    elements = _SCORE_ELEMENTS // 8 if sampling else _SCORE_ELEMENTS  # random numbers take more than scores
+    block = max(1, elements // catalogue.shape[0])
+    assert not loader.shuffle, "the first epoch of an unshuffled split numbers samples by their rows"
+    for batch in _batches(loader, config, mesh):
+        queries, batch = model.queries(batch), model.own_labels(batch)
+        samples, users = _of_labels(batch, batch.sample_ids), _of_labels(batch, batch.users)
+        for start in range(0, max(1, queries.shape[0]), block):  # a rank without samples joins the others too
+            rows = slice(start, start + block)
+            targets, seen = batch.labels[rows], seen_before(loader.dataset, loader.split, samples[rows])
+            scores = model.scores(queries[rows], catalogue)
+            sampled = _sampled(scores, targets, samples[rows], seen, config.trainer.seed) if sampling else None
+            ranks = target_ranks(scores, targets, seen if config.retrieval.filter_seen else None)
+            sampled = ranks if sampled is None else sampled.where(ranks.isfinite(), ranks)
+            yield users[rows], is_among(targets, seen), ranks, sampled
+            beat()
+
+
+def _sampled(scores: Tensor, targets: Tensor, samples: Tensor, seen: tuple[Tensor, Tensor], seed: int) -> Tensor:
     """Return ranks among 100 items that nobody's rank or batch decides, [Q] float64."""
-    seen = seen_before(loader.dataset, loader.split, samples)
-    priorities = random_uniform(samples, scores.shape[1], config.trainer.seed)
-    return sampled_ranks(scores, targets, seen, priorities, 100).cpu()
+    priorities = random_uniform(samples, scores.shape[1], seed)
+    return sampled_ranks(scores, targets, seen, priorities, 100)
 
 
 def _catalogue(model: RetrievalModel, loader: BatchLoader, mesh: Mesh) -> Tensor:

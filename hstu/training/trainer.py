@@ -13,14 +13,14 @@ import torch
 from hstu.config import Config, ConfigError
 from hstu.data.loader import BatchLoader
 from hstu.data.reader import SequenceDataset
-from hstu.data.splits import make_splits
+from hstu.data.splits import Split, make_splits
 from hstu.models import RetrievalModel, build_model, make_collator
 from hstu.models.negatives import count_items
 from hstu.parallel import Mesh, parallelize
 from hstu.parallel.balance import deal, sample_costs
 from hstu.training.checkpoint import Checkpointer, model_identity
 from hstu.training.checkpoint_files import Progress, find_checkpoint, supersede
-from hstu.training.evaluate import best_possible, evaluate, improves
+from hstu.training.evaluate import best_possible, decide_filter_seen, evaluate, improves
 from hstu.training.hardware import present_gpu
 from hstu.training.interrupt import StopRequest
 from hstu.training.logging import RunLogger, check_loggers, format_metrics
@@ -53,6 +53,8 @@ class Trainer:
         mesh = mesh.with_degrees(
             config.context_parallel.context_parallel_size, config.tensor_model_parallel.tensor_model_parallel_size
         )
+        splits = make_splits(config.dataset, dataset)
+        config, self.filtering = self._resolved(config, dataset, mesh, splits["valid"])
         self.config, self.dataset, self.mesh, self.run = config, dataset, mesh, run
         args = config.trainer
         check_loggers(args.loggers)
@@ -74,7 +76,7 @@ class Trainer:
                 pin_memory=mesh.device.type == "cuda",
                 deal=self._deal if args.enable_balanced_shuffler else None,
             )
-            for name, split in make_splits(config.dataset, dataset).items()
+            for name, split in splits.items()
         }
         self.total_steps = self._total_steps()
         model = build_model(config, dataset.schema, allocate_tables=False)
@@ -98,6 +100,14 @@ class Trainer:
         self.stepper = Stepper(self.parallel, self.optimizer, self.meter, config, dataset)
         mesh.set_timeout(2 * args.hang_timeout_seconds)  # the watchdog speaks first
         torch.manual_seed(args.seed + mesh.tokens.rank)  # ranks with the same tokens drop the same of them
+
+    @staticmethod
+    def _resolved(config: Config, dataset: SequenceDataset, mesh: Mesh, valid: Split) -> tuple[Config, str | None]:
+        """Return ``config`` with what only the data can decide, and the reason for filter_seen."""
+        if config.retrieval is None:
+            return config, None
+        chosen, reason = mesh.on_main(lambda: decide_filter_seen(config, dataset, valid))
+        return replace(config, retrieval=replace(config.retrieval, filter_seen=chosen)), reason
 
     def _deal(self, events: np.ndarray, ranks: int) -> list[np.ndarray]:
         per_event = 2 if self.config.layout == "interleave" else 1
@@ -134,6 +144,8 @@ class Trainer:
         """
         logger.info("%s\n%s", describe_data(self.dataset, self.config), memory_table(self.parallel, self.optimizer))
         logger.info(self._plan())
+        if self.config.retrieval is not None:
+            logger.info("RetrievalArgs.filter_seen = %s: %s", self.config.retrieval.filter_seen, self.filtering)
         self._rewind()
         seconds, stacks = self.config.trainer.hang_timeout_seconds, self.run.path / "stacks"
         self.mesh.on_main(lambda: keep_stacks(stacks))
@@ -248,6 +260,8 @@ class Trainer:
     def _score(self, split: str, step: int) -> dict[str, Any]:
         record = evaluate(self.model, self.loaders[split], self.mesh, self.config, step)
         beat()
+        if self.filtering is not None:
+            record["filter_seen_reason"] = self.filtering
         best = best_possible(record, self.dataset.schema.best_possible)
         return record if best is None else record | {"best_possible": best}
 

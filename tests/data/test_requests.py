@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from hstu.data.reader import SequenceDataset
-from hstu.data.requests import Requests, seen_before
+from hstu.data.requests import Requests
+from hstu.data.seen import seen_before
 from tests.tiny import write_tiny
 
 

@@ -82,6 +82,7 @@ def test_an_evaluation_is_a_prediction_on_the_truncated_input(backbone: str, tmp
     write_dataset(whole, tmp_path / "whole")
     write_dataset(truncated, tmp_path / "truncated")
     bindings = [f"NetworkArgs.backbone={backbone!r}", "RetrievalArgs.eval_metrics=('HR@10', 'MRR')"]
+    bindings.append("RetrievalArgs.filter_seen=True")
     config = load_config("retrieval", [], [*BINDINGS["retrieval"], *bindings]).config
     full, short = (SequenceDataset.open(tmp_path / name) for name in ("whole", "truncated"))
     model, collate = build_model(config, full.schema), make_collator(config, full.schema)

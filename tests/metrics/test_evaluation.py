@@ -61,8 +61,9 @@ def naive_retrieval(model: RetrievalModel, loader: BatchLoader, filter_seen: boo
         user = loader.split.users[[row]]
         events = loader.dataset.gather(user, np.array([0]), np.array([stop])).items.tolist()
         target = events[-1]
-        others = set(range(30)) - {target} - (set(events[:-1]) if filter_seen else set())
-        ranks.append(1 + sum(float(scores[j]) > float(scores[target]) for j in others))
+        left = set(range(30)) - (set(events[:-1]) if filter_seen else set())
+        higher = sum(float(scores[j]) > float(scores[target]) for j in left - {target})
+        ranks.append(1 + higher if target in left else math.inf)
     return {
         "HR@3": sum(r <= 3 for r in ranks) / len(ranks),
         "NDCG@5": sum(1 / math.log2(r + 1) for r in ranks if r <= 5) / len(ranks),
@@ -92,7 +93,9 @@ def test_retrieval_scores_are_means_over_users(
 def test_ranks_among_100_items_stand_under_their_own_name(tmp_path: Path) -> None:
     dataset = make_dataset(tmp_path / "many", LENGTHS, num_items=300)
     names = ("MRR", "MRR:sampled_100", "HR@10:sampled_100")
-    config = make_config("retrieval", RETRIEVAL[1], f"RetrievalArgs.eval_metrics={names}")
+    config = make_config(
+        "retrieval", RETRIEVAL[1], f"RetrievalArgs.eval_metrics={names}", "RetrievalArgs.filter_seen=False"
+    )
     found = []
     for batch_size in (2, 11):
         model, loader = prepare(dataset, config, "test", batch_size)
@@ -109,7 +112,7 @@ def test_ranks_among_100_items_stand_under_their_own_name(tmp_path: Path) -> Non
 
 
 def test_evaluating_on_raw_items_is_caught(dataset: SequenceDataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = make_config("retrieval", *RETRIEVAL)
+    config = make_config("retrieval", *RETRIEVAL, "RetrievalArgs.filter_seen=True")
     model, loader = prepare(dataset, config, "test", 4)
     expected = naive_retrieval(model, loader, True)
 

@@ -12,6 +12,8 @@ from hstu.metrics.retrieval import per_user_metric, sampled_ranks, target_ranks
 
 
 def naive_rank(scores: list[float], target: int, excluded: set[int]) -> float:
+    if target in excluded:
+        return math.inf
     others = [s for j, s in enumerate(scores) if j != target and j not in excluded]
     return 1 + sum(s > scores[target] for s in others) + sum(s == scores[target] for s in others) / 2
 
@@ -39,11 +41,12 @@ def test_a_constant_model_gets_chance() -> None:
     assert float(per_user_metric("HR@51", ranks).mean()) == 1.0
 
 
-def test_the_target_is_never_left_out() -> None:
+def test_a_target_that_is_left_out_is_a_miss() -> None:
     scores = torch.tensor([[5.0, 1.0, 3.0]])
     everything = (torch.tensor([0, 0, 0]), torch.tensor([0, 1, 2]))
-    assert target_ranks(scores.clone(), torch.tensor([1]), everything).tolist() == [1.0]
-    seen = (torch.tensor([0, 0, 0]), torch.tensor([0, 0, 1]))  # an item may have been seen twice
+    ranks = target_ranks(scores.clone(), torch.tensor([0]), everything)
+    assert [float(per_user_metric(name, ranks)) for name in ("HR@10", "NDCG@10", "MRR")] == [0, 0, 0]
+    seen = (torch.tensor([0, 0]), torch.tensor([0, 0]))  # an item may have been seen twice
     assert target_ranks(scores.clone(), torch.tensor([1]), seen).tolist() == [2.0]
 
 
@@ -61,9 +64,9 @@ def test_ranks_are_float64_whatever_the_scores() -> None:
 @pytest.mark.parametrize("target", [0, 1])
 def test_a_model_that_is_not_a_number_is_last_and_not_first(target: int) -> None:
     broken = torch.full((1, 50), math.nan)
-    assert target_ranks(broken.clone(), torch.tensor([target])).tolist() == [50.0]
+    assert target_ranks(broken.clone(), torch.tensor([target])).tolist() == [math.inf]
     broken[0, 1] = 0.5
-    assert target_ranks(broken, torch.tensor([target])).tolist() == [50.0]
+    assert target_ranks(broken, torch.tensor([target])).tolist() == [[math.inf, 50.0][target]]
 
 
 def assert_hits_include_rank_k(hit: object) -> None:
@@ -102,7 +105,9 @@ def test_sampled_ranks_are_those_among_the_drawn_items(count: int) -> None:
     for row in range(12):
         free = set(range(20)) - set(seen[1][seen[0] == row].tolist()) - {int(targets[row])}
         drawn = sorted(free, key=lambda item: -float(priorities[row, item]))[:count]
-        expected.append(naive_rank(scores[row].tolist(), int(targets[row]), set(range(20)) - set(drawn)))
+        expected.append(
+            naive_rank(scores[row].tolist(), int(targets[row]), set(range(20)) - set(drawn) - {int(targets[row])})
+        )
     assert sampled_ranks(scores, targets, seen, priorities.clone(), count).tolist() == expected
 
 

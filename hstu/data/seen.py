@@ -1,0 +1,59 @@
+"""What users have met before: everything before a target, and events whose item their user met earlier."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hstu.data.reader import SequenceDataset
+from hstu.data.splits import Split
+
+MANY_REPEATS = 0.01
+"""Share of events of items that their user has met before above which one has to think of them."""
+_EVENTS_AT_ONCE = 1 << 22
+
+
+def seen_before(dataset: SequenceDataset, split: Split, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return everything before the target of samples ``rows`` [Q]: (place in ``rows``, item id), both [S] int64."""
+    samples = rows.cpu().numpy()
+    events = dataset.gather(split.users[samples], np.zeros_like(samples), split.stop[samples] - 1)
+    owner = np.repeat(np.arange(samples.size), events.lengths)
+    return torch.from_numpy(owner).to(rows.device), torch.from_numpy(events.items).to(rows.device)
+
+
+def is_among(targets: Tensor, seen: tuple[Tensor, Tensor]) -> Tensor:
+    """Return whether each of ``targets`` [Q] is among what ``seen_before`` found for its row, [Q] bool."""
+    owner, items = seen
+    return torch.zeros_like(targets, dtype=torch.bool).index_fill(0, owner[items == targets[owner]], True)
+
+
+def count_seen_targets(dataset: SequenceDataset, split: Split) -> int:
+    """Return of how many samples of ``split`` the target is an item that the user has met before."""
+    found = 0
+    for rows in _blocks(split):
+        stop = split.stop[rows]
+        targets = torch.from_numpy(dataset.gather(split.users[rows], stop - 1, stop).items)
+        found += int(is_among(targets, seen_before(dataset, split, torch.from_numpy(rows))).sum())
+    return found
+
+
+def count_repeats(lengths: np.ndarray, items: np.ndarray) -> int:
+    """Return how many events are of an item that their user met before.
+
+    Args:
+        lengths: Events of each user, int64 [U].
+        items: Item ids, user after user, int64 [T].
+    """
+    if not items.size:
+        return 0
+    pairs = np.sort(np.repeat(np.arange(len(lengths)), lengths) * (int(items.max()) + 1) + items)
+    return int((pairs[1:] == pairs[:-1]).sum())
+
+
+def _blocks(split: Split) -> Iterator[np.ndarray]:
+    """Yield the samples of ``split`` in order, with some ``_EVENTS_AT_ONCE`` events before their targets at once."""
+    block = np.cumsum(split.stop) // _EVENTS_AT_ONCE
+    yield from np.split(np.arange(len(split)), np.flatnonzero(np.diff(block)) + 1)
