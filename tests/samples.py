@@ -26,6 +26,7 @@ def make_dataset(
     categories: Sequence[str] = (),
     items: np.ndarray | None = None,
     times: np.ndarray | None = None,
+    originals: dict[str, list] | None = None,
     seed: int = 0,
 ) -> SequenceDataset:
     """Write random sequences of the given lengths into ``folder`` and open them."""
@@ -55,7 +56,8 @@ def make_dataset(
             feature.name: pa.array(np.arange(feature.vocab_size))
             for feature in features
             if (feature.vocab_size or 2**60) < 10**6 and feature.action_type != "bitmask"
-        },
+        }
+        | {name: pa.array(values) for name, values in (originals or {}).items()},
         categories={name: rng.integers(5, size=num_items) for name in categories},
     )
     write_dataset(dataset, folder)

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from hstu.data.column_cache import OFFSETS, event_features, map_columns
-from hstu.data.schema import CATEGORY, VOCABULARY_DIR, Schema
+from hstu.data.schema import Schema
+from hstu.data.vocabulary import Vocabularies
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,38 +170,19 @@ class SequenceDataset:
         """Original values of a feature in the order of its ids, [vocab_size] (int64, float64 or object).
 
         Raises:
-            ValueError: If the feature has no vocabulary (times and bit masks stand for themselves).
+            ValueError: If the feature has no vocabulary (times and bit masks stand for themselves), or it is damaged.
         """
-        return self._by_id(feature, "original")
+        return self.vocabularies.originals(feature).to_numpy(zero_copy_only=False)
 
     def category_ids(self, category: str) -> np.ndarray:
         """Id of each item's value of a category feature, in the order of the items' ids, int64 [items].
 
         Raises:
-            ValueError: If they are missing or out of range.
+            ValueError: If they are missing, damaged or out of range.
         """
-        item = self.schema.item
-        size = next(feature.vocab_size for feature in self.schema.categories if feature.name == category) or 0
-        found = self._by_id(item.name, CATEGORY + category)
-        if found.size != item.vocab_size or found.min() < 0 or found.max() >= size:
-            raise ValueError(
-                f"{self.path}: category {category!r} has {found.size} ids from {found.min()} to {found.max()}, not "
-                f"{item.vocab_size} in [0, {size}); run the preprocessor again"
-            )
-        return found
+        return self.vocabularies.category_ids(category)
 
-    def _by_id(self, feature: str, column: str) -> np.ndarray:
-        path = self.path / VOCABULARY_DIR / f"{feature}.parquet"
-        if not path.is_file():
-            present = ", ".join(sorted(file.stem for file in path.parent.glob("*.parquet")))
-            raise ValueError(f"{path}: no vocabulary of {feature!r}; there are: {present}")
-        try:
-            table = pq.read_table(path, memory_map=True)
-        except (pa.ArrowException, OSError) as error:
-            raise ValueError(f"{path}: not readable as parquet ({error}); run the preprocessor again") from error
-        if column not in table.column_names:
-            raise ValueError(f"{path}: column {column!r} is missing; run the preprocessor again")
-        values = table.column(column).to_numpy()
-        ordered = np.empty_like(values)
-        ordered[table.column("id").to_numpy()] = values
-        return ordered
+    @property
+    def vocabularies(self) -> Vocabularies:
+        """The original values behind the ids."""
+        return Vocabularies(self.path, self.schema)

@@ -14,6 +14,7 @@ from hstu.data.cleaning import clean_ids, clean_masks, clean_times, clean_values
 from hstu.data.column_cache import OFFSETS
 from hstu.data.reader import SequenceDataset
 from hstu.data.schema import Feature
+from hstu.data.vocabulary import places_of
 
 logger = logging.getLogger(__name__)
 
@@ -100,12 +101,7 @@ def find_users(path: Path, frame: pl.DataFrame, known: SequenceDataset, column: 
 
 def find_ids(column: pl.Series, originals: np.ndarray | pl.Series) -> pl.Series:
     """Return the position of each value among ``originals``, Int64; null where it is not there."""
-    known = originals if isinstance(originals, pl.Series) else pl.Series(originals.tolist())
-    if column.dtype != known.dtype:  # numbers compare as numbers, anything else as it is written
-        kind = pl.Float64() if column.dtype.is_numeric() and known.dtype.is_numeric() else pl.String()
-        column, known = column.cast(kind), known.cast(kind)
-    table = pl.DataFrame({"value": known, "id": np.arange(len(known))})
-    return column.rename("value").to_frame().join(table, on="value", how="left", maintain_order="left")["id"]
+    return places_of(column, originals if isinstance(originals, pl.Series) else pl.Series(originals.tolist()))
 
 
 def _find(column: pl.Series, known: SequenceDataset, feature: str, file: str) -> pl.Series:

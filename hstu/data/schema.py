@@ -80,6 +80,8 @@ class Schema:
         source: Name of each file that the data were made from, with its sha256.
         best_possible: For planted data, split -> metric -> the score of the oracle that knows the planted
             probabilities, on the same events; None where it is unknown.
+        vocabularies: Name of each column in ``vocabulary/`` -> hash of its values in the order of the ids, by which
+            one vocabulary is told from another. Data sets of older versions have none.
     """
 
     name: str
@@ -87,6 +89,7 @@ class Schema:
     counts: dict[str, float | int]
     source: dict[str, str] = field(default_factory=dict)
     best_possible: dict[str, dict[str, float]] | None = None
+    vocabularies: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         require_plain_name("data set", self.name)

@@ -297,6 +297,4 @@ def _draw_times(lengths: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def write_synthetic(config: SyntheticConfig, directory: str | Path) -> Schema:
     """Draw a planted data set and write it into ``directory``; returns its schema."""
     directory = Path(directory)
-    dataset = generate(config, name=directory.resolve().name)
-    write_dataset(dataset, directory)
-    return dataset.schema
+    return write_dataset(generate(config, name=directory.resolve().name), directory)

@@ -80,8 +80,7 @@ def preprocess_interactions(
     user_table, item_table = (None if table is None else _to_polars(table) for table in (users, items))
     with writing(Path(data_dir) / spec.name) as writer:
         schema = encode_table(in_memory(frame), spec, writer, users=lambda: user_table, items=lambda: item_table)
-        writer.schema(schema)
-    return schema
+        return writer.schema(schema)
 
 
 def in_memory(frame: pl.DataFrame) -> Table:

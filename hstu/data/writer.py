@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from hstu.data.atomic_directory import DATA_DIR, VOCABULARY_DIR, replacing
 from hstu.data.schema import CATEGORY, Schema
+from hstu.data.vocabulary import identity_of
 
 EVENTS_PER_PART = 1 << 22
 
@@ -47,6 +48,8 @@ class DatasetWriter:
     """
 
     work: Path
+    #: Column of a vocabulary -> hash of its values, see ``Schema.vocabularies``.
+    identities: dict[str, str] = field(default_factory=dict)
 
     @property
     def _new(self) -> Path:
@@ -80,12 +83,16 @@ class DatasetWriter:
     def vocabulary(self, feature: str, originals: pa.Array, categories: dict[str, np.ndarray] | None = None) -> None:
         """Write the original values of a feature, in the order of the ids; of items, their ``categories`` beside."""
         columns = {CATEGORY + name: pa.array(ids) for name, ids in (categories or {}).items()}
+        for name, values in {feature: originals, **columns}.items():
+            self.identities[name] = identity_of([values])
         table = pa.table({"id": pa.array(np.arange(len(originals))), "original": originals, **columns})
         _write(table, self._new / VOCABULARY_DIR / f"{feature}.parquet")
 
-    def schema(self, schema: Schema) -> None:
-        """Write the schema."""
-        schema.save(self._new)
+    def schema(self, schema: Schema) -> Schema:
+        """Write the schema, and what tells the vocabularies that were written from others; returns it."""
+        complete = replace(schema, vocabularies=self.identities)
+        complete.save(self._new)
+        return complete
 
 
 def _write(table: pa.Table, path: Path) -> None:
@@ -111,8 +118,11 @@ def writing(directory: str | Path) -> Iterator[DatasetWriter]:
         yield DatasetWriter(work)
 
 
-def write_dataset(dataset: EncodedDataset, directory: str | Path, events_per_part: int = EVENTS_PER_PART) -> None:
+def write_dataset(dataset: EncodedDataset, directory: str | Path, events_per_part: int = EVENTS_PER_PART) -> Schema:
     """Write ``dataset`` into ``directory``, replacing the data set that is there only when complete.
+
+    Returns:
+        The schema as it was written, with what tells the vocabularies from others.
 
     Raises:
         ValueError: If the directory cannot be written or holds a foreign "data" or "vocabulary" entry.
@@ -130,7 +140,7 @@ def write_dataset(dataset: EncodedDataset, directory: str | Path, events_per_par
             )
         for name, originals in dataset.vocabularies.items():
             writer.vocabulary(name, originals, dataset.categories if name == dataset.schema.item.name else None)
-        writer.schema(dataset.schema)
+        return writer.schema(dataset.schema)
 
 
 def part_bounds(offsets: np.ndarray, events_per_part: int = EVENTS_PER_PART) -> Iterator[tuple[int, int]]:

@@ -3,8 +3,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from hstu.data import SequenceDataset, overview
@@ -61,10 +59,8 @@ def test_cold_items_and_a_single_action_are_named(tmp_path: Path) -> None:
 
 
 def test_examples_show_original_values_of_the_newest_events(tmp_path: Path) -> None:
-    dataset = crowded(tmp_path / "small")
-    for feature, values in (("user", list("abcdef")), ("item", [f"film {i}" for i in range(40)])):
-        table = pa.table({"id": pa.array(range(len(values))), "original": pa.array(values)})
-        pq.write_table(table, dataset.path / "vocabulary" / f"{feature}.parquet")
+    originals = {"user": list("abcdef"), "item": [f"film {i}" for i in range(40)]}
+    dataset = crowded(tmp_path / "small", originals=originals)
     found = overview.examples(dataset, count=3, newest=4)
     assert [user["length"] for user in found] == [1, 5, 30]  # the shortest, the middle one, the longest
     assert [user["user"] for user in found] == ["b", "a", "d"]

@@ -330,9 +330,7 @@ def test_actions_are_found_by_their_original_values(tmp_path: Path) -> None:
 def test_categorical_actions_keep_their_original_values(
     tmp_path: Path, originals: list, wanted: tuple, ids: tuple[int, ...]
 ) -> None:
-    dataset = make_dataset(tmp_path / "small", [3, 4])
-    table = pa.table({"id": pa.array(range(4)), "original": pa.array(originals)})
-    pq.write_table(table, dataset.path / "vocabulary" / "action.parquet")
+    dataset = make_dataset(tmp_path / "small", [3, 4], originals={"action": originals})
     assert dataset.action_ids(wanted) == ids
 
 

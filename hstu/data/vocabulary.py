@@ -1,0 +1,168 @@
+"""Vocabularies: the original value of each id of a feature, and a hash by which one is told from another."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from hstu.data.schema import CATEGORY, VOCABULARY_DIR, Schema
+
+_BLOCK = 1 << 20  # values hashed at once
+
+
+def identity_of(blocks: Iterable[pa.Array]) -> str:
+    """Return the sha256 of values in the order of their ids: the same for the same values, however they are stored.
+
+    Args:
+        blocks: The values of a column, in any number of blocks.
+    """
+    kind, number, digests = "", 0, (hashlib.sha256(), hashlib.sha256())
+    for block in blocks:
+        kind, parts = _plain(block)
+        number += len(block)
+        for digest, part in zip(digests, parts, strict=True):
+            digest.update(np.ascontiguousarray(part).data)
+    return hashlib.sha256(f"{kind} {number} ".encode() + b"".join(d.digest() for d in digests)).hexdigest()
+
+
+def _plain(block: pa.Array) -> tuple[str, tuple[np.ndarray, np.ndarray]]:
+    """Return the kind of the values and two arrays that say all of them."""
+    if pa.types.is_integer(block.type) or pa.types.is_boolean(block.type):
+        values = block.cast(pa.int64(), safe=False)
+        return "whole", (values.fill_null(0).to_numpy(zero_copy_only=False), _validity(values))
+    if pa.types.is_floating(block.type):
+        values = block.cast(pa.float64())
+        return "real", (values.fill_null(0).to_numpy(zero_copy_only=False), _validity(values))
+    if not (pa.types.is_large_string(block.type) or pa.types.is_string(block.type)):
+        block = block.cast(pa.large_string())
+    lengths = pc.fill_null(pc.binary_length(block).cast(pa.int64()), -1).to_numpy(zero_copy_only=False)
+    text = block.cast(pa.large_binary())
+    if not len(text):
+        return "text", (lengths, np.zeros(0, np.uint8))
+    offsets = np.frombuffer(text.buffers()[1], np.int64)[text.offset : text.offset + len(text) + 1]
+    letters = np.frombuffer(text.buffers()[2] or b"", np.uint8)[offsets[0] : offsets[-1]]
+    return "text", (lengths, letters)
+
+
+def _validity(values: pa.Array) -> np.ndarray:
+    return values.is_valid().to_numpy(zero_copy_only=False)
+
+
+@dataclass(frozen=True)
+class Vocabularies:
+    """The vocabularies in a directory with a schema: of a data set, or those that a run keeps.
+
+    Args:
+        path: The directory.
+        schema: Its schema.
+    """
+
+    path: Path
+    schema: Schema
+
+    def file(self, feature: str) -> Path:
+        """Return where the vocabulary of ``feature`` is."""
+        return self.path / VOCABULARY_DIR / f"{feature}.parquet"
+
+    def size(self, feature: str) -> int | None:
+        """Return how many ids ``feature`` has; None if there is no such feature."""
+        return next((known.vocab_size for known in self.schema.features if known.name == feature), None)
+
+    def stands_for_itself(self, feature: str) -> bool:
+        """Return whether the ids of ``feature`` are its values: of bit masks."""
+        action = self.schema.action
+        return action is not None and action.name == feature and action.action_type == "bitmask"
+
+    def identity(self, feature: str) -> str | None:
+        """Return what tells the vocabulary of ``feature`` from others: None if its ids stand for themselves.
+
+        Data sets of versions that kept none have their files read.
+
+        Raises:
+            ValueError: If there is no vocabulary, or it cannot be read.
+        """
+        if self.stands_for_itself(feature):
+            return None
+        known = self.schema.vocabularies.get(feature)
+        return identity_of(self._blocks(feature)) if known is None else known
+
+    def originals(self, feature: str) -> pa.Array:
+        """Return the original values of ``feature`` in the order of its ids, [vocab_size].
+
+        Raises:
+            ValueError: If there are none (times and bit masks stand for themselves), or they are damaged.
+        """
+        return self._column(feature, "original", feature)
+
+    def category_ids(self, category: str) -> np.ndarray:
+        """Return the id of each item's value of a category feature, in the order of the items' ids, int64 [items].
+
+        Raises:
+            ValueError: If they are missing, damaged or out of range.
+        """
+        item = self.schema.item
+        size = next(feature.vocab_size for feature in self.schema.categories if feature.name == category) or 0
+        found = self._column(item.name, CATEGORY + category, CATEGORY + category).to_numpy()
+        if found.size != item.vocab_size or found.min() < 0 or found.max() >= size:
+            raise ValueError(
+                f"{self.path}: category {category!r} has {found.size} ids from {found.min()} to {found.max()}, not "
+                f"{item.vocab_size} in [0, {size}); run the preprocessor again"
+            )
+        return found
+
+    def _column(self, feature: str, column: str, key: str) -> pa.Array:
+        values = pa.concat_arrays(list(self._blocks(feature, column)))
+        known = self.schema.vocabularies.get(key)
+        if known is not None and identity_of([values]) != known:
+            raise ValueError(
+                f"{self.file(feature)}: column {column!r} is damaged, it is not what {self.path / 'schema.json'} "
+                "describes; run the preprocessor again"
+            )
+        return values
+
+    def _blocks(self, feature: str, column: str = "original") -> Iterator[pa.Array]:
+        """Yield the values of ``column`` in the order of the ids, block by block."""
+        path = self.file(feature)
+        if not path.is_file():
+            present = ", ".join(sorted(file.stem for file in path.parent.glob("*.parquet")))
+            raise ValueError(f"{path}: no vocabulary of {feature!r}; there are: {present}")
+        try:
+            with pq.ParquetFile(path, memory_map=True) as file:
+                if column not in file.schema_arrow.names:
+                    raise ValueError(f"{path}: column {column!r} is missing; run the preprocessor again")
+                number = 0
+                for block in file.iter_batches(batch_size=_BLOCK, columns=["id", column]):
+                    ids = block.column("id").to_numpy(zero_copy_only=False)
+                    if not np.array_equal(ids, np.arange(number, number + len(ids))):
+                        raise ValueError(
+                            f"{path}: is damaged, its ids are not 0, 1, 2, ...; run the preprocessor again"
+                        )
+                    number += len(ids)
+                    yield block.column(column)
+                if number != self.size(feature):
+                    raise ValueError(
+                        f"{path}: has {number} values, {self.path / 'schema.json'} says {self.size(feature)}; "
+                        "run the preprocessor again"
+                    )
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"{path}: not readable as parquet ({error}); run the preprocessor again") from error
+
+
+def places_of(values: pl.Series, known: pl.Series) -> pl.Series:
+    """Return the position of each of ``values`` among ``known``, Int64; null where it is not there.
+
+    Numbers compare as numbers, anything else as it is written.
+    """
+    if values.dtype != known.dtype:
+        kind = pl.Float64() if values.dtype.is_numeric() and known.dtype.is_numeric() else pl.String()
+        values, known = values.cast(kind), known.cast(kind)
+    table = pl.DataFrame({"value": known, "id": np.arange(len(known))})
+    return values.rename("value").to_frame().join(table, on="value", how="left", maintain_order="left")["id"]
