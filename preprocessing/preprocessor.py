@@ -29,6 +29,7 @@ from hstu.cli.flags import underscore_flags
 from hstu.data.atomic_directory import require_writable
 from hstu.data.interactions import Duplicates, InteractionSpec
 from hstu.data.schema import ActionType, Schema
+from hstu.data.seen import MANY_REPEATS, REPEATS_MATTER
 from hstu.data.synthetic import Distribution, SyntheticConfig, generate
 from hstu.data.writer import write_dataset, writing
 from preprocessing import amazon, kuairand, movielens
@@ -221,6 +222,9 @@ def summary(schema: Schema, directory: Path) -> str:
             f"mean {counts['seqlen_mean']:.1f}, median {counts['seqlen_median']:g}",
         ),
     ]
+    repeats = int(counts["repeats"])
+    share = repeats / counts["events"]
+    rows.append(("repeats", f"{repeats:,} events ({share:.1%}) of an item that their user met before"))
     if schema.action:
         rows.append((schema.action.name, f"{schema.action.action_type}, {schema.action.vocab_size} values"))
     rows += [(feature.name, f"context, {feature.vocab_size} values") for feature in schema.contexts]
@@ -228,6 +232,8 @@ def summary(schema: Schema, directory: Path) -> str:
     for split, scores in (schema.best_possible or {}).items():
         rows.append((f"best {split}", ", ".join(f"{name} {score:.3f}" for name, score in scores.items())))
     lines = [f"{schema.name}: {directory}"] + [f"  {name:<16} {value}" for name, value in rows]
+    if share > MANY_REPEATS:
+        lines.append(f"  warning: users come back to items; {REPEATS_MATTER}")
     return "\n".join(lines)
 
 

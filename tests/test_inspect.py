@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from hstu.cli.inspect import main
@@ -11,13 +12,14 @@ from tests.samples import make_dataset
 
 
 def test_the_report_shows_what_there_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    make_dataset(tmp_path / "small", [3, 4, 12])
+    make_dataset(tmp_path / "small", [3, 4, 12], items=np.array([0, 1, 0, *range(2, 18)]))
     assert main([str(tmp_path / "small"), "--output", str(tmp_path / "picture.png")]) == 0
     out = capsys.readouterr().out
     for expected in (
         "users                         3",
         "events                       19",
         "3 to 12, median 4, mean 6.3",
+        "repeats                       1, 5.3% of the events, of an item that their user met before",
     ):
         assert expected in out
     for feature, role, size in (("user", "user", "3"), ("country", "context", "7"), ("item", "item", "50")):
@@ -34,8 +36,6 @@ def test_data_without_actions_times_and_contexts(tmp_path: Path, capsys: pytest.
 
 
 def test_times_beyond_the_calendar_are_shown_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import numpy as np
-
     make_dataset(tmp_path / "far", [3], times=np.array([0, 10**15, 2 * 10**17]))
     assert main([str(tmp_path / "far")]) == 0
     assert "1970-01-01 00:00:00 to 200000000000000000" in capsys.readouterr().out

@@ -24,6 +24,10 @@ def report(dataset: SequenceDataset, found: Overview) -> str:
     lines += [f"  {'users':16} {dataset.num_users:>14,}", f"  {'events':16} {dataset.num_events:>14,}"]
     lines.append(f"  {'events a user':16} {_spread(lengths)}")
     lines.append(f"  {'events an item':16} {_spread(found.popularity)}")
+    share = found.seen_again / max(1, dataset.num_events)
+    lines.append(
+        f"  {'repeats':16} {found.seen_again:>14,}, {share:.1%} of the events, of an item that their user met before"
+    )
     if schema.time is not None:
         first, last = (_date(second) for second in dataset.time_range())
         lines.append(f"  {'time':16} {first} to {last}")

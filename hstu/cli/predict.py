@@ -53,6 +53,9 @@ def make_parser() -> argparse.ArgumentParser:
         help="mixture of logits: score only the N items that a cheap dot product puts first; default: all items",
     )
     parser.add_argument(
+        "--trained_only", action="store_true", help="leave out items that no training sample of the run shows"
+    )
+    parser.add_argument(
         "--candidates", type=Path, help="csv, tsv or parquet of user and item: what a ranking run scores"
     )
     add_user_flags(parser)
@@ -102,6 +105,8 @@ def predict(args: argparse.Namespace, mesh: Mesh) -> None:
     questions = ask(args, trainer)
     if trainer.config.task == "retrieval" and args.candidates is not None:
         raise ValueError("--candidates: a retrieval run ranks the whole catalogue; leave it out, or give a ranking run")
+    if trainer.config.task == "ranking" and args.trained_only:
+        raise ValueError("--trained_only: is for retrieval runs; a ranking run scores the pairs that it is given")
     if args.approximate is not None:
         _check_approximate(args, trainer.config)
     if trainer.config.task == "ranking" and args.candidates is None and args.split == "future":
@@ -115,6 +120,7 @@ def predict(args: argparse.Namespace, mesh: Mesh) -> None:
             "top_k": args.top_k,
             "filter_seen": trainer.config.retrieval.filter_seen,
             "approximate": args.approximate,
+            "trained_only": args.trained_only,
             "ties": "lower item id first",
         }
     with ParquetOutput(args.output, mesh, about) as output:
@@ -144,6 +150,9 @@ def _answers(
         return
     filter_seen = trainer.config.retrieval.filter_seen
     options: dict[str, Any] = dict(filter_seen=filter_seen, num_candidates=args.approximate)
+    if args.trained_only:
+        options["keep"] = keep = trainer.trained_items.to(mesh.device)
+        logger.info("--trained_only: %d of %d items are left out", int((~keep).sum()), keep.numel())
     answered = fewer = without = 0
     for rows, best in recommend(trainer.model, loader, mesh, args.top_k, **options):
         found = (best.items >= 0).sum(1)
@@ -156,8 +165,7 @@ def _answers(
     if silent := len(questions.split) - answered:
         logger.info("%d of %d %s have no history to go by and get no answer", silent, len(questions.split), who)
     if fewer:
-        reason = "what they have seen is left out (RetrievalArgs.filter_seen = True)" if filter_seen else ""
-        reason = reason or f"the catalogue has {trainer.model.num_items} items"
+        reason = "they have seen the rest (RetrievalArgs.filter_seen = True)" if filter_seen else "there are no more"
         logger.info("%d of %d %s get fewer than %d items, %d of them none: %s",
                     fewer, answered, who, args.top_k, without, reason)  # fmt: skip
 

@@ -52,10 +52,8 @@ class Collator:
     ) -> Batch:
         """Collate samples ``rows`` [B] of ``split``; none makes one sample without events, never a batch of none."""
         training = split.name == "train"
-        users, stop = split.users[rows], split.stop[rows]
-        own = stop if split.first is None else stop - split.first[rows]
-        targets = self._num_targets(stop, own, training)
-        events, is_target = self._gather(dataset, users, stop, own, targets, training)
+        users = split.users[rows]
+        events, is_target, targets = self.visible(dataset, split, rows)
         if training and self.sampling_ratio < 1:
             events, is_target = self._thin(events, is_target, targets, sample_ids)
         if rows.size == 0:
@@ -75,6 +73,20 @@ class Collator:
             sample_ids=torch.from_numpy(sample_ids),
             step=step,
         )
+
+    def visible(
+        self, dataset: SequenceDataset, split: Split, rows: np.ndarray
+    ) -> tuple[Sequences, np.ndarray, np.ndarray]:
+        """Return the events that samples ``rows`` [B] of ``split`` may see and those to be predicted.
+
+        Returns:
+            The events, E in all; which of them are the sample's own [E] bool; how many at the end of each sample are
+            not history, [B].
+        """
+        users, stop, training = split.users[rows], split.stop[rows], split.name == "train"
+        own = stop if split.first is None else stop - split.first[rows]
+        targets = self._num_targets(stop, own, training)
+        return *self._gather(dataset, users, stop, own, targets, training), targets
 
     def _num_targets(self, stop: np.ndarray, own: np.ndarray, training: bool) -> np.ndarray:
         """Return how many events at the end of each sample are not history, [B]; at most its ``own``."""

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from hstu.data.reader import SequenceDataset, Sequences
+from hstu.data.seen import MANY_REPEATS, REPEATS_MATTER, count_repeats
 
 COLD_EVENTS = 5
 EXAMPLES = 10
@@ -26,6 +27,7 @@ class Overview:
         ties: Events at the time of the one before; None without times.
         repeats: Events with the time, item and action of another one of their user; without times, with the item
             and action of the one before.
+        seen_again: Events of an item that their user met before.
         warnings: What deserves a look, a line each.
     """
 
@@ -34,6 +36,7 @@ class Overview:
     actions: np.ndarray | None
     ties: int | None
     repeats: int
+    seen_again: int
     warnings: list[str] = field(default_factory=list)
 
 
@@ -42,7 +45,7 @@ def overview(dataset: SequenceDataset) -> Overview:
     schema = dataset.schema
     popularity = np.zeros(schema.item.vocab_size or 0, np.int64)
     actions = None if schema.action is None else np.zeros(schema.action.vocab_size or 0, np.int64)
-    ties = repeats = 0
+    ties = repeats = seen_again = 0
     for events in _all_users(dataset):
         np.add.at(popularity, events.items, 1)
         if actions is not None and events.actions is not None:
@@ -52,12 +55,14 @@ def overview(dataset: SequenceDataset) -> Overview:
         inside[(np.cumsum(events.lengths) - events.lengths)[events.lengths > 0]] = False
         ties += int((inside & _same(events.times)).sum())
         repeats += _repeats(events, inside)
+        seen_again += count_repeats(events.lengths, events.items)
     found = Overview(
         lengths=dataset.lengths,
         popularity=popularity,
         actions=actions,
         ties=None if schema.time is None else ties,
         repeats=repeats,
+        seen_again=seen_again,
     )
     found.warnings.extend(_warnings(found))
     return found
@@ -131,11 +136,14 @@ def _warnings(found: Overview) -> list[str]:
     unseen = int((found.popularity == 0).sum())
     constant = None if found.actions is None else int((found.actions > 0).sum()) < 2
     share = f"{found.repeats:,} of {events:,} events"
+    again = found.seen_again > MANY_REPEATS * events
     kinds = [
         (found.repeats, f"duplicates: {share} repeat another one in every column"
          if found.ties is not None else f"repeats: {share} repeat the item before them"),
         (found.ties, f"ties: {found.ties or 0:,} events have the time of the one before them; the order of the input "
          "decides which of them is held out"),
+        (again, f"repeats: {found.seen_again / max(1, events):.1%} of the events are of an item that their user met "
+         f"before; {REPEATS_MATTER}"),
         (cold, f"cold items: {cold:,} of {len(found.popularity):,} items have fewer than {COLD_EVENTS} events"),
         (unseen, f"unseen items: {unseen:,} of {len(found.popularity):,} items have no event"),
         (int((found.lengths < 3).sum()), f"short users: {int((found.lengths < 3).sum()):,} of {users:,} have fewer "

@@ -76,7 +76,8 @@ class Schema:
     Args:
         name: Name of the data set.
         features: One user and one item feature, at most one action and one time, any number of contexts and categories.
-        counts: users, items (catalogue), events and seqlen_min, seqlen_max, seqlen_mean, seqlen_median.
+        counts: users, items (catalogue), events and seqlen_min, seqlen_max, seqlen_mean, seqlen_median; maybe repeats,
+            the events of items that their user met before.
         source: Name of each file that the data were made from, with its sha256.
         best_possible: For planted data, split -> metric -> the score of the oracle that knows the planted
             probabilities, on the same events; None where it is unknown.
@@ -174,9 +175,10 @@ class Schema:
         return cls(features=features, **record)
 
 
-def count_statistics(lengths: np.ndarray, num_items: int) -> dict[str, float | int]:
-    """Counts for a schema from the number of events of each user [U] and the size of the catalogue."""
-    return {
+def count_statistics(lengths: np.ndarray, num_items: int, repeats: int | None = None) -> dict[str, float | int]:
+    """Counts for a schema from the number of events of each user [U], the catalogue's size, and repeats if known."""
+    known = {} if repeats is None else {"repeats": repeats}
+    return known | {
         "users": len(lengths),
         "items": num_items,
         "events": int(lengths.sum()),

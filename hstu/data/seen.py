@@ -1,4 +1,4 @@
-"""What users have met before: everything before a target, and events whose item their user met earlier."""
+"""What was met before: by a user before a target or an event, by training before anybody asks."""
 
 from __future__ import annotations
 
@@ -8,11 +8,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hstu.data.collate import Collator
 from hstu.data.reader import SequenceDataset
 from hstu.data.splits import Split
 
 MANY_REPEATS = 0.01
 """Share of events of items that their user has met before above which one has to think of them."""
+REPEATS_MATTER = (
+    "retrieval keeps seen items in its rankings if more than 1% of the validation targets are such repeats; "
+    "RetrievalArgs.filter_seen = True would make each a miss"
+)
 _EVENTS_AT_ONCE = 1 << 22
 
 
@@ -38,6 +43,14 @@ def count_seen_targets(dataset: SequenceDataset, split: Split) -> int:
         targets = torch.from_numpy(dataset.gather(split.users[rows], stop - 1, stop).items)
         found += int(is_among(targets, seen_before(dataset, split, torch.from_numpy(rows))).sum())
     return found
+
+
+def trained_items(dataset: SequenceDataset, train: Split, collate: Collator) -> Tensor:
+    """Return which items some sample of ``train`` shows, in its history or to be predicted, [items] bool."""
+    found = np.zeros(dataset.schema.item.vocab_size or 0, bool)
+    for rows in _blocks(train):
+        found[collate.visible(dataset, train, rows)[0].items] = True
+    return torch.from_numpy(found)
 
 
 def count_repeats(lengths: np.ndarray, items: np.ndarray) -> int:

@@ -27,6 +27,7 @@ from hstu.data.interactions import (
 )
 from hstu.data.numbering import Numbering
 from hstu.data.schema import Feature, Role, Schema, count_statistics
+from hstu.data.seen import count_repeats
 from hstu.data.spill import ROW_HASH, Log, Progress, find_repeats, first_of_equals
 from hstu.data.splits import MIN_EVENTS
 from hstu.data.writer import EVENTS_PER_PART, DatasetWriter, part_bounds
@@ -112,8 +113,9 @@ def encode_stream(
     kept = _filter(log.runs, user_counts, item_counts, spec, options, progress)
     features, contexts, action_ids = _describe(log, kept, spec, options, (users(), items()), writer)
     encoder = _PartEncoder(log.runs, kept, spec, options, action_ids, drop_repeats=len(repeats) > 0)
-    lengths = _write_parts(encoder, contexts, writer, progress)
-    return Schema(name=spec.name, features=tuple(features), counts=count_statistics(lengths, len(kept.items)))
+    lengths, seen_again = _write_parts(encoder, contexts, writer, progress)
+    counts = count_statistics(lengths, len(kept.items), seen_again)
+    return Schema(name=spec.name, features=tuple(features), counts=counts)
 
 
 def _spill(
@@ -299,23 +301,23 @@ def _order(user: np.ndarray, time: np.ndarray | None) -> np.ndarray:
 
 def _write_parts(
     encoder: _PartEncoder, contexts: dict[str, np.ndarray], writer: DatasetWriter, progress: Progress
-) -> np.ndarray:
-    """Write all parts; returns the number of events of each user, [U]."""
+) -> tuple[np.ndarray, int]:
+    """Write all parts; returns the number of events of each user, [U], and how many are of an item met before."""
 
-    def write(part: int) -> np.ndarray:
+    def write(part: int) -> tuple[np.ndarray, int]:
         start, stop = encoder.parts[part]
         lengths, events = encoder.encode(part)
         chosen = {name: ids[start:stop] for name, ids in contexts.items()}
         writer.part(part, users=(USER, start), lengths=lengths, contexts=chosen, events=events)
-        return lengths
+        return lengths, count_repeats(lengths, events[ITEM])
 
     pool = ThreadPoolExecutor(_THREADS)
     try:
-        lengths, done = [], 0
-        for number, part in enumerate(pool.map(write, range(len(encoder.parts)))):
+        lengths, done, repeats = [], 0, 0
+        for number, (part, again) in enumerate(pool.map(write, range(len(encoder.parts)))):
             lengths.append(part)
-            done += int(part.sum())
+            done, repeats = done + int(part.sum()), repeats + again
             progress("writing", done, (number + 1) / len(encoder.parts))
-        return np.concatenate(lengths)
+        return np.concatenate(lengths), repeats
     finally:
         pool.shutdown(cancel_futures=True)

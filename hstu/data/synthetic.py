@@ -270,7 +270,7 @@ def generate(config: SyntheticConfig, name: str = "synthetic") -> EncodedDataset
             Feature(name="action", role="action", vocab_size=2, action_type="bitmask"),
             Feature(name="timestamp", role="time"),
         ),
-        counts=count_statistics(lengths, config.num_items),
+        counts=count_statistics(lengths, config.num_items, repeats=0),
         source={"SyntheticConfig": hashlib.sha256(json.dumps(asdict(config)).encode()).hexdigest()},
         best_possible=best,
     )

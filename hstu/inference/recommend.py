@@ -28,6 +28,7 @@ def recommend(
     k: int,
     *,
     filter_seen: bool,
+    keep: Tensor | None = None,
     num_candidates: int | None = None,
 ) -> Iterator[tuple[Tensor, TopK]]:
     """Yield, batch by batch, rows of ``loader.split`` [Q] in ascending order and the best items of each.
@@ -41,6 +42,7 @@ def recommend(
         mesh: The ranks.
         k: Items per sample.
         filter_seen: Leave out everything in the history, however long ago.
+        keep: Which items may be returned, by id [items] bool; None: all.
         num_candidates: Of a mixture of logits: score only the items that a dot product of the summed vectors puts
             first, so many of them, as the h-indexer does (https://arxiv.org/abs/2306.04039); None: all, exactly.
     """
@@ -54,10 +56,13 @@ def recommend(
             continue
         seen = seen_before(loader.dataset, loader.split, rows) if filter_seen else None
         if mixture is None or num_candidates is None:
-            yield rows, top_k(queries, _split(first, vectors), k, seen=seen, score=model.scores, gather=gather)
+            yield (
+                rows,
+                top_k(queries, _split(first, vectors), k, seen=seen, keep=keep, score=model.scores, gather=gather),
+            )
             continue
         parts, guides = _split(first, coarse), mixture.coarse_queries(queries)
-        some = top_k(guides, parts, num_candidates, seen=seen, gather=gather).items
+        some = top_k(guides, parts, num_candidates, seen=seen, keep=keep, gather=gather).items
         yield rows, best_of(queries, some, (first, vectors), k, score=mixture.own_scores, gather=gather)
 
 

@@ -40,6 +40,7 @@ def top_k(
     k: int,
     *,
     seen: tuple[Tensor, Tensor] | None = None,
+    keep: Tensor | None = None,
     score: Callable[[Tensor, Tensor], Tensor] = dot_product,
     gather: Callable[[Tensor], Tensor] | None = None,
 ) -> TopK:
@@ -54,6 +55,7 @@ def top_k(
             consecutive ids.
         k: At least 1.
         seen: Rows and item ids [S] of what may not be returned; ids outside the chunks are allowed.
+        keep: Which items may be returned, by id [items] bool; None: all.
         score: Scores of [Q, D] against [n, D], [Q, n] float32.
         gather: Joins the rows of all ranks in rank order (``Mesh.gather``) where each holds a part of the
             catalogue; every rank then has the same queries, and gets the same answer.
@@ -72,6 +74,8 @@ def top_k(
         for start in range(0, queries.shape[0] if vectors.shape[0] else 0, rows_at_once):
             rows = slice(start, start + rows_at_once)
             scores = score(queries[rows], vectors)
+            if keep is not None:
+                scores[:, ~keep[first : first + vectors.shape[0]]] = float("-inf")
             if seen is not None:
                 _remove(scores, first, start, seen)
             best[rows] = _improve(best[rows], scores, first)

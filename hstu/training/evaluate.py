@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 _LOOKUP_ROWS = 1 << 16  # items looked up at once
 _SCORE_ELEMENTS = 1 << 25  # scores held at once
+TRAINED = ":trained"
+"""Behind the name of a metric: of targets that training shows."""
 _LONG = 100  # batches of an evaluation that is worth announcing
 
 
@@ -46,16 +48,32 @@ def improves(name: str, value: float | None, best: float | None) -> bool:
 
 @torch.no_grad()
 def evaluate(
-    model: RankingModel | RetrievalModel, loader: BatchLoader, mesh: Mesh, config: Config, step: int
+    model: RankingModel | RetrievalModel,
+    loader: BatchLoader,
+    mesh: Mesh,
+    config: Config,
+    step: int,
+    trained: Tensor | None = None,
 ) -> dict[str, Any]:
     """Return the evaluation record of ``loader.split``, the same on every rank.
 
     The record says how it was made: protocol, split, filter_seen, num_candidates, tie_rule, num_users; of how many
     targets the item is one that the user had met before: seen_targets.
+
+    Args:
+        model: The model, on every rank.
+        loader: The samples, unshuffled.
+        mesh: The ranks.
+        config: The run, its ``filter_seen`` decided.
+        step: Of the run, for the record.
+        trained: Which items training shows, [items] bool: metrics of targets among these stand beside those of all, as
+            ``HR@10:trained``, and the others are counted as untrained_targets. None: neither.
     """
     model.eval()
-    score = _ranking if isinstance(model, RankingModel) else _retrieval
-    result = score(model, loader, mesh, config)  # type: ignore[arg-type]
+    if isinstance(model, RankingModel):
+        result = _ranking(model, loader, mesh, config)
+    else:
+        result = _retrieval(model, loader, mesh, config, trained)
     model.train()
     # JSON has no nan: a metric that is not defined on these events is null.
     result["metrics"] = {k: None if math.isnan(v) else v for k, v in result["metrics"].items()}
@@ -113,29 +131,38 @@ def decide_filter_seen(config: Config, dataset: SequenceDataset, valid: Split) -
     return few, f"{counts}, {'at most' if few else 'more than'} {MANY_REPEATS:.0%}"
 
 
-def _retrieval(model: RetrievalModel, loader: BatchLoader, mesh: Mesh, config: Config) -> dict[str, Any]:
+def _retrieval(
+    model: RetrievalModel, loader: BatchLoader, mesh: Mesh, config: Config, trained: Tensor | None
+) -> dict[str, Any]:
     assert config.retrieval is not None and config.retrieval.filter_seen is not None, "see decide_filter_seen"
     parts = zip(*_ranked(model, loader, mesh, config), strict=True)
-    users, seen, ranks, sampled = (mesh.gather(torch.cat(part)).cpu() for part in parts)
-    count, metrics = ranks.numel(), {}
+    users, targets, seen, ranks, sampled = (mesh.gather(torch.cat(part)).cpu() for part in parts)
+    count, metrics, untrained = ranks.numel(), {}, {}
     for name in config.eval_metrics:
-        values = per_user_metric(name, sampled if name.endswith(SAMPLED_100) else ranks).tolist()
-        # Exactly rounded, so that no order of samples matters.
-        metrics[name] = math.fsum(values) / count if count else float("nan")
-    return {
+        metrics[name] = per_user_metric(name, sampled if name.endswith(SAMPLED_100) else ranks)
+    if trained is not None:
+        known = trained[targets]
+        metrics |= {name + TRAINED: values[known] for name, values in metrics.items()}
+        untrained["untrained_targets"] = count - int(known.sum())
+    return untrained | {
         "filter_seen": config.retrieval.filter_seen,
         "num_candidates": model.num_items,
         "num_users": users.unique().numel(),
         "num_targets": count,
         "seen_targets": int(seen.sum()),
-        "metrics": metrics,
+        "metrics": {name: _mean(values) for name, values in metrics.items()},
     }
+
+
+def _mean(values: Tensor) -> float:
+    """Return the mean, rounded once, so that no order of samples matters."""
+    return math.fsum(values.tolist()) / values.numel() if values.numel() else float("nan")
 
 
 def _ranked(
     model: RetrievalModel, loader: BatchLoader, mesh: Mesh, config: Config
-) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Yield of the targets of this rank [Q] each: user, whether the user has met it, rank, rank among 100 items."""
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+    """Yield of targets of this rank [Q] each: user, item, whether the user has met it, rank, rank among 100 items."""
     assert config.retrieval is not None
     catalogue = _catalogue(model, loader, mesh)
     sampling = any(name.endswith(SAMPLED_100) for name in config.eval_metrics)
@@ -152,7 +179,7 @@ def _ranked(
             sampled = _sampled(scores, targets, samples[rows], seen, config.trainer.seed) if sampling else None
             ranks = target_ranks(scores, targets, seen if config.retrieval.filter_seen else None)
             sampled = ranks if sampled is None else sampled.where(ranks.isfinite(), ranks)
-            yield users[rows], is_among(targets, seen), ranks, sampled
+            yield users[rows], targets, is_among(targets, seen), ranks, sampled
             beat()
 
 

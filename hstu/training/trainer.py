@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from hstu.config import Config, ConfigError
 from hstu.data.loader import BatchLoader
 from hstu.data.reader import SequenceDataset
+from hstu.data.seen import trained_items
 from hstu.data.splits import Split, make_splits
 from hstu.models import RetrievalModel, build_model, make_collator
 from hstu.models.negatives import count_items
@@ -108,6 +110,12 @@ class Trainer:
             return config, None
         chosen, reason = mesh.on_main(lambda: decide_filter_seen(config, dataset, valid))
         return replace(config, retrieval=replace(config.retrieval, filter_seen=chosen)), reason
+
+    @cached_property
+    def trained_items(self) -> torch.Tensor:
+        """Which items training shows, in a history or to be predicted, [items] bool in host memory."""
+        loader = self.loaders["train"]
+        return trained_items(self.dataset, loader.split, loader.collate)
 
     def _deal(self, events: np.ndarray, ranks: int) -> list[np.ndarray]:
         per_event = 2 if self.config.layout == "interleave" else 1
@@ -258,7 +266,8 @@ class Trainer:
         return record
 
     def _score(self, split: str, step: int) -> dict[str, Any]:
-        record = evaluate(self.model, self.loaders[split], self.mesh, self.config, step)
+        trained = self.trained_items if self.config.dataset.protocol in ("temporal", "windows") else None
+        record = evaluate(self.model, self.loaders[split], self.mesh, self.config, step, trained)
         beat()
         if self.filtering is not None:
             record["filter_seen_reason"] = self.filtering

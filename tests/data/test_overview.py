@@ -28,10 +28,12 @@ def test_counts_equal_those_of_a_loop(
     monkeypatch.setattr(overview, "_EVENTS_AT_ONCE", at_once)
     dataset = crowded(tmp_path / "small", **options)
     popularity, ties, repeats, timed = np.zeros(40, int), 0, 0, "with_time" not in options
+    again = 0
     for user, length in enumerate(LENGTHS):
         events = dataset.gather(np.array([user]), np.array([0]), np.array([length]))
         np.add.at(popularity, events.items, 1)
         columns = [c for c in (events.items, events.actions, events.times) if c is not None]
+        again += length - np.unique(events.items).size
         for t in range(1, length):
             before = range(t) if timed else [t - 1]
             repeats += any(all(column[t] == column[s] for column in columns) for s in before)
@@ -39,10 +41,12 @@ def test_counts_equal_those_of_a_loop(
     found = overview.overview(dataset)
     assert found.popularity.tolist() == popularity.tolist() and found.lengths.tolist() == list(LENGTHS)
     assert repeats > 0 and found.repeats == repeats
+    assert found.seen_again == again
     assert found.ties == (None if "with_time" in options else ties)
     assert found.actions is None if "num_actions" in options else found.actions is not None
     text = "\n".join(found.warnings)
     assert ("duplicates: " in text) == ("with_time" not in options) and f"{repeats} of 59 events" in text
+    assert f"repeats: {again / 59:.1%} of the events are of an item that their user met before" in text
     assert "unseen items: 37 of 40" in text and "short users: 2 of 6" in text and "cold items" not in text
 
 

@@ -102,6 +102,8 @@ def test_what_a_log_holds(tmp_path: Path, filters: dict, shift: int) -> None:
     blocks = [(0, frame[start : start + 90]) for start in range(0, frame.height, 90)]
     streamed = stream(tmp_path / "a", blocks, users, events_per_run=200, events_per_part=50, **filters)
     assert held(streamed) == expected(frame, users, **filters)
+    own = [[item for item, _, _ in events] for events in expected(frame, users, **filters)["events"]]
+    assert streamed.schema.counts["repeats"] == sum(len(items) - len(set(items)) for items in own) > 0
     if filters:
         assert streamed.num_events < frame.height
 

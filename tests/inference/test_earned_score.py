@@ -16,6 +16,7 @@ import pytest
 from hstu.cli import predict
 from hstu.config import operative_gin
 from hstu.config.backbones import BACKBONES
+from hstu.data.splits import time_quantiles
 from tests import launch
 from tests.samples import make_dataset
 from tests.tiny import BINDINGS
@@ -186,6 +187,43 @@ def test_users_with_fewer_items_than_asked_for_are_counted(
     assert (about["num_requests"], about["fewer_than_top_k"], about["without_items"]) == (40, fewer, without)
     assert fewer > without > 0
     assert (
-        f"{fewer} of 40 users get fewer than 20 items, {without} of them none: what they have seen"
+        f"{fewer} of 40 users get fewer than 20 items, {without} of them none: they have seen the rest"
         in capsys.readouterr().out
     )
+
+
+@pytest.mark.parametrize("protocol", ["temporal", "windows"])
+def test_targets_that_training_never_shows_are_reported_apart(
+    protocol: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Items that come into fashion late: no training sample shows some of them."""
+    rng = np.random.default_rng(3)
+    times = np.sort(rng.integers(10**9, 10**9 + 10**6, size=(30, 25)))
+    items = ((times - 10**9) / 10**6 * 22 + rng.integers(8, size=times.shape)).astype(np.int64)
+    folder, run = tmp_path / "synthetic", tmp_path / "run"
+    dataset = make_dataset(folder, [25] * 30, num_items=ITEMS, items=items.ravel(), times=times.ravel())
+    about = (f"DatasetArgs.protocol={protocol!r}", *PROTOCOLS[protocol], "RetrievalArgs.filter_seen=False")
+    record = score_of(folder, run, *about)
+    metrics = record["metrics"]
+    cut = time_quantiles(dataset, (0.6,) if protocol == "temporal" else (0.25, 0.5))
+    shown: set[int] = set()
+    for user in range(30):
+        stop = int((times[user] < cut[-1]).sum())
+        if protocol == "temporal" or stop > (times[user] < cut[0]).sum():
+            shown |= set(items[user, :stop][-17:].tolist())  # 16 events of history, and one after them
+    output = run / "all.parquet"
+    flags = ["--run-dir", str(run), "--split", "test", "--output", str(output), "--top-k", str(ITEMS)]
+    assert predict.main(flags) == 0
+    found = pl.read_parquet(output)
+    events = found.select("user", "event", "target").unique()
+    new = ~events["target"].is_in(sorted(shown))
+    assert record["untrained_targets"] == new.sum() and 0 < new.sum() < len(events) == record["num_targets"]
+    places = found.filter((pl.col("item") == pl.col("target")) & pl.col("target").is_in(sorted(shown)))["rank"]
+    assert metrics["HR@3:trained"] == (places <= 3).sum() / len(places) != metrics["HR@3"]
+    assert metrics["MRR:trained"] == math.fsum(1 / place for place in places) / len(places)
+    assert metrics.keys() == {*NAMES, *(f"{name}:trained" for name in NAMES)}
+    assert predict.main([*flags, "--trained-only"]) == 0
+    only = pl.read_parquet(output)
+    assert only.drop("rank", "score").equals(found.filter(pl.col("item").is_in(sorted(shown))).drop("rank", "score"))
+    assert f"--trained_only: {ITEMS - len(shown)} of {ITEMS} items are left out" in capsys.readouterr().out
+    assert json.loads(pl.read_parquet_metadata(output)["hstu"])["trained_only"] is True

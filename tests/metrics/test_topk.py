@@ -54,6 +54,11 @@ def test_chunks_change_nothing(size: int, k: int, span: int, monkeypatch: pytest
     rows, items = torch.randint(9, (200,)), torch.randint(333, (200,))
     seen = torch.cat([rows, torch.full((333,), 3)]), torch.cat([items, torch.arange(333)])  # query 3 has seen all
     check(top_k(queries, chunks(vectors, size), k, seen=seen), by_sorting(queries, vectors, k, seen))
+    keep = torch.rand(333) < 0.2
+    out = (~keep).nonzero().squeeze(1)
+    left_out = torch.arange(9).repeat_interleave(out.numel()), out.repeat(9)
+    every = tuple(torch.cat(parts) for parts in zip(seen, left_out, strict=True))
+    check(top_k(queries, chunks(vectors, size), k, seen=seen, keep=keep), by_sorting(queries, vectors, k, every))
 
 
 def test_fewer_items_than_k():

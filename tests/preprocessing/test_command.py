@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from hstu.cli.flags import underscore_flags
 from hstu.data import SequenceDataset
-from preprocessing.preprocessor import DATASETS
+from hstu.data.synthetic import SyntheticConfig, generate
+from preprocessing.preprocessor import DATASETS, summary
 
 from .conftest import (
     Command,
@@ -32,6 +34,14 @@ def test_planted_data_from_any_directory(command: Command, tmp_path: Path) -> No
     assert dataset.num_users == 50 and dataset.schema.best_possible
     for part in ("synthetic: tmp_data/synthetic", "users            50", "best test        AUC 0."):
         assert part in result.stdout
+
+
+def test_repeats_are_shown_and_warned_of(tmp_path: Path) -> None:
+    schema = generate(SyntheticConfig(num_users=50, num_items=60, num_clusters=8, max_seqlen=30)).schema
+    assert "repeats          0 events (0.0%) of an item" in summary(schema, tmp_path)
+    for events, warned in ((1000, False), (999, True)):  # 1% is few
+        found = summary(replace(schema, counts=schema.counts | {"repeats": 10, "events": events}), tmp_path)
+        assert ("warning: users come back" in found) == warned
 
 
 def test_movielens_beside_its_raw_files(command: Command, tmp_path: Path) -> None:
