@@ -20,10 +20,13 @@ class RetrievalArgs(Args):
     of ``mol_query_groups`` x ``mol_item_groups`` vectors of ``mol_channels``.
     """
 
-    #: "bce": binary cross-entropy of the next item and of one item that is not in the sample.
+    #: "bce": binary cross-entropy of the next item and of one item that the user has not, see bce_excludes.
     loss: Literal["sampled_softmax", "full_softmax", "bce"] = "sampled_softmax"
     #: Negatives per label; -1 takes every negative there is in the batch (in_batch only).
     num_negatives: int = -1
+    #: What the negative of bce is never taken from: everything that its user did up to the end of training, as in
+    #: SASRec, or the sample ("window") alone.
+    bce_excludes: Literal["history", "window"] = "history"
     #: "log_uniform": by rank of popularity in training. None: "uniform" when num_negatives is set, else "in_batch".
     sampling_strategy: Literal["uniform", "log_uniform", "in_batch"] | None = None
     #: Backbones that predict masked items: share of the events that are masked in training.
@@ -81,6 +84,8 @@ class RetrievalArgs(Args):
             raise self.error("num_negatives", f"must be set when RetrievalArgs.sampling_strategy = {strategy!r}")
         if self.loss == "bce" and strategy is not None:
             raise self.error("sampling_strategy", "bce draws one item that the user has not; leave it unset")
+        if self.loss != "bce" and self.bce_excludes != "history":
+            raise self.error("bce_excludes", f"concerns loss = 'bce' alone, not {self.loss!r}; leave it out")
         if self.loss == "bce" and self.num_negatives not in (-1, 1):
             raise self.error("num_negatives", "bce has one negative; use 1, or sampled_softmax for more")
         if self.label_smoothing and self.loss != "full_softmax":

@@ -35,6 +35,8 @@ class Batch(Pipelineable):
         users: [B] int64. Row of each sample's user in the data set.
         sample_ids: [B] int64. Identity of each sample in the run, whatever rank holds it.
         step: Number of the global batch in the run.
+        whole_history: [2, H] int64, place of the sample and item id of all that training knows of the samples' users;
+            None unless the loss asks for it.
     """
 
     features: KeyedJaggedTensor
@@ -46,6 +48,7 @@ class Batch(Pipelineable):
     users: Tensor
     sample_ids: Tensor
     step: int
+    whole_history: Tensor | None = None
 
     @property
     def num_samples(self) -> int:

@@ -29,6 +29,7 @@ class Collator:
         sampling_ratio: Share of the history that a training sample keeps, drawn anew in each epoch.
         seed: Of that draw.
         actions_without_loss: Ids of actions whose events are never to be predicted in training.
+        whole_history: Whether training batches carry all items of their users.
     """
 
     task: Literal["ranking", "retrieval"]
@@ -41,6 +42,7 @@ class Collator:
     sampling_ratio: float = 1.0
     seed: int = 0
     actions_without_loss: tuple[int, ...] = ()
+    whole_history: bool = False
 
     @property
     def max_events(self) -> int:
@@ -72,6 +74,7 @@ class Collator:
             users=torch.from_numpy(users),
             sample_ids=torch.from_numpy(sample_ids),
             step=step,
+            whole_history=_whole_history(dataset, split, rows) if training and self.whole_history else None,
         )
 
     def visible(
@@ -196,6 +199,13 @@ class Collator:
             torch.from_numpy(np.concatenate(lengths)),
             [value.size for value in values],
         )
+
+
+def _whole_history(dataset: SequenceDataset, split: Split, rows: np.ndarray) -> torch.Tensor:
+    """Return of all that training knows of the users of samples ``rows`` the place of the sample and the item, [2, H]."""
+    known = (split.stop if split.known is None else split.known)[rows]
+    events = dataset.gather(split.users[rows], np.zeros_like(known), known)
+    return torch.from_numpy(np.stack([np.repeat(np.arange(rows.size), events.lengths), events.items]))
 
 
 def _slice(bound: int | None, default: int | np.ndarray, length: np.ndarray) -> np.ndarray:

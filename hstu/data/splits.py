@@ -28,12 +28,14 @@ class Split:
             event ``stop - 1`` is the held-out target.
         first: The events of a training sample before this one are inputs without a loss, int64 [S];
             None: all have one.
+        known: The events of the user before this one are known to training, int64 [S]; None: those before ``stop``.
     """
 
     name: Literal["train", "valid", "test"]
     users: np.ndarray
     stop: np.ndarray
     first: np.ndarray | None = None
+    known: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.users)
@@ -221,6 +223,7 @@ def _cut(split: Split, stride: int) -> Split:
         users=np.repeat(split.users, counts),
         stop=stop,
         first=np.maximum(stop - stride, np.repeat(first, counts)),
+        known=np.repeat(split.stop, counts),
     )
 
 

@@ -53,6 +53,7 @@ def make_collator(config: Config, schema: Schema) -> Collator:
                 "DatasetArgs.contextual_feature_names",
                 f"= {chosen!r}: data set {schema.name!r} has no context feature {name!r}; it has: {available}",
             )
+    retrieval = config.retrieval
     return Collator(
         task=config.task,
         max_history=config.dataset.max_history_seqlen,
@@ -63,6 +64,7 @@ def make_collator(config: Config, schema: Schema) -> Collator:
         history_end=config.dataset.history_end,
         sampling_ratio=config.dataset.history_sampling_ratio,
         seed=config.trainer.seed,
+        whole_history=retrieval is not None and retrieval.loss == "bce" and retrieval.bce_excludes == "history",
     )
 
 

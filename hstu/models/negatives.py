@@ -133,12 +133,12 @@ def count_items(dataset: SequenceDataset, split: Split) -> Tensor:
 def other_item(
     keys: Tensor, samples: Tensor, items: Tensor, owner: Tensor, num_items: int, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """Draw for each label token an item that its sample does not hold, all of them with one probability.
+    """Draw for each label token an item that its sample or its user does not hold, all of them with one probability.
 
     Args:
         keys: [L] int64, an identity of each label token that does not depend on the rank.
         samples: [L] int64, the sample of each label token.
-        items: [E] int64, what the samples hold.
+        items: [E] int64, what the samples, or their users, hold.
         owner: [E] int64, the sample of each of ``items``.
         num_items: Size of the catalogue.
         seed: Of the run.

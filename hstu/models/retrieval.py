@@ -128,9 +128,11 @@ class RetrievalModel(Encoder):
         return keys[batch.label_mask]
 
     def _other_item(self, batch: Batch, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Draw one item for each label token that is not in its sample."""
+        """Draw one item for each label token that its user has not, or that is not in its sample."""
         owner = sequence_ids(lengths_to_offsets(batch.lengths(self.item)), batch.label_mask.numel())
-        return other_item(keys, owner[batch.label_mask], batch.ids(self.item), owner, self.num_items, self.seed)
+        samples, whole = owner[batch.label_mask], batch.whole_history
+        holder, items = (owner, batch.ids(self.item)) if whole is None else whole
+        return other_item(keys, samples, items, holder, self.num_items, self.seed)
 
 
 class ItemBias(nn.Module):

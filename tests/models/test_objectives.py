@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from hstu.config import Config, ConfigError
-from hstu.data import SequenceDataset, leave_one_out
+from hstu.data import SequenceDataset, leave_one_out, make_splits
+from hstu.models import make_collator
 from hstu.models.negatives import count_items
 from tests.models.test_backbones import learnt, planted_chain
 from tests.models.test_models import (
@@ -111,8 +113,31 @@ def test_the_bias_of_an_item_is_added_to_its_dot_products(dataset: SequenceDatas
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("stride", [None, 3])
+@pytest.mark.parametrize("excludes", ["history", "window"])
+def test_the_binary_loss_never_takes_an_item_of_the_user(excludes: str, stride: int | None, tmp_path: Path) -> None:
+    """Also of the events before and, where a history is cut into samples, after the sample; of the held-out ones it may."""
+    dataset = make_dataset(tmp_path / "long", [30] * 8, num_items=40)
+    lines = (f"RetrievalArgs.bce_excludes={excludes!r}", f"DatasetArgs.train_stride={stride}")
+    config = make_config("retrieval", *BCE, *lines)
+    model, split = built(dataset, config), make_splits(config.dataset, dataset)["train"]
+    rows = np.arange(len(split))
+    own = future = 0
+    for step in range(5):
+        batch = make_collator(config, dataset.schema)(dataset, split, rows, rows + 1000 * step, step)
+        drawn, live = model._other_item(batch, model.keys(batch))
+        owner = torch.repeat_interleave(batch.lengths("item"))[batch.label_mask]
+        assert bool(live.all()) and drawn.numel() == batch.labels.numel()
+        for item, user in zip(drawn.tolist(), batch.users[owner].tolist(), strict=True):
+            events = dataset.gather(np.array([user]), np.array([0]), np.array([30])).items.tolist()
+            own += item in events[:28]
+            future += item in set(events[28:]) - set(events[:28])
+    assert (own == 0) == (excludes == "history") and future > 0
+
+
+@torch.no_grad()
 def test_the_binary_loss_never_takes_an_item_of_the_sample(dataset: SequenceDataset) -> None:
-    config = make_config("retrieval", *BCE)
+    config = make_config("retrieval", *BCE, "RetrievalArgs.bce_excludes='window'")
     model, batch = built(dataset, config), batch_of(dataset, config)
     drawn, live = model._other_item(batch, model.keys(batch))
     owner = torch.repeat_interleave(batch.lengths("item"))
@@ -152,6 +177,7 @@ REFUSED = [
     ("RetrievalArgs.sampling_strategy='log_uniform'", IN_BATCH, "must be set"),
     ("RetrievalArgs.sampling_strategy='uniform'", BCE, "one item that the user has not"),
     ("RetrievalArgs.num_negatives=2", BCE, "bce has one negative"),
+    ("RetrievalArgs.bce_excludes='window'", (), "concerns loss = 'bce' alone"),
     ("RetrievalArgs.label_smoothing=0.1", (), "only full_softmax"),
     ("RetrievalArgs.logq_correction=True", (), "as probable"),
     ("RetrievalArgs.logq_correction=True", FULL, "as probable"),
