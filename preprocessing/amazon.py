@@ -1,8 +1,9 @@
 """Amazon reviews of 2014: every rating is an event, its action the rating.
 
-Published are csv files `user,item,rating,timestamp` without a header and without a checksum. Checked instead are the
-numbers of ratings that the download page (jmcauley.ucsd.edu/data/amazon) states beside the files, and after the filter
-the numbers of papers (https://arxiv.org/abs/2008.07873 for the 5-cores). Users and items with fewer than 5 ratings are
+Published are csv files `user,item,rating,timestamp` without a header and without a checksum. A download is compared with
+the sha256 that others have recorded of it; of any file are checked the number of ratings that the download page
+(jmcauley.ucsd.edu/data/amazon) states beside it, and after the filter the numbers of papers
+(https://arxiv.org/abs/2008.07873 for the 5-cores). Users and items with fewer than 5 ratings are
 dropped in one of two published ways:
 
 - books: counted once, over all ratings. The 695,762 items that are left with a rating are the catalogue of the code
@@ -20,13 +21,15 @@ from preprocessing.layout import Field, Layout, seconds
 from preprocessing.published import Published
 from preprocessing.raw_files import Archive
 
-_SITE = "http://snap.stanford.edu/data/amazon/productGraph/categoryFiles"
+_SITE = "https://snap.stanford.edu/data/amazon/productGraph/categoryFiles"
 
 
-def _published(category: str, ratings: int, counts: dict[str, int], *, filter_once: bool = False) -> Published:
+def _published(
+    category: str, ratings: int, sha256: str, counts: dict[str, int], *, filter_once: bool = False
+) -> Published:
     file_name = f"ratings_{category}.csv"
     return Published(
-        archive=Archive(file_name=file_name, url=f"{_SITE}/{file_name}"),
+        archive=Archive(file_name=file_name, url=f"{_SITE}/{file_name}", checksum=f"sha256:{sha256}"),
         logs=(file_name,),
         layout=Layout(
             fields=(
@@ -45,10 +48,29 @@ def _published(category: str, ratings: int, counts: dict[str, int], *, filter_on
 
 
 DATASETS = {
-    "amazon-books": _published("Books", 22_507_155, {"items": 695_762}, filter_once=True),
-    "amazon-beauty": _published("Beauty", 2_023_070, {"users": 22_363, "items": 12_101, "events": 198_502}),
-    "amazon-sports": _published(
-        "Sports_and_Outdoors", 3_268_695, {"users": 35_598, "items": 18_357, "events": 296_337}
+    "amazon-books": _published(
+        "Books",
+        22_507_155,
+        "87d923ddac2aacf40c1d0e0e056dbf4bf69c9c7d41852c6b434e781e759c0707",
+        {"items": 695_762},
+        filter_once=True,
     ),
-    "amazon-toys": _published("Toys_and_Games", 2_252_771, {"users": 19_412, "items": 11_924, "events": 167_597}),
+    "amazon-beauty": _published(
+        "Beauty",
+        2_023_070,
+        "17d5232b90444beecfe758ce1446e5300230491f3a88ac802992ca95fc4c150f",
+        {"users": 22_363, "items": 12_101, "events": 198_502},
+    ),
+    "amazon-sports": _published(
+        "Sports_and_Outdoors",
+        3_268_695,
+        "a31a27e2f0cd85b50acd002378cf1a23a0b3f2659484defb3225a836118252d4",
+        {"users": 35_598, "items": 18_357, "events": 296_337},
+    ),
+    "amazon-toys": _published(
+        "Toys_and_Games",
+        2_252_771,
+        "e28a342ca89a79036a9a840c0385a3a3342a08d3d3450ea3eaf3d544cd65d3af",
+        {"users": 19_412, "items": 11_924, "events": 167_597},
+    ),
 }

@@ -109,7 +109,7 @@ def _published(
         archive=Archive(
             file_name=f"KuaiRand-{size}.tar.gz",
             url=f"https://zenodo.org/records/10439422/files/KuaiRand-{size}.tar.gz",
-            md5=md5,
+            checksum=f"md5:{md5}",
             root=f"KuaiRand-{size}/data",
         ),
         logs=tuple(
@@ -131,7 +131,7 @@ def _published(
         ),
         action_name="action",
         action_bits=len(EVENTS),
-        options=StreamOptions(ticks_per_second=1000, absent_context=UNKNOWN),
+        options=StreamOptions(ticks_per_second=1000, bit_names=tuple(EVENTS), absent_context=UNKNOWN),
         log_counts=log_counts,
         lengths=lengths or {},
     )

@@ -48,7 +48,7 @@ DATASETS = {
         archive=Archive(
             file_name="ml-100k.zip",
             url=f"{_SITE}/ml-100k.zip",
-            md5="0e33842e24a9c977be4e0107933c0723",
+            checksum="md5:0e33842e24a9c977be4e0107933c0723",
             root="ml-100k",
         ),
         logs=("u.data",),
@@ -61,7 +61,7 @@ DATASETS = {
     ),
     "ml-1m": Published(
         archive=Archive(
-            file_name="ml-1m.zip", url=f"{_SITE}/ml-1m.zip", md5="c4d9eecfca2ab87c1945afe126590906", root="ml-1m"
+            file_name="ml-1m.zip", url=f"{_SITE}/ml-1m.zip", checksum="md5:c4d9eecfca2ab87c1945afe126590906", root="ml-1m"
         ),
         logs=("ratings.dat",),
         layout=_ratings("::"),
@@ -71,7 +71,7 @@ DATASETS = {
     ),
     "ml-20m": Published(
         archive=Archive(
-            file_name="ml-20m.zip", url=f"{_SITE}/ml-20m.zip", md5="cd245b17a1ae2cc31bb14903e1204af3", root="ml-20m"
+            file_name="ml-20m.zip", url=f"{_SITE}/ml-20m.zip", checksum="md5:cd245b17a1ae2cc31bb14903e1204af3", root="ml-20m"
         ),
         logs=("ratings.csv",),
         layout=_ratings(",", pl.Float64, header=True),

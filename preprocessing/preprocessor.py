@@ -25,19 +25,22 @@ if find_spec("preprocessing") is None:
     # Run as a file. Last, so that an installed hstu comes first.
     sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from hstu.cli.flags import underscore_flags
+from hstu.cli.flags import refuse_repeats, underscore_flags
 from hstu.data.atomic_directory import require_writable
+from hstu.data.cleaning import Missing
+from hstu.data.files import FORMATS, FileFormat, printable
 from hstu.data.interactions import Duplicates, InteractionSpec
 from hstu.data.schema import ActionType, Schema
 from hstu.data.seen import MANY_REPEATS, REPEATS_MATTER
 from hstu.data.synthetic import Distribution, SyntheticConfig, generate
+from hstu.data.table import encode
 from hstu.data.writer import write_dataset, writing
 from preprocessing import amazon, kuairand, movielens
-from preprocessing.custom import encode_custom
 from preprocessing.progress import Progress
 from preprocessing.published import make_published
 
 DATASETS = movielens.DATASETS | kuairand.DATASETS | amazon.DATASETS
+TABLES = {"interactions": "", "users": "users_", "items": "items_"}  # files, and what their format's flags begin with
 FILTERS = ("min_user_events", "min_item_events", "max_user_events")
 NAMED = ("synthetic", *DATASETS)
 FLAGS = flags.FLAGS
@@ -51,15 +54,25 @@ def define_flags() -> None:
     flags.DEFINE_bool("check_counts", True, "Check users, items and events against the published numbers.")
     spec: dict[str, Any] = {field.name: field.default for field in fields(InteractionSpec)}
     flags.DEFINE_string("name", None, "custom: name of the data set.")
-    flags.DEFINE_string("interactions", None, "custom: file of events, csv, tsv, parquet, jsonl or `user item` text.")
+    flags.DEFINE_string("interactions", None, "custom: events, a file or a directory or pattern of parts.")
     flags.DEFINE_string("users", None, "custom: file of users; its other columns become contexts.")
     flags.DEFINE_string("items", None, "custom: file of items; its other columns become categories.")
     flags.DEFINE_string("user_column", spec["user_column"], "custom: column of user ids, in both files.")
     flags.DEFINE_string("item_column", spec["item_column"], "custom: column of item ids, in both files.")
     flags.DEFINE_string("time_column", None, "custom: column of times; without it, the order of the rows.")
-    flags.DEFINE_string("action_column", None, "custom: column of actions.")
+    flags.DEFINE_string("time_format", None, "custom: pattern of times, as '%d.%m.%Y %H:%M'; default ISO or numbers.")
+    flags.DEFINE_string("action_column", None, "custom: column of actions; click,like,buy makes a bit mask of three.")
     flags.DEFINE_enum("action_type", spec["action_type"], get_args(ActionType), "custom: how to read actions.")
     flags.DEFINE_enum("duplicates", spec["duplicates"], get_args(Duplicates), "custom: rows that are equal.")
+    flags.DEFINE_enum("missing", spec["missing"], get_args(Missing), "custom: rows that lack an id, time or action.")
+    for name, prefix in TABLES.items():
+        flags.DEFINE_enum(f"{prefix}format", None, FORMATS, f"custom: of --{name}; default by its ending.")
+        flags.DEFINE_string(f"{prefix}separator", None, f"custom: between the fields of --{name}, as ';', '::' or tab.")
+        flags.DEFINE_enum(
+            f"{prefix}quoting", None, ("double", "none"), f"custom: of --{name}; default double for csv, none for tsv."
+        )
+        flags.DEFINE_string(f"{prefix}columns", None, f"custom: a,b,c: columns of --{name} if it has no header.")
+        flags.DEFINE_string(f"{prefix}encoding", None, f"custom: of --{name}; default utf-8, or utf-16 if it looks so.")
     default = "; default 0 (all), for amazon the published 5."
     flags.DEFINE_integer("min_user_events", None, "Drop users with fewer events" + default)
     flags.DEFINE_integer("min_item_events", None, "Drop items with fewer events, repeated with the users" + default)
@@ -72,6 +85,7 @@ def define_flags() -> None:
             flags.DEFINE_integer(field.name, known, text)
         else:
             flags.DEFINE_float(field.name, known, text)
+    refuse_repeats(FLAGS, "dataset_name")
 
 
 def main() -> None:
@@ -118,7 +132,7 @@ def _reported(name: str) -> int:
 
 
 def _report(error: ValueError) -> int:
-    print("error: " + " ".join(str(error).split()), file=sys.stderr)
+    print("error: " + printable(" ".join(str(error).split())), file=sys.stderr)
     return 2
 
 
@@ -182,10 +196,12 @@ def _make_custom() -> tuple[Schema, Path]:
     names = {"file": FLAGS.interactions, "users_file": FLAGS.users or "users", "items_file": FLAGS.items or "items"}
     spec = InteractionSpec(**_flags_of(InteractionSpec), **names)
     directory = Path(FLAGS.data_dir) / spec.name
-    users, items = (Path(path) if path else None for path in (FLAGS.users, FLAGS.items))
     with _progress(spec.name, directory) as progress, writing(directory) as writer:
         progress.work = writer.work
-        schema = encode_custom(Path(FLAGS.interactions), spec, writer, progress, users, items)
+        formats = {name: _format(prefix) for name, prefix in TABLES.items()}
+        schema = encode(
+            FLAGS.interactions, spec, writer, users=FLAGS.users, items=FLAGS.items, formats=formats, progress=progress
+        )
         writer.schema(schema)
         progress.finish(int(schema.counts["events"]))
     return schema, directory
@@ -201,6 +217,11 @@ def _progress(name: str, directory: Path) -> Iterator[Progress]:
         raise KeyboardInterrupt(f"while {progress.state}: {directory} is as it was") from interrupt
     finally:
         progress.close()
+
+
+def _format(prefix: str) -> FileFormat:
+    names = [field.name for field in fields(FileFormat) if field.name != "prefix"]
+    return FileFormat(**{name: FLAGS[prefix + name].value for name in names}, prefix=prefix)
 
 
 def _flags_of(owner: type) -> dict[str, Any]:

@@ -23,13 +23,13 @@ class Archive:
     Args:
         file_name: Name of the zip or tar archive, or of the only file.
         url: Where it is published.
-        md5: The published checksum, None where there is none.
+        checksum: Its known one, as "md5:..." or "sha256:...".
         root: Directory of the raw files within the archive.
     """
 
     file_name: str
     url: str
-    md5: str | None = None
+    checksum: str
     root: str = ""
 
 
@@ -163,7 +163,7 @@ def obtain(
     *,
     check: bool = True,
 ) -> RawFiles:
-    """Find the raw files, else download the archive into ``download_to``, checked by its md5.
+    """Find the raw files, else download the archive into ``download_to``, checked by its checksum.
 
     Args:
         names: Files, in the order to read them in.
@@ -171,19 +171,18 @@ def obtain(
         archive: What they are published as.
         directories: Where to look, in order.
         download_to: Where the archive goes.
-        check: Whether to compare the md5 of an archive that is there already.
+        check: Whether to compare the checksum of an archive that is there already.
 
     Raises:
         ValueError: If there is neither the files nor a way to download them; says which file to put where.
     """
     if found := find(names, optional, archive, directories):
-        if check and archive.md5 and found.path.is_file():
-            _check_md5(found.path, archive.md5)
+        if check and found.path.is_file():
+            _check(found.path, archive.checksum)
         return found
     created = not download_to.exists()
-    checksum = f"md5:{archive.md5}" if archive.md5 else None
     try:
-        pooch.retrieve(archive.url, checksum, fname=archive.file_name, path=download_to, progressbar=True)
+        pooch.retrieve(archive.url, archive.checksum, fname=archive.file_name, path=download_to, progressbar=True)
     except Exception as error:  # whatever the network, the server or the disk does, the way out is the same
         if created:
             with suppress(OSError):
@@ -202,11 +201,12 @@ def obtain(
     return found
 
 
-def _check_md5(path: Path, published: str) -> None:
+def _check(path: Path, checksum: str) -> None:
+    kind, _, published = checksum.partition(":")
     with readable(path), path.open("rb") as file:
-        md5 = hashlib.file_digest(file, "md5").hexdigest()
-    if md5 != published:
+        found = hashlib.file_digest(file, kind).hexdigest()
+    if found != published:
         raise ValueError(
-            f"{path}: its md5 is {md5}, the published file has {published}; remove it to download it again, "
+            f"{path}: its {kind} is {found}, the published file has {published}; remove it to download it again, "
             "or use it as it is with --check_counts=false"
         )

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from typing import Any
 
 from hstu import environment
+from hstu.cli.flags import Parser
 from hstu.environment import Misfit
 from hstu.quiet import silence_known_notices
 
@@ -54,7 +54,7 @@ def report(record: dict[str, Any], found: list[Misfit]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Print the report; 0 if everything fits, 1 if not."""
-    argparse.ArgumentParser(prog="python -m hstu.cli.env", description=__doc__).parse_args(argv)
+    Parser(prog="python -m hstu.cli.env", description=__doc__).parse_args(argv)
     try:
         record = environment.describe()
     except ImportError as error:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hstu.cli.command import open_trained, run_on_mesh
-from hstu.cli.flags import underscore_flags
+from hstu.cli.flags import Parser, underscore_flags
 from hstu.cli.predict import add_run_flags, add_user_flags
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ logger = logging.getLogger("hstu.cli")
 
 def main(argv: list[str] | None = None) -> int:
     """Write the files; 2 for a user's mistake."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m hstu.cli.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_run_flags(parser)

@@ -1,6 +1,12 @@
-"""Flags spelled with hyphens or underscores."""
+"""Flags spelled with hyphens or underscores, each given once."""
 
 from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags
 
 
 def underscore_flags(argv: list[str]) -> list[str]:
@@ -14,3 +20,40 @@ def _underscore(word: str) -> str:
         return word
     name, equals, value = word[2:].partition("=")
     return f"--{name.replace('-', '_')}{equals}{value}"
+
+
+def refuse_repeats(values: flags.FlagValues, beside: str) -> None:
+    """Let each absl flag of the module that defined the flag ``beside`` be given once, unless it collects."""
+    for flag in values.flags_by_module_dict()[values.find_module_defining_flag(beside) or ""]:
+        flag.allow_overwrite = isinstance(flag, flags.MultiFlag)
+
+
+class _Once(argparse.Action):
+    """Stores a value; the flag given again is a mistake, whichever value was meant."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        given = namespace.__dict__.setdefault("given", set())
+        if option_string is not None and self.dest in given:
+            parser.error(f"argument {option_string}: is given twice; give it once")
+        given.add(self.dest)
+        setattr(namespace, self.dest, values)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that refuses a flag given twice, unless it collects (``action="append"``)."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.register("action", None, _Once)
+        self.register("action", "store", _Once)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found = super().parse_args(args, namespace)
+        found.__dict__.pop("given", None)
+        return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import signal
 import sys
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from hstu.cli.flags import Parser
 from hstu.data.overview import Overview, examples, overview
 from hstu.data.overview_plot import draw_overview, sketch_overview
 from hstu.data.reader import SequenceDataset
@@ -64,7 +64,7 @@ def _example(user: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Print the report; 2 if there is no data set or the picture cannot be written."""
-    parser = argparse.ArgumentParser(prog="python -m hstu.cli.inspect", description=__doc__)
+    parser = Parser(prog="python -m hstu.cli.inspect", description=__doc__)
     parser.add_argument("path", type=Path, help="directory of a data set, as tmp_data/ml-1m")
     parser.add_argument("--output", type=Path, metavar="FILE.png", help="where to draw the distributions")
     arguments = parser.parse_args(argv)

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from hstu.cli.command import find_dataset
-from hstu.cli.flags import underscore_flags
+from hstu.cli.flags import Parser, underscore_flags
 from hstu.config import ConfigError, load_config, task_of
 
 _SHOWN = 8
@@ -20,7 +20,7 @@ _SHOWN = 8
 
 def main(argv: list[str] | None = None) -> int:
     """Print the plans; 2 for a user's mistake."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m hstu.cli.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--gin_config_file", required=True, help="a path, or the name of one in configs/")

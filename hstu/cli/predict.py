@@ -16,10 +16,12 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from hstu.cli.command import open_trained, run_on_mesh
-from hstu.cli.flags import underscore_flags
+from hstu.cli.flags import Parser, underscore_flags
+from hstu.data.cleaning import Missing
+from hstu.data.files import FORMATS
 
 logger = logging.getLogger("hstu.cli")
 
@@ -39,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the flags; hyphens and underscores both work."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m hstu.cli.predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_run_flags(parser)
@@ -55,10 +57,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--trained_only", action="store_true", help="leave out items that no training sample of the run shows"
     )
-    parser.add_argument(
-        "--candidates", type=Path, help="csv, tsv or parquet of user and item: what a ranking run scores"
-    )
+    parser.add_argument("--candidates", type=Path, help="file of user and item: what a ranking run scores")
     add_user_flags(parser)
+    add_format_flags(parser, "candidates")
     return parser
 
 
@@ -74,7 +75,17 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
 def add_user_flags(parser: argparse.ArgumentParser) -> None:
     """Define who asks, and when."""
     parser.add_argument(
-        "--users", type=Path, help="csv, tsv or parquet: new histories, or only a column of users of the data set"
+        "--users",
+        type=Path,
+        help="new histories (a file, directory or pattern), or only a column of users of the data set",
+    )
+    add_format_flags(parser, "users", prefix="")
+    parser.add_argument("--time_format", help="pattern of the times, as %%d.%%m.%%Y; default: ISO dates or numbers")
+    parser.add_argument(
+        "--missing",
+        choices=get_args(Missing),
+        default="error",
+        help="rows that lack an id or a time; keep takes NA, NULL, NaN and None for ids; default: error",
     )
     for role in ("user", "item", "time", "action"):
         parser.add_argument(f"--{role}_column", help="in --users and --candidates; default: the data set's name for it")
@@ -88,6 +99,17 @@ def add_user_flags(parser: argparse.ArgumentParser) -> None:
         "--request_time",
         help="when the future is asked about: seconds, an ISO date, or now; default: each user's last event",
     )
+
+
+def add_format_flags(parser: argparse.ArgumentParser, of: str, prefix: str | None = None) -> None:
+    """Define how the file of the flag ``of`` is read; their names begin with ``prefix``, by default that flag's."""
+    prefix = f"{of}_" if prefix is None else prefix
+    parser.add_argument(f"--{prefix}format", choices=FORMATS, help=f"of --{of}; default: by its ending")
+    parser.add_argument(f"--{prefix}separator", help=f"between the fields of --{of}, as ';', '::' or tab")
+    quoting = f"of --{of}; default: double for csv, none for tsv"
+    parser.add_argument(f"--{prefix}quoting", choices=("double", "none"), help=quoting)
+    parser.add_argument(f"--{prefix}columns", help=f"a,b,c: columns of --{of} if it has no header")
+    parser.add_argument(f"--{prefix}encoding", help=f"of --{of}; default: utf-8, or utf-16 if it looks so")
 
 
 def predict(args: argparse.Namespace, mesh: Mesh) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import pyarrow as pa
 from torch import Tensor
 
 from hstu.data.cleaning import clean_ids, require_columns
+from hstu.data.files import FileFormat
 from hstu.data.reader import SequenceDataset
 from hstu.data.request_files import HistoryColumns, find_ids, find_users, read_frame, read_histories
 from hstu.data.requests import Requests
@@ -87,19 +88,19 @@ def ask(args: argparse.Namespace, trainer: Trainer) -> Questions:
     histories, chosen = known, None
     originals = _array(known.vocabulary(known.schema.user.name))
     if args.users is not None:
-        frame = read_frame(args.users)
+        frame = read_frame(args.users, columns, file_format(args, ""))
         if columns.item in frame.columns:
             if args.split != "future":
                 raise ValueError(f"--split = {args.split!r}: a file of histories has no held-out events; use future")
             histories, users = read_histories(args.users, frame, known, columns, args.unknown_items)
             originals = users.to_arrow(compat_level=pl.CompatLevel.oldest())
         else:
-            chosen = find_users(args.users, frame, known, columns.user)
+            chosen = find_users(args.users, frame, known, columns)
     if args.split == "future":
         items = None
         rows = np.arange(histories.num_users) if chosen is None else chosen
         if args.candidates is not None:
-            rows, items = read_candidates(args.candidates, columns, originals, known)
+            rows, items = read_candidates(args.candidates, columns, originals, known, file_format(args, "candidates_"))
         asked = Requests(histories, rows, items, parse_time(args.request_time))
         dataset: SequenceDataset = asked
         split, users_of = asked.split, rows
@@ -133,21 +134,30 @@ def history_columns(args: argparse.Namespace, trainer: Trainer) -> HistoryColumn
         action=args.action_column or (schema.action.name if schema.action else ""),
         contexts=collate.contexts,
         use_actions=collate.use_actions and schema.action is not None,
+        time_format=args.time_format,
+        missing=args.missing,
     )
 
 
+def file_format(args: argparse.Namespace, prefix: str) -> FileFormat:
+    """Return how to read the file whose flags begin with ``prefix``."""
+    names = [field.name for field in fields(FileFormat) if field.name != "prefix"]
+    return FileFormat(**{name: getattr(args, prefix + name) for name in names}, prefix=prefix)
+
+
 def read_candidates(
-    path: Path, columns: HistoryColumns, users: pa.Array, known: SequenceDataset
+    path: Path, columns: HistoryColumns, users: pa.Array, known: SequenceDataset, fmt: FileFormat
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the user row and the item id of each pair in a file, int64 [S] both.
 
     Raises:
         ValueError: for a user without history or an item that the model does not know.
     """
-    frame, file = read_frame(path), str(path)
+    frame, file = read_frame(path, columns, fmt, ("user", "item")), str(path)
     require_columns(frame, [columns.user, columns.item], file)
-    rows = find_ids(clean_ids(frame[columns.user], file), pl.Series(users.to_pylist()))
-    items = find_ids(clean_ids(frame[columns.item], file), known.vocabulary(known.schema.item.name))
+    user, item = (clean_ids(frame[name], file, missing=columns.missing) for name in (columns.user, columns.item))
+    rows = find_ids(user, pl.Series(users.to_pylist()))
+    items = find_ids(item, known.vocabulary(known.schema.item.name))
     for name, ids, lack in ((columns.user, rows, "has no history"), (columns.item, items, "is not in the catalogue")):
         if ids.null_count():
             row = int(ids.is_null().arg_max() or 0)
@@ -156,7 +166,7 @@ def read_candidates(
 
 
 def score_names(trainer: Trainer) -> tuple[str, ...]:
-    """Return the columns of a ranking run: ``score``, or one for each bit (from 0) or class (original value)."""
+    """Return the columns of a ranking run: ``score``, or one for each bit (its name, else from 0) or class."""
     args, action = trainer.config.ranking, trainer.dataset.schema.action
     if args is None or action is None:
         return ()
@@ -164,7 +174,7 @@ def score_names(trainer: Trainer) -> tuple[str, ...]:
     if width == 1:
         return ("score",)
     if not args.is_multiclass:
-        return tuple(f"score_{bit}" for bit in range(width))
+        return tuple(f"score_{bit}" for bit in [*(action.bits or ()), *range(len(action.bits or ()), width)][:width])
     classes = trainer.dataset.vocabulary(action.name).tolist()
     return tuple(f"score_{name}" for name in [*classes, *(f"unused_{n}" for n in range(len(classes), width))])
 

@@ -5,11 +5,12 @@ Runs of the protocol `windows` get the mean over their windows below.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
 from typing import Any
+
+from hstu.cli.flags import Parser
 
 
 def read(run_dir: Path) -> dict[str, Any]:
@@ -53,7 +54,7 @@ def table(runs: dict[str, dict[str, Any]]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Print the table; 2 if a run has no scores."""
-    parser = argparse.ArgumentParser(prog="python -m hstu.cli.scores", description=__doc__)
+    parser = Parser(prog="python -m hstu.cli.scores", description=__doc__)
     parser.add_argument("run_dir", nargs="+", type=Path, help="run directory, as runs/NAME")
     try:
         print(table({str(path): read(path) for path in parser.parse_args(argv).run_dir}))

@@ -14,7 +14,7 @@ from absl import app, flags
 
 from hstu import environment
 from hstu.cli.command import dataset_record, find_dataset, open_dataset, recorded_task, run_on_mesh
-from hstu.cli.flags import underscore_flags
+from hstu.cli.flags import refuse_repeats, underscore_flags
 from hstu.config import ConfigError, LoadedConfig, load_config, operative_gin
 
 FLAGS = flags.FLAGS
@@ -29,6 +29,7 @@ def define_flags() -> None:
     flags.DEFINE_string("checkpoint", None, "latest, best, a step, or a path. Default: latest to train, best to score.")
     flags.DEFINE_enum("resume", "auto", ["auto", "never", "must"], "Whether to go on from the run directory.")
     flags.DEFINE_string("run_dir", None, "Where results go. Default: runs/<config>-<time>.")
+    refuse_repeats(FLAGS, "gin_config_file")
     for flag in FLAGS.flags_by_module_dict()[__name__]:
         FLAGS.register_key_flag_for_module(sys.argv[0], flag)  # --help lists those of the script alone
 

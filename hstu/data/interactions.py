@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from hstu.data.cleaning import clean_ids, clean_values, require_columns
+from hstu.data.cleaning import MAX_BITS, Missing, clean_ids, clean_values, require_columns
 from hstu.data.schema import ActionType, require_plain_name
 
 logger = logging.getLogger(__name__)
@@ -28,13 +28,17 @@ class InteractionSpec:
         user_column: Column of user ids, integers or strings; also in the users table.
         item_column: Column of item ids.
         time_column: Column of times; without one, a user's events are in the order of the rows.
-        action_column: Column of actions.
+        time_format: Pattern of strptime that the times follow, as "%d.%m.%Y %H:%M"; None: numbers or ISO dates.
+        action_column: Column of actions; several, separated by commas, each say yes or no and become the bits of a
+            mask, the first the lowest.
         action_type: "categorical" (any value) or "bitmask" (a whole number, one bit per kind of action).
         action_name: Name of the action feature in the data set.
         min_user_events: Users with fewer events are dropped (0 or 1: none) ...
         min_item_events: ... and items with fewer events, repeated until neither is left.
         max_user_events: Of each user the most recent ones are kept (0: all); the catalogue stays that of all.
         duplicates: What to do with rows equal in all columns: "error", "drop" all but the first, or "keep".
+        missing: What to do with rows that lack a user, an item, the time or the action: "error" or "drop" them; "keep"
+            takes NA, NULL, NaN and None for ids, and refuses what is empty.
         file: What messages call the interactions.
         users_file: What messages call the users table.
         items_file: What messages call the items table.
@@ -44,6 +48,7 @@ class InteractionSpec:
     user_column: str = USER
     item_column: str = ITEM
     time_column: str | None = None
+    time_format: str | None = None
     action_column: str | None = None
     action_type: ActionType = "categorical"
     action_name: str = "action"
@@ -51,13 +56,21 @@ class InteractionSpec:
     min_item_events: int = 0
     max_user_events: int = 0
     duplicates: Duplicates = "error"
+    missing: Missing = "error"
     file: str = "interactions"
     users_file: str = "users"
     items_file: str = "items"
 
     def __post_init__(self) -> None:
         require_plain_name("data set", self.name)
-        for option, choices in (("action_type", get_args(ActionType)), ("duplicates", get_args(Duplicates))):
+        if len(self.action_columns) > 1:
+            object.__setattr__(self, "action_type", "bitmask")
+        if len(self.action_columns) > MAX_BITS:
+            raise ValueError(
+                f"action_column names {len(self.action_columns)} columns, a mask has up to {MAX_BITS} bits"
+            )
+        for option, known in (("action_type", ActionType), ("duplicates", Duplicates), ("missing", Missing)):
+            choices = get_args(known)
             if getattr(self, option) not in choices:
                 value = getattr(self, option)
                 raise ValueError(f"{option} is {value!r}, must be one of {', '.join(choices)}")
@@ -68,13 +81,24 @@ class InteractionSpec:
             raise ValueError(
                 f"max_user_events is {self.max_user_events}, less than min_user_events {self.min_user_events}"
             )
-        columns = [column for column in self.columns.values() if column is not None]
+        columns = self.column_names
         if repeated := [column for column in columns if columns.count(column) > 1]:
             raise ValueError(f"column {repeated[0]!r} is named for two roles; each role needs its own")
 
     @property
+    def action_columns(self) -> tuple[str, ...]:
+        """The columns of actions: none, one, or those of a mask's bits."""
+        return tuple(name.strip() for name in self.action_column.split(",")) if self.action_column else ()
+
+    @property
+    def column_names(self) -> list[str]:
+        """All columns of the table that are read."""
+        single = [column for role, column in self.columns.items() if column and role != "action"]
+        return [*single, *self.action_columns]
+
+    @property
     def columns(self) -> dict[str, str | None]:
-        """Role -> column of the table."""
+        """Role -> column of the table; of several columns of actions, the one that they become."""
         return {
             "user": self.user_column,
             "item": self.item_column,
@@ -117,7 +141,7 @@ def columns_of(
     """
     file, key = (spec.users_file, spec.user_column) if kind == "user" else (spec.items_file, spec.item_column)
     require_columns(table, [key], file)
-    ids = clean_ids(table[key], file)
+    ids = clean_ids(table[key], file, missing=spec.missing)
     first = ids.is_first_distinct().to_numpy()
     if not first.all():
         row = int(first.argmin())
@@ -137,7 +161,10 @@ def columns_of(
     idle = len(ids) - (len(known) - len(missing))
     if idle:
         logger.info("%s: %d %ss without events are left out", file, idle, kind)
-    others = [clean_values(column, file) for column in table.get_columns() if column.name != key]
+    columns = [column for column in table.get_columns() if column.name != key]
+    if nested := [column.name for column in columns if column.dtype.is_nested()]:
+        logger.warning("%s: columns %s hold lists and are left out; a feature is one value", file, nested)
+    others = [clean_values(column, file) for column in columns if column.name not in nested]
     if len(missing):
         return [column.cast(pl.String).gather(rows).fill_null(absent) for column in others]
     return [column.gather(rows) for column in others]

@@ -10,8 +10,19 @@ from typing import Literal
 import numpy as np
 import polars as pl
 
-from hstu.data.cleaning import clean_ids, clean_masks, clean_times, clean_values, require_columns, whole_seconds
+from hstu.data.cleaning import (
+    Missing,
+    clean_ids,
+    clean_masks,
+    clean_times,
+    clean_values,
+    find_missing,
+    mask_of,
+    require_columns,
+    whole_seconds,
+)
 from hstu.data.column_cache import OFFSETS
+from hstu.data.files import FileFormat, one_event_a_row, open_table
 from hstu.data.reader import SequenceDataset
 from hstu.data.schema import Feature
 from hstu.data.vocabulary import places_of
@@ -21,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class HistoryColumns:
-    """Columns of a file of histories, and what of them the model needs."""
+    """Columns of a file of histories, what of them the model needs, and how its values are read."""
 
     user: str
     item: str
@@ -29,22 +40,38 @@ class HistoryColumns:
     action: str
     contexts: tuple[str, ...]
     use_actions: bool
+    time_format: str | None = None
+    missing: Missing = "error"
 
 
-def read_frame(path: Path) -> pl.DataFrame:
-    """Read a parquet, csv or tsv file; columns of the latter two are strings.
+def read_frame(
+    path: Path, columns: HistoryColumns, fmt: FileFormat, required: tuple[str, ...] = ("user",)
+) -> pl.DataFrame:
+    """Read a file of events, pairs or users, one row for each.
+
+    Args:
+        path: A file, a directory of parts or a pattern.
+        columns: Where things are, and what to do with rows that lack one.
+        fmt: How to read it.
+        required: Roles that it must have.
 
     Raises:
-        ValueError: if it cannot be read.
+        ValueError: if it cannot be read; see :func:`hstu.data.files.open_table`.
     """
-    try:
-        if path.suffix in (".parquet", ".pq"):
-            return pl.read_parquet(path)
-        return pl.read_csv(path, separator="\t" if path.suffix == ".tsv" else ",", infer_schema=False)
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise ValueError(
-            f"{path}: cannot be read ({str(error).splitlines()[0]}); give csv, tsv or parquet with a header"
-        ) from None
+    roles = ("user", "item") if fmt.format == "sequences" else required
+    table = open_table(path, [getattr(columns, role) for role in roles], fmt)
+    table = one_event_a_row(table, columns.item, [columns.time, columns.action], str(path))
+    blocks = list(table.read(None))
+    frame = pl.concat(blocks) if blocks else pl.DataFrame(schema=dict.fromkeys(table.columns, pl.String))
+    if columns.missing != "drop":
+        return frame
+    kinds = {columns.user: "user", columns.item: "item", columns.time: "time"}
+    lacking = [find_missing(frame[name], kind) for name, kind in kinds.items() if name in frame.columns]
+    kept = frame.filter(~pl.any_horizontal(lacking)) if frame.height else frame
+    logger.info(
+        "%s: %d rows in, %d without an id or a time are left out", path, frame.height, frame.height - kept.height
+    )
+    return kept
 
 
 def read_histories(
@@ -66,14 +93,17 @@ def read_histories(
         ValueError: for a missing column, or a value that is unknown or malformed.
     """
     schema, file = known.schema, str(path)
+    if columns.use_actions:
+        frame = _with_mask(frame, known, columns.action, file)
     wanted = [columns.user, columns.item, *columns.contexts]
     wanted += [columns.time] if schema.time else []
     wanted += [columns.action] if columns.use_actions else []
     require_columns(frame, wanted, file)
-    parts = [clean_ids(frame[columns.user], file).alias("user")]
-    parts.append(find_ids(clean_ids(frame[columns.item], file), known.vocabulary(schema.item.name)).alias("item"))
+    parts = [clean_ids(frame[columns.user], file, missing=columns.missing).alias("user")]
+    items = clean_ids(frame[columns.item], file, missing=columns.missing)
+    parts.append(find_ids(items, known.vocabulary(schema.item.name)).alias("item"))
     if schema.time:
-        exact, ticks = clean_times(frame[columns.time], file)
+        exact, ticks = clean_times(frame[columns.time], file, time_format=columns.time_format)
         parts += [exact.alias("exact"), whole_seconds(exact, ticks).alias("seconds")]
     if columns.use_actions:
         assert schema.action is not None
@@ -88,14 +118,26 @@ def read_histories(
     return SequenceDataset(known.path, schema, _flat(events, schema.features, columns, file)), users
 
 
-def find_users(path: Path, frame: pl.DataFrame, known: SequenceDataset, column: str) -> np.ndarray:
+def _with_mask(frame: pl.DataFrame, known: SequenceDataset, name: str, file: str) -> pl.DataFrame:
+    """The frame with the column ``name``, made of those of the bits that it or the data set names, if it lacks it."""
+    assert known.schema.action is not None
+    bits = tuple(bit.strip() for bit in name.split(",")) if "," in name else known.schema.action.bits
+    if name in frame.columns or bits is None or not set(bits) <= set(frame.columns):
+        return frame
+    if known.schema.action.bits not in (None, bits):
+        names = ",".join(known.schema.action.bits or ())
+        raise ValueError(f"{file}: --action_column = {name}: the bits of the data set are {names}; name those, so")
+    return frame.with_columns(mask_of([frame[bit] for bit in bits], file).alias(name))
+
+
+def find_users(path: Path, frame: pl.DataFrame, known: SequenceDataset, columns: HistoryColumns) -> np.ndarray:
     """Return the rows of the users that ``frame`` names, each once, int64 [S].
 
     Raises:
         ValueError: for a user that ``known`` lacks.
     """
-    require_columns(frame, [column], str(path))
-    users = clean_ids(frame[column], str(path)).unique(maintain_order=True)
+    require_columns(frame, [columns.user], str(path))
+    users = clean_ids(frame[columns.user], str(path), missing=columns.missing).unique(maintain_order=True)
     return _require(users, find_ids(users, known.vocabulary(known.schema.user.name)), str(path)).to_numpy()
 
 

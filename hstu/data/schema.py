@@ -35,16 +35,26 @@ class Feature:
 
     Ids of a feature are dense in ``[0, vocab_size)``; a time feature has no vocabulary. An action is
     ``categorical`` (id = rank of the value among the sorted distinct values) or a ``bitmask``
-    (id = the mask itself, ``vocab_size = 2 ** bits``). A context belongs to a user, a category to an item.
+    (id = the mask itself, ``vocab_size = 2 ** bits``; ``bits`` may name them, the lowest first). A context belongs to
+    a user, a category to an item.
     """
 
     name: str
     role: Role
     vocab_size: int | None = None
     action_type: ActionType | None = None
+    bits: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         require_plain_name("feature", self.name)
+        if self.bits is not None:
+            object.__setattr__(self, "bits", tuple(self.bits))  # a list, where it was read from JSON
+            if self.action_type != "bitmask" or self.vocab_size != 2 ** len(self.bits):
+                raise ValueError(
+                    f"feature {self.name!r}: bits {self.bits} do not name those of a bitmask of {self.vocab_size}"
+                )
+            for bit in self.bits:
+                require_plain_name("bit", bit)
         if self.role not in get_args(Role):
             choices = ", ".join(get_args(Role))
             raise ValueError(f"feature {self.name!r}: role {self.role!r} is none of {choices}")

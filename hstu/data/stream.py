@@ -44,6 +44,7 @@ class StreamOptions:
     Args:
         ticks_per_second: Unit of the times: 1 for seconds, 1000 for milliseconds.
         action_bits: Bits of an action that is a mask.
+        bit_names: Their names, the lowest first; None: they have none.
         filter_once: Count events for the minimum counts once, over the whole log, instead of repeating until
             all have enough; users that are left with fewer are dropped, items that are left stay.
         absent_context: Value of contexts for users without a row in the users table; None refuses them.
@@ -53,6 +54,7 @@ class StreamOptions:
 
     ticks_per_second: int = 1
     action_bits: int = 1
+    bit_names: tuple[str, ...] | None = None
     filter_once: bool = False
     absent_context: str | None = None
     events_per_run: int = EVENTS_PER_RUN
@@ -166,7 +168,8 @@ def _describe(
         if spec.action_type == "categorical":
             vocabularies[spec.action_name], action_ids = log.actions.vocabulary()
             size = len(vocabularies[spec.action_name])
-        features.append(Feature(name=spec.action_name, role="action", vocab_size=size, action_type=spec.action_type))
+        kind, bits = spec.action_type, options.bit_names
+        features.append(Feature(name=spec.action_name, role="action", vocab_size=size, action_type=kind, bits=bits))
     if spec.time_column:
         features.append(Feature(name=TIME, role="time"))
     for name, values in vocabularies.items():

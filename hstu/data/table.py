@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import polars as pl
@@ -19,9 +20,21 @@ from hstu.data.cleaning import (
     clean_masks,
     clean_times,
     clean_values,
+    find_missing,
     look_at_times,
+    mask_of,
     require_names,
     ticks_per_second,
+)
+from hstu.data.files import (
+    FileFormat,
+    Table,
+    checksums,
+    in_memory,
+    one_event_a_row,
+    open_table,
+    printable,
+    read_table,
 )
 from hstu.data.interactions import InteractionSpec
 from hstu.data.schema import Schema
@@ -32,64 +45,92 @@ from hstu.data.writer import DatasetWriter, writing
 if TYPE_CHECKING:
     import pandas as pd
 
+    Frame: TypeAlias = pl.DataFrame | pd.DataFrame | str | Path
+
 logger = logging.getLogger(__name__)
 
-ROWS_AT_ONCE = 1 << 18
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table that can be read more than once.
-
-    Args:
-        columns: Names of its columns.
-        read: Yields blocks of it, of the given columns or of all (None), in order.
-        rows: About how many it has.
-    """
-
-    columns: list[str]
-    read: Callable[[list[str] | None], Iterator[pl.DataFrame]]
-    rows: int
+MAX_CLASSES = 256  # more values of an action are no classes
+_PLAIN = FileFormat()
 
 
 def preprocess_interactions(
-    interactions: pl.DataFrame | pd.DataFrame,
+    interactions: Frame,
     *,
     data_dir: str | Path = "tmp_data",
-    users: pl.DataFrame | pd.DataFrame | None = None,
-    items: pl.DataFrame | pd.DataFrame | None = None,
+    users: Frame | None = None,
+    items: Frame | None = None,
+    formats: dict[str, FileFormat] | None = None,
     **options: object,
 ) -> Schema:
-    """Make the data set ``data_dir/name`` of a polars or pandas table with one row per event.
+    """Make the data set ``data_dir/name`` of a table with one row per event.
 
     Args:
-        interactions: The events.
+        interactions: The events: a polars or pandas table, or the path of a file, a directory or a pattern.
         data_dir: Where data sets are.
         users: One row per user; every column but the user column becomes a context feature.
         items: One row per item; every column but the item column becomes a category feature.
+        formats: How to read those that are files, under their names here; by default, as their endings say.
         **options: Fields of :class:`InteractionSpec`; ``name`` is required.
 
     Returns:
         The schema of the data set.
 
     Raises:
-        ValueError: For bad input, naming column, row, value and remedy.
+        ValueError: For bad input, naming file, column, row, value and remedy.
     """
-    spec = InteractionSpec(**options)  # type: ignore[arg-type]
-    frame = _to_polars(interactions)
-    user_table, item_table = (None if table is None else _to_polars(table) for table in (users, items))
+    given = {"file": interactions, "users_file": users, "items_file": items}
+    names = {name: str(table) for name, table in given.items() if isinstance(table, (str, Path))}
+    spec = InteractionSpec(**names | options)  # type: ignore[arg-type]
     with writing(Path(data_dir) / spec.name) as writer:
-        schema = encode_table(in_memory(frame), spec, writer, users=lambda: user_table, items=lambda: item_table)
+        schema = encode(interactions, spec, writer, users=users, items=items, formats=formats)
         return writer.schema(schema)
 
 
-def in_memory(frame: pl.DataFrame) -> Table:
-    """A table that is there already."""
+def encode(
+    interactions: Frame,
+    spec: InteractionSpec,
+    writer: DatasetWriter,
+    *,
+    users: Frame | None = None,
+    items: Frame | None = None,
+    formats: dict[str, FileFormat] | None = None,
+    progress: Progress = lambda what, events, share: None,
+) -> Schema:
+    """Encode tables and files and write them; the schema is returned and still to be written.
 
-    def read(columns: list[str] | None) -> Iterator[pl.DataFrame]:
-        yield from (frame if columns is None else frame.select(columns)).iter_slices(ROWS_AT_ONCE)
+    See :func:`preprocess_interactions`, and :func:`hstu.data.stream.encode_stream` for ids and order.
+    """
+    source: dict[str, str] = {}
+    for path in (interactions, users, items):
+        if isinstance(path, (str, Path)):
+            for name, digest in checksums(path).items():
+                base = Path(name).name
+                source[base if base not in source else f"{Path(name).parent.name}/{base}"] = digest
+    formats = formats or {}
+    required = spec.column_names
+    if isinstance(interactions, (str, Path)):
+        table = open_table(interactions, required, formats.get("interactions", _PLAIN))
+    else:
+        table = in_memory(_to_polars(interactions))
+    schema = encode_table(
+        table,
+        spec,
+        writer,
+        users=lambda: _whole(users, spec.user_column, formats.get("users", _PLAIN)),
+        items=lambda: _whole(items, spec.item_column, formats.get("items", _PLAIN)),
+        progress=progress,
+    )
+    return replace(schema, source=source)
 
-    return Table(frame.columns, read, frame.height)
+
+def _whole(table: Frame | None, key: str, fmt: FileFormat) -> pl.DataFrame | None:
+    return (
+        read_table(table, [key], fmt)
+        if isinstance(table, (str, Path))
+        else table
+        if table is None
+        else _to_polars(table)
+    )
 
 
 def encode_table(
@@ -101,17 +142,21 @@ def encode_table(
     items: Callable[[], pl.DataFrame | None] = lambda: None,
     progress: Progress = lambda what, events, share: None,
 ) -> Schema:
-    """Encode a table with one row per event and write it; the schema is returned and still to be written.
+    """Encode a table with one row per event, or per list of events, and write it; the schema is returned.
 
     See :func:`hstu.data.stream.encode_stream` for ids and order, and for ``writer``, ``users``, ``items``
-    and ``progress``.
+    and ``progress``. Every row of the table becomes an event or is refused for a reason that is counted.
 
     Raises:
         ValueError: For bad input, naming column, row, value and remedy.
     """
     cleaner = _Cleaner(table, spec, progress)
-    options = StreamOptions(ticks_per_second=cleaner.ticks_per_second, action_bits=cleaner.action_bits)
-    return encode_stream(
+    options = StreamOptions(
+        ticks_per_second=cleaner.ticks_per_second,
+        action_bits=cleaner.action_bits,
+        bit_names=spec.action_columns if len(spec.action_columns) > 1 else None,
+    )
+    schema = encode_stream(
         cleaner.blocks(),
         spec,
         options,
@@ -121,6 +166,8 @@ def encode_table(
         progress=progress,
         on_repeats=cleaner.on_repeats,
     )
+    cleaner.account(int(schema.counts["events"]))
+    return schema
 
 
 def _to_polars(frame: pl.DataFrame | pd.DataFrame) -> pl.DataFrame:
@@ -131,71 +178,121 @@ class _Cleaner:
     """Looks at a table, then gives it block by block as :func:`encode_stream` asks for it."""
 
     def __init__(self, table: Table, spec: InteractionSpec, progress: Progress) -> None:
-        self._table, self._spec, self._progress = table, spec, progress
+        require_names(table.columns, spec.column_names, spec.file)
+        others = [column for column in spec.column_names if column != spec.item_column]
+        self._table = one_event_a_row(table, spec.item_column, others, spec.file)
+        self._spec, self._progress = spec, progress
         self._looks = {role: Look() for role, column in spec.columns.items() if column}
-        self._rows = 0
+        self._rows = self._dropped = self._repeats = 0
+        self._classes: set[object] = set()
         self.ticks_per_second = 1
-        names = [column for column in spec.columns.values() if column]
-        require_names(table.columns, names, spec.file)
-        for block in table.read(names):
+        for block, _ in self._read(spec.column_names):
             for role, look in self._looks.items():
                 column = block[spec.columns[role]]  # type: ignore[index]
                 if role == "time":
-                    self.ticks_per_second = ticks_per_second(as_text(column).dtype, look_at_times(column, look))
+                    kind = as_text(column).dtype
+                    self.ticks_per_second = ticks_per_second(kind, look_at_times(column, look), spec.time_format)
                 else:
                     look.add(column)
+                if role == "action" and spec.action_type == "categorical":
+                    self._count_classes(column)
+            progress(f"looking at {spec.file}", self._rows, self._table.share(self._rows))
+
+    def _read(self, columns: list[str] | None) -> Iterator[tuple[pl.DataFrame, int | np.ndarray]]:
+        """Blocks without the rows that lack something, if those are dropped, and the places of their rows."""
+        spec, self._rows = self._spec, 0
+        reasons: Counter[str] = Counter()
+        for block in self._table.read(columns):
+            rows: int | np.ndarray = self._rows
             self._rows += block.height
-            progress(f"looking at {spec.file}", self._rows, min(1.0, self._rows / max(1, table.rows)))
+            if len(spec.action_columns) > 1:
+                bits = [block[name] for name in spec.action_columns]
+                block = block.with_columns(mask_of(bits, spec.file, rows).alias(spec.action_column or ""))
+            if spec.missing == "drop":
+                lacking = np.zeros(block.height, bool)
+                for role, column in spec.columns.items():
+                    if column:
+                        found = find_missing(block[column], role).to_numpy() & ~lacking
+                        reasons[column] += int(found.sum())
+                        lacking |= found
+                rows = np.flatnonzero(~lacking) + rows
+                block = block.filter(~lacking)
+            yield block, rows
+        self._dropped, self._reasons = reasons.total(), reasons
 
     @property
     def action_bits(self) -> int:
         """Bits of the largest action."""
+        if len(self._spec.action_columns) > 1:
+            return len(self._spec.action_columns)
         largest = self._looks["action"].largest if "action" in self._looks else 0
         return min(MAX_BITS, max(1, int(largest).bit_length()))
 
     def blocks(self) -> Iterator[tuple[int, pl.DataFrame]]:
         """The events, checked."""
-        row = 0
-        for block in self._table.read(None):
-            yield 0, self._clean(block, row)
-            row += block.height
-            self._progress(f"reading {self._spec.file}", row, row / self._rows)
+        expected = self._rows
+        for block, rows in self._read(None):
+            yield 0, self._clean(block, rows)
+            self._progress(f"reading {self._spec.file}", self._rows, self._rows / max(1, expected))
+        if self._rows != expected:
+            raise ValueError(f"{self._spec.file}: had {expected:,} rows, then {self._rows:,}; is it being written?")
 
-    def _clean(self, block: pl.DataFrame, row: int) -> pl.DataFrame:
+    def _clean(self, block: pl.DataFrame, rows: int | np.ndarray) -> pl.DataFrame:
         spec, looks = self._spec, self._looks
         columns = [
-            clean_ids(block[spec.user_column], spec.file, looks["user"], row).alias("user"),
-            clean_ids(block[spec.item_column], spec.file, looks["item"], row).alias("item"),
+            clean_ids(block[spec.user_column], spec.file, looks["user"], rows, spec.missing).alias("user"),
+            clean_ids(block[spec.item_column], spec.file, looks["item"], rows, spec.missing).alias("item"),
         ]
         if spec.time_column:
-            times, _ = clean_times(block[spec.time_column], spec.file, looks["time"], row)
+            times, _ = clean_times(block[spec.time_column], spec.file, looks["time"], rows, spec.time_format)
             columns.append(times.alias("time"))
         if spec.action_column:
             clean = clean_masks if spec.action_type == "bitmask" else clean_values
-            columns.append(clean(block[spec.action_column], spec.file, looks["action"], row).alias("action"))
+            columns.append(clean(block[spec.action_column], spec.file, looks["action"], rows).alias("action"))
         if spec.duplicates != "keep":
             columns.append(block.hash_rows().alias(ROW_HASH))
         return pl.DataFrame(columns)
 
+    def _count_classes(self, column: pl.Series) -> None:
+        self._classes.update(column.unique().to_list() if not column.dtype.is_nested() else ())
+        if len(self._classes) > MAX_CLASSES:
+            raise ValueError(
+                f"{self._spec.file}: column {column.name!r} has more than {MAX_CLASSES} values, an action is one of a "
+                "few classes; cut it into classes (quantiles, say), make a yes or no of it (watched more than half, "
+                "say), or leave --action_column out"
+            )
+
     def on_repeats(self, hashes: np.ndarray) -> None:
-        """Raise ValueError about the first row that repeats another, or tell how many are dropped."""
+        """Raise ValueError about the first row that repeats another, or count those that are dropped."""
         if self._spec.duplicates == "drop":
-            logger.info("%s: dropped %d duplicate rows", self._spec.file, len(hashes))
+            self._repeats = len(hashes)
             return
         known = np.unique(hashes)
-        seen, row = np.zeros(len(known), bool), 0
-        for block in self._table.read(None):
+        seen = np.zeros(len(known), bool)
+        for block, places in self._read(None):
             found = block.hash_rows().to_numpy().view(np.int64)
             rows = np.flatnonzero(np.isin(found, known))
             number = np.searchsorted(known, found[rows])
             repeated = seen[number] | ~pl.Series(number).is_first_distinct().to_numpy()
             if repeated.any():
                 place = int(rows[repeated.argmax()])
-                values = ", ".join(map(str, block.row(place)))
+                row = int(places[place]) if isinstance(places, np.ndarray) else places + place
+                values = ", ".join(map(printable, block.row(place)))
                 raise ValueError(
                     f"{self._spec.file}: {len(hashes)} rows repeat an earlier one in every column, the first is row "
-                    f"{row + place + 1} ({values}); choose --duplicates drop or --duplicates keep"
+                    f"{row + 1} ({values}); choose --duplicates drop or --duplicates keep"
                 )
             seen[number] = True
-            row += block.height
         raise AssertionError("repeated rows were there a moment ago")
+
+    def account(self, events: int) -> None:
+        """Say where all rows went."""
+        spec = self._spec
+        filtered = self._rows - self._dropped - self._repeats - events
+        has_filters = max(spec.min_user_events, spec.min_item_events) > 1 or spec.max_user_events
+        assert filtered == 0 or (has_filters and filtered > 0)  # every row is an event, or refused for a reason
+        lacking = ", ".join(f"{number:,} without {name!r}" for name, number in self._reasons.items() if number)
+        parts = [(lacking, self._dropped), (f"{self._repeats:,} duplicates", self._repeats)]
+        parts.append((f"{filtered:,} by the filters", filtered))
+        refused = "; ".join(text for text, number in parts if number) or "none"
+        logger.info("%s: %s rows in, %s events out, dropped: %s", spec.file, f"{self._rows:,}", f"{events:,}", refused)

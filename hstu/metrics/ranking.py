@@ -74,6 +74,7 @@ def ranking_scores(
     users: np.ndarray,
     *,
     multiclass: bool,
+    tasks: tuple[str, ...] = (),
 ) -> RankingScores:
     """Compute metrics over all events.
 
@@ -83,7 +84,8 @@ def ranking_scores(
         labels: [n] int64. Multiclass: the class. Otherwise task k reads bit k.
         users: [n].
         multiclass: Which of the two. AUC is the mean over classes against the rest, or over tasks; the
-            other metrics of tasks are means too. With several tasks each also appears as ``NAME/k``.
+            other metrics of tasks are means too. With several tasks each also appears as ``NAME/task``.
+        tasks: Names of the first binary tasks; the others are called by their numbers.
     """
     columns = probabilities.shape[1]
     if multiclass:
@@ -112,5 +114,6 @@ def ranking_scores(
         known = [value for value in values if not np.isnan(value)]
         metrics[name] = float(np.mean(known)) if known else float("nan")
         if not multiclass and columns > 1:
-            metrics |= {f"{name}/{k}": value for k, value in enumerate(values)}
+            named = [*tasks, *range(len(tasks), columns)]
+            metrics |= {f"{name}/{task}": value for task, value in zip(named, values, strict=False)}
     return RankingScores(metrics=metrics, left_out=left_out)

@@ -106,7 +106,11 @@ def _ranking(model: RankingModel, loader: BatchLoader, mesh: Mesh, config: Confi
     # One order whatever rank scored what, so that sums round alike.
     order = np.lexsort((joined[1], joined[2]))
     probabilities, actions, owners = (part[order] for part in joined)
-    scores = ranking_scores(config.eval_metrics, probabilities, actions, owners, multiclass=model.multiclass)
+    action = loader.dataset.schema.action
+    bits = (action.bits if action else None) or ()
+    scores = ranking_scores(
+        config.eval_metrics, probabilities, actions, owners, multiclass=model.multiclass, tasks=bits
+    )
     return {
         "filter_seen": None,
         "num_candidates": 1,

@@ -91,7 +91,7 @@ def test_wrong_masks_are_refused(values: list) -> None:
 def test_the_error_about_a_mask_names_its_row(values: list[object], row: int, value: str) -> None:
     look = Look().add(pl.Series(["word", "1"]))  # of the whole column; its other blocks may hold numbers alone
     with pytest.raises(ValueError, match=rf"^f: column 'c', row {10 + row}: value '?{value}'? is no bit mask"):
-        clean_masks(pl.Series("c", values, strict=False), "f", look, first_row=10)
+        clean_masks(pl.Series("c", values, strict=False), "f", look, rows=10)
 
 
 def test_a_block_of_masks_in_a_column_with_words_is_read() -> None:

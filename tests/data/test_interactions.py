@@ -9,7 +9,7 @@ import polars as pl
 import pytest
 
 from hstu.data import EncodedDataset, SequenceDataset
-from hstu.data import table as module
+from hstu.data.files import blocks as module
 from hstu.data.table import preprocess_interactions
 from tests.samples import read_back
 

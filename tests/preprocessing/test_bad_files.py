@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import csv
+import gzip
+import io
 import json
+import lzma
 import tempfile
 from pathlib import Path
 from unittest import mock
@@ -15,8 +18,8 @@ from hypothesis import strategies as st
 
 from hstu.data.interactions import InteractionSpec
 from hstu.data.reader import SequenceDataset
+from hstu.data.table import encode
 from hstu.data.writer import writing
-from preprocessing.custom import encode_custom
 from preprocessing.kuairand import EVENTS
 from preprocessing.layout import Field, Layout
 from preprocessing.preprocessor import DATASETS
@@ -215,6 +218,31 @@ def nasty_text() -> st.SearchStrategy[str]:
     return st.one_of(st.sampled_from(TOKENS), odd, st.integers(-(2**63), 2**63).map(str))
 
 
+KINDS = ("csv", "jsonl", "json", "parquet", "csv.gz", "jsonl.xz")
+
+
+def write_custom(path: Path, names: tuple[str, ...], rows: list[tuple]) -> None:
+    """Write rows in the format of the ending."""
+    kind = path.name.removeprefix("log.")
+    if kind == "parquet":
+        pl.DataFrame(rows, names, orient="row").write_parquet(path)
+        return
+    objects = [json.dumps(dict(zip(names, row, strict=True))) for row in rows]
+    text = "[" + ",\n ".join(objects) + "]" if kind == "json" else "".join(line + "\n" for line in objects)
+    if kind.startswith("csv"):
+        lines = io.StringIO(newline="")
+        csv.writer(lines).writerows([names, *rows])
+        text = lines.getvalue()
+    content = text.encode()
+    path.write_bytes({"csv.gz": gzip.compress, "jsonl.xz": lzma.compress}.get(kind, bytes)(content))
+
+
+def is_no_id(value: str, missing: str) -> bool:
+    """Whether a string is to be refused; no number is, and the words are not where they are kept."""
+    words = ("na", "n/a", "<na>", "null", "nan", "none")
+    return value.strip() != value or value == "" or (missing == "error" and value.lower() in words)
+
+
 def check_custom(data: st.DataObject) -> None:
     """Values with quotes, separators and line ends, quoted as the format asks for, read in blocks of a few rows; the
     rows themselves are the truth."""
@@ -226,24 +254,20 @@ def check_custom(data: st.DataObject) -> None:
     ]
     rows = data.draw(st.permutations(rows))
     names = ("user_id", "item_id", "time", "row")
-    kind = data.draw(st.sampled_from(("csv", "jsonl", "parquet")))
-    with tempfile.TemporaryDirectory() as folder, mock.patch("preprocessing.custom.ROWS_AT_ONCE", 3):
+    kind = data.draw(st.sampled_from(KINDS))
+    missing = data.draw(st.sampled_from(("error", "keep")))
+    with tempfile.TemporaryDirectory() as folder, mock.patch("hstu.data.files.source.CHUNK", 60):
         path = Path(folder) / f"log.{kind}"
-        if kind == "csv":
-            with path.open("w", newline="") as file:
-                csv.writer(file).writerows([names, *rows])
-        elif kind == "jsonl":
-            path.write_text("".join(json.dumps(dict(zip(names, row, strict=True))) + "\n" for row in rows))
-        else:
-            pl.DataFrame(rows, names, orient="row").write_parquet(path)
-        spec = InteractionSpec(name="log", time_column="time", file=str(path))
+        write_custom(path, names, rows)
+        spec = InteractionSpec(name="log", time_column="time", file=str(path), missing=missing)
         try:
             with writing(Path(folder) / "log") as writer:
-                writer.schema(encode_custom(path, spec, writer, lambda *_: None))
+                writer.schema(encode(path, spec, writer))
         except ValueError as error:
             one_line(error, path.name)
-            assert any(value.strip() == "" or "\r" in value for row in rows for value in row[:2]), error
+            assert any(is_no_id(value, missing) for row in rows for value in row[:2]), error
             return
+        assert not any(is_no_id(value, missing) for row in rows for value in row[:2])
         dataset = SequenceDataset.open(Path(folder) / "log")
         ends = dataset.lengths.cumsum()
         users_read, items = dataset.vocabulary("user_id"), dataset.vocabulary("item_id")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from preprocessing.preprocessor import DATASETS
 from preprocessing.raw_files import Archive, obtain
 
 
@@ -27,8 +28,8 @@ class Quiet(SimpleHTTPRequestHandler):
         pass
 
 
-@pytest.fixture
-def archive(tmp_path: Path) -> Iterator[Archive]:
+@pytest.fixture(params=["md5", "sha256"])
+def archive(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Archive]:
     """A zip with a file x.txt, published by a local server."""
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w") as file:
@@ -40,7 +41,8 @@ def archive(tmp_path: Path) -> Iterator[Archive]:
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     url = f"http://127.0.0.1:{server.server_port}/toy.zip"
-    yield Archive(file_name="toy.zip", url=url, md5=hashlib.md5(content.getvalue()).hexdigest(), root="toy")
+    kind, digest = request.param, hashlib.new(request.param, content.getvalue()).hexdigest()
+    yield Archive(file_name="toy.zip", url=url, checksum=f"{kind}:{digest}", root="toy")
     server.shutdown()
     server.server_close()
     thread.join()
@@ -55,11 +57,18 @@ def test_an_absent_file_is_downloaded_once(archive: Archive, tmp_path: Path, cap
 
 
 def test_a_wrong_checksum_is_refused_and_nothing_stays(archive: Archive, tmp_path: Path) -> None:
-    other = replace(archive, md5="0" * 32)
+    other = replace(archive, checksum=archive.checksum.partition(":")[0] + ":" + "0" * 32)
     target = tmp_path / "raw" / "toy"
     with pytest.raises(ValueError, match="cannot be downloaded .*hash.* does not match"):
         read(other, target)
     assert not target.exists()
+
+
+def test_all_published_files_come_encrypted_and_with_a_checksum() -> None:
+    for name, known in DATASETS.items():
+        kind, _, digest = known.archive.checksum.partition(":")
+        assert known.archive.url.startswith("https://"), name
+        assert len(digest) == {"md5": 32, "sha256": 64}[kind] and int(digest, 16), name
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:1/toy.zip", None])
