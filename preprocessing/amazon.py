@@ -1,7 +1,7 @@
 """Amazon reviews of 2014: every rating is an event, its action the rating.
 
-Published are csv files `user,item,rating,timestamp` without a header and without a checksum. A download is compared with
-the sha256 that others have recorded of it; of any file are checked the number of ratings that the download page
+Published are csv files `user,item,rating,timestamp` without a header and without a checksum. A download is compared
+with the sha256 that others have recorded of it; of any file are checked the number of ratings that the download page
 (jmcauley.ucsd.edu/data/amazon) states beside it, and after the filter the numbers of papers
 (https://arxiv.org/abs/2008.07873 for the 5-cores). Users and items with fewer than 5 ratings are
 dropped in one of two published ways:

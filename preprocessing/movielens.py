@@ -61,7 +61,10 @@ DATASETS = {
     ),
     "ml-1m": Published(
         archive=Archive(
-            file_name="ml-1m.zip", url=f"{_SITE}/ml-1m.zip", checksum="md5:c4d9eecfca2ab87c1945afe126590906", root="ml-1m"
+            file_name="ml-1m.zip",
+            url=f"{_SITE}/ml-1m.zip",
+            checksum="md5:c4d9eecfca2ab87c1945afe126590906",
+            root="ml-1m",
         ),
         logs=("ratings.dat",),
         layout=_ratings("::"),
@@ -71,7 +74,10 @@ DATASETS = {
     ),
     "ml-20m": Published(
         archive=Archive(
-            file_name="ml-20m.zip", url=f"{_SITE}/ml-20m.zip", checksum="md5:cd245b17a1ae2cc31bb14903e1204af3", root="ml-20m"
+            file_name="ml-20m.zip",
+            url=f"{_SITE}/ml-20m.zip",
+            checksum="md5:cd245b17a1ae2cc31bb14903e1204af3",
+            root="ml-20m",
         ),
         logs=("ratings.csv",),
         layout=_ratings(",", pl.Float64, header=True),

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from hstu.cli.flags import Parser
+from hstu.data.files import printable
 from hstu.data.overview import Overview, examples, overview
 from hstu.data.overview_plot import draw_overview, sketch_overview
 from hstu.data.reader import SequenceDataset
@@ -34,7 +35,8 @@ def report(dataset: SequenceDataset, found: Overview) -> str:
     lines += ["", "features"]
     for feature in schema.features:
         size = "seconds" if feature.vocab_size is None else f"{feature.vocab_size:,} values"
-        lines.append(f"  {feature.name:24} {feature.role:8} {size:>16}  {feature.action_type or ''}".rstrip())
+        about = ", ".join(feature.bits) if feature.bits else feature.action_type or ""
+        lines.append(f"  {feature.name:24} {feature.role:8} {size:>16}  {about}".rstrip())
     lines += ["", sketch_overview(found), "", "examples, with the newest events last"]
     lines += [_example(user) for user in examples(dataset)]
     lines += ["", "warnings", *(f"  {warning}" for warning in found.warnings or ["none"])]
@@ -54,11 +56,11 @@ def _date(second: int) -> str:
 
 
 def _example(user: dict[str, Any]) -> str:
-    contexts = "".join(f" {name}={value}" for name, value in user["contexts"].items())
-    lines = [f"  user {user['user']}: {user['length']:,} events{contexts}"]
+    contexts = "".join(f" {name}={printable(value)}" for name, value in user["contexts"].items())
+    lines = [f"  user {printable(user['user'])}: {user['length']:,} events{contexts}"]
     for item, action, time in user["events"]:
-        shown = "" if action is None else f"  action {action}"
-        lines.append(f"      {'' if time is None else _date(time):20} item {item}{shown}")
+        shown = "" if action is None else f"  action {printable(action)}"
+        lines.append(f"      {'' if time is None else _date(time):20} item {printable(item)}{shown}")
     return "\n".join(lines)
 
 

@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from hstu.data.files import printable
 from hstu.data.reader import SequenceDataset, Sequences
 from hstu.data.seen import MANY_REPEATS, REPEATS_MATTER, count_repeats
 
 COLD_EVENTS = 5
+LARGE_SHARE = 0.1  # of all events, when one user or item has more
 EXAMPLES = 10
 _EVENTS_AT_ONCE = 1 << 21
 
@@ -64,7 +66,7 @@ def overview(dataset: SequenceDataset) -> Overview:
         repeats=repeats,
         seen_again=seen_again,
     )
-    found.warnings.extend(_warnings(found))
+    found.warnings.extend([*_dominating(dataset, found), *_warnings(found)])
     return found
 
 
@@ -123,11 +125,27 @@ def _same(values: np.ndarray | None) -> np.ndarray | bool:
 
 
 def _originals(dataset: SequenceDataset, feature: str, ids: np.ndarray) -> np.ndarray:
-    """Return original values; bit masks stand for themselves."""
+    """Return original values; bit masks stand for themselves, or for the names of their bits."""
     action = dataset.schema.action
     if action is not None and action.name == feature and action.action_type == "bitmask":
-        return ids
+        return ids if action.bits is None else np.array([_names(action.bits, mask) for mask in ids.tolist()], object)
     return dataset.vocabulary(feature)[ids]
+
+
+def _names(bits: tuple[str, ...], mask: int) -> str:
+    return "+".join(name for bit, name in enumerate(bits) if mask >> bit & 1) or "none"
+
+
+def _dominating(dataset: SequenceDataset, found: Overview) -> list[str]:
+    """A line for the user and the item with more than ``LARGE_SHARE`` of all events, in original ids."""
+    lines = []
+    for feature, counts in ((dataset.schema.user, found.lengths), (dataset.schema.item, found.popularity)):
+        largest, events = int(counts.argmax()), int(counts.sum())
+        if counts[largest] > events * max(LARGE_SHARE, 1.5 / np.count_nonzero(counts)):  # few have large shares all
+            name = printable(repr(dataset.vocabulary(feature.name)[largest]))
+            lines.append(f"one {feature.role} is large: {name} has {counts[largest]:,} of {events:,} events; is it one "
+                         f"{feature.role}, or what stands for an unknown one?")  # fmt: skip
+    return lines
 
 
 def _warnings(found: Overview) -> list[str]:
