@@ -192,10 +192,33 @@ def test_a_ranking_run_scores_held_out_events_and_candidates_alike(tmp_path: Pat
     ],
 )
 def test_mistakes_end_in_one_line(task: str, flags: list[str], complaint: str, capsys: pytest.CaptureFixture[str]):
-    assert predict.main(["--run-dir", task, "--output", "out.parquet", *flags]) == 2
+    output = [] if "--output" in flags else ["--output", "out.parquet"]
+    assert predict.main(["--run-dir", task, *output, *flags]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and complaint in error and error.count("\n") == 1
     assert not Path("out.parquet").exists()
+
+
+def test_a_flag_given_twice_is_refused(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        predict.main(["--run-dir", "retrieval", "--output", "a.parquet", "--output=b.parquet"])
+    assert "argument --output: is given twice; give it once" in capsys.readouterr().err
+
+
+def test_histories_in_another_format_give_the_same_answers(tmp_path: Path):
+    history = planted_log()[0].join(planted_log()[1], on="who").filter(pl.col("who") < "u-20")
+    history.write_parquet(tmp_path / "rows.parquet")
+    lists = history.group_by("who", maintain_order=True).agg("what", "when", pl.col("did"), pl.col("plan").first())
+    lists.write_ndjson(tmp_path / "lists.jsonl")
+    history.write_csv(tmp_path / "no_header.txt", separator=";", include_header=False)
+    columns = ["--columns", ",".join(history.columns), "--format", "csv", "--separator", ";"]
+    found = [
+        answers(tmp_path / f"{number}.out", "--users", str(tmp_path / name), *COLUMNS, *more)
+        for number, (name, more) in enumerate({"rows.parquet": [], "lists.jsonl": [], "no_header.txt": columns}.items())
+    ]
+    assert found[0].height == 10 * found[0]["user"].n_unique() > 0
+    for other in found[1:]:
+        assert other.drop("score").equals(found[0].drop("score"))
 
 
 def test_ranks_write_the_same_file(home: Path, tmp_path: Path):
