@@ -84,7 +84,7 @@ def padded_inputs(batch: Batch, length: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def check(config: Config, schema: Schema, batch: Batch, length: int) -> dict[str, float]:
     """Assert that both sides have one loss and one gradient at the same weights and negatives, without dropout."""
-    config = replace(config, network=replace(config.network, hidden_dropout=0.0))
+    config = replace(config, network=replace(config.network, hidden_dropout=0.0, input_dropout=0.0))
     model = build_model(config, schema)
     assert isinstance(model, RetrievalModel)
     pool = model.sampler.pool(batch.labels, batch.step)

@@ -15,7 +15,7 @@ from absl import app, flags
 from hstu import environment
 from hstu.cli.command import dataset_record, find_dataset, open_dataset, recorded_task, run_on_mesh
 from hstu.cli.flags import refuse_repeats, underscore_flags
-from hstu.config import ConfigError, LoadedConfig, load_config, operative_gin
+from hstu.config import ConfigError, LoadedConfig, load_config
 
 FLAGS = flags.FLAGS
 logger = logging.getLogger("hstu.cli")
@@ -84,8 +84,8 @@ def _run(task: Literal["ranking", "retrieval"], mesh: Any) -> None:
     if checkpoint is not None:
         logger.info("resumed from %s at step %d", checkpoint, trainer.progress.step)
     record = {"command": sys.argv, "dataset": dataset_record(loaded.config.dataset, path)}
-    applied = replace(loaded, config=trainer.config, operative=operative_gin(trainer.config))
-    mesh.on_main(lambda: run.describe(applied, environment.describe() | record))
+    loaded = replace(loaded, config=trainer.config)  # with the values that the data set decides
+    mesh.on_main(lambda: run.describe(loaded, environment.describe() | record))
     trainer.train()
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from hstu.config.backbones import HUGGING_FACE, check_backbone, check_degrees, swiglu_size
-from hstu.config.base import Args, ConfigError
+from hstu.config.backbones import HUGGING_FACE, backbone_defaults, check_backbone, check_degrees
+from hstu.config.base import UNSET, Args, ConfigError
 from hstu.config.embedding import DynamicEmbeddingArgs, EmbeddingArgs
 from hstu.config.retrieval import RetrievalArgs
 from hstu.config.training import OptimizerArgs, TrainerArgs
@@ -109,7 +109,7 @@ class DatasetArgs(Args):
 class NetworkArgs(Args):
     """The backbone. Fields that another backbone has no use for are refused when set; see ``config/backbones.py``.
 
-    ``preset`` fixes the published parametrisation of hstu; a field that is not None overrides it. ``research``
+    ``preset`` fixes the published parametrisation of hstu; a field that is set overrides it. ``research``
     is the one behind the paper's public tables (relative position and time bias, no affine norm, alpha = 1);
     ``production`` is the one of the industrial systems (https://arxiv.org/abs/2402.17152).
     """
@@ -118,52 +118,58 @@ class NetworkArgs(Args):
     hidden_size: int
     num_attention_heads: int
     kv_channels: int
-    #: Width of the values of a head; None: kv_channels.
-    value_channels: int | None = None
     #: "hstu", "sasrec", "llama", "gru", or "bert", which predicts masked items from both sides (retrieval), or any
     #: HuggingFace model under our mask: "hf:gpt2" (a type, shaped by these fields) or "hf:DIRECTORY" (a config.json).
     backbone: str = "hstu"
     preset: Literal["research", "production"] = "production"
-    relative_position_bias: bool | None = None
-    relative_time_bias: bool | None = None
+    #: Width of the values of a head; None: kv_channels.
+    value_channels: int = UNSET
+    #: None: as ``preset`` has it, likewise ``gate``.
+    relative_position_bias: bool = UNSET
+    relative_time_bias: bool = UNSET
     num_bias_time_buckets: int = 128
     #: Time of the row in the time bias: its own event's, or the next event's ("request-time aware").
     bias_query_time: Literal["own", "next"] = "own"
-    gate: Literal["mul", "concat"] | None = None
+    gate: Literal["mul", "concat"] = UNSET
     #: Inner width of feed-forward layers; None: what the backbone's paper uses.
-    ffn_hidden_size: int | None = None
+    ffn_hidden_size: int = UNSET
     #: Heads of keys and values (llama); None: num_attention_heads.
-    num_query_groups: int | None = None
+    num_query_groups: int = UNSET
     #: Norm before each sublayer or after it; None: "pre" for sasrec, "post" for bert.
-    norm_placement: Literal["pre", "post"] | None = None
+    norm_placement: Literal["pre", "post"] = UNSET
     hidden_dropout: float = 0.2
     #: Dropout of the embedded tokens; None: hidden_dropout.
-    input_dropout: float | None = None
-    norm_epsilon: float | None = None
+    input_dropout: float = UNSET
+    #: Multiply embedded tokens by sqrt(hidden_size) (https://arxiv.org/abs/1706.03762, section 3.4). None: as the
+    #: backbone's paper or its code has it: hstu and sasrec do.
+    scale_inputs: bool = UNSET
+    #: None: 1e-6 for the research preset of hstu, else 1e-5.
+    norm_epsilon: float = UNSET
     #: None: what the backbone is trained for; of "hf:", False trains on masked items.
-    is_causal: bool | None = None
+    is_causal: bool = UNSET
     max_attn_len: int | None = None
     context_attention: Literal["causal", "full"] = "causal"
     target_group_size: int = 1
-    #: The constant that divides attention; -1: the longest sequence that the config allows, in tokens.
-    scaling_seqlen: int = -1
     #: "interleave": item, action, item, action; "add": their sum, one token per event; "concat": side by side
     #: through a matrix, one token per event; "item": no actions.
     #: None: "interleave" for ranking, "item" for retrieval.
-    token_layout: Literal["interleave", "add", "concat", "item"] | None = None
-    #: Rows of the position table; None: as many as a sequence can need.
-    num_position_buckets: int | None = None
+    token_layout: Literal["interleave", "add", "concat", "item"] = UNSET
+    #: Rows of the position table; None: as many as the longest sequence that config and data allow has tokens.
+    num_position_buckets: int = UNSET
+    #: The constant that divides attention; -1: the tokens of the longest sequence that config and data allow.
+    scaling_seqlen: int = -1
     #: Rows of the table of time before the request; 0: no such table.
     num_time_buckets: int = 0
     time_bucket_fn: Literal["sqrt", "log"] = "sqrt"
     #: "local": a row for each item; "categorical": the sum of the rows of its categories (the other columns of
     #: the items file); "both": all of these.
     item_embedding: Literal["local", "categorical", "both"] = "local"
+    #: Widths of embeddings; -1: hidden_size.
     item_embedding_dim: int = -1
     action_embedding_dim: int = -1
     contextual_embedding_dim: int = -1
     #: None: "l2" for retrieval, "layer_norm" for ranking.
-    output_norm: Literal["l2", "layer_norm", "none"] | None = None
+    output_norm: Literal["l2", "layer_norm", "none"] = UNSET
     dense_initializer_type: Literal["normal", "xavier_uniform"] = "normal"
     dense_initializer_normal_std: float = 0.02
     embedding_initializer_std: float = 0.02
@@ -174,6 +180,12 @@ class NetworkArgs(Args):
     recompute_input_layernorm: bool = False
     recompute_input_silu: bool = False
     recompute_gate: bool = False
+
+    def resolve(self) -> None:
+        width = self.hidden_size
+        self.default(**backbone_defaults(self))
+        self.default(item_embedding_dim=width, action_embedding_dim=width, contextual_embedding_dim=width)
+        self.default(input_dropout=self.hidden_dropout, norm_epsilon=1e-5, is_causal=self.backbone != "bert")
 
     def validate(self) -> None:
         self.require_positive("num_layers", "hidden_size", "num_attention_heads", "kv_channels")
@@ -203,13 +215,6 @@ class NetworkArgs(Args):
     def is_hugging_face(self) -> bool:
         """Whether the backbone comes from the transformers library."""
         return self.backbone.startswith(HUGGING_FACE)
-
-    @property
-    def ffn_size(self) -> int:
-        """The inner width of feed-forward layers that applies."""
-        # Kang & McAuley 2018 have the width of the stream, Touvron et al. 2023 a gate beside 8/3, others four times.
-        chosen = {"sasrec": self.hidden_size, "llama": swiglu_size(self.hidden_size)}
-        return self.ffn_hidden_size or chosen.get(self.backbone, 4 * self.hidden_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,7 +288,12 @@ class Config:
 
     def __post_init__(self) -> None:
         assert (self.ranking is None) != (self.retrieval is None), "exactly one task"
-        network = self.network
+        network = replace(
+            self.network,
+            token_layout=self.network.token_layout or ("interleave" if self.ranking else "item"),
+            output_norm=self.network.output_norm or ("layer_norm" if self.ranking else "l2"),
+        )
+        object.__setattr__(self, "network", network)
         self.dynamic_embedding.check(self.embedding, pipelined=self.trainer.pipeline_type != "none")
         check_degrees(
             network,
@@ -292,7 +302,7 @@ class Config:
         )
         if network.is_masked and self.retrieval is None:
             raise network.error("backbone", "predicts masked items, not actions; use another one for ranking")
-        if network.is_masked and self.layout != "item":
+        if network.is_masked and network.token_layout != "item":
             raise network.error("token_layout", "the action of an item to be predicted is unknown; use 'item' with "
                                 f"{network.backbone}")  # fmt: skip
         if self.retrieval is not None and self.dataset.max_num_candidates:
@@ -305,18 +315,13 @@ class Config:
                 raise network.error("context_attention", reason)
             if network.num_time_buckets:
                 raise network.error("num_time_buckets", reason)
-        if self.retrieval is None and self.layout != "interleave" and self.dataset.max_num_candidates == 0:
+        if self.retrieval is None and network.token_layout != "interleave" and self.dataset.max_num_candidates == 0:
             raise network.error("token_layout", "ranking without candidates needs 'interleave': in any other "
                                 "layout a row either holds the action it should predict or sees none")  # fmt: skip
 
     @property
     def task(self) -> Literal["ranking", "retrieval"]:
         return "ranking" if self.ranking is not None else "retrieval"
-
-    @property
-    def layout(self) -> str:
-        """The token layout that applies."""
-        return self.network.token_layout or ("interleave" if self.task == "ranking" else "item")
 
     @property
     def eval_metrics(self) -> tuple[str, ...]:

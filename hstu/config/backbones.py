@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hstu.config.base import ConfigError
 
@@ -31,6 +31,26 @@ _USES: dict[str, tuple[object, tuple[str, ...], str]] = {
     "context_attention": ("causal", ("hstu", "sasrec", "llama", "hf"), "causal attention"),
 }
 
+PRESETS: dict[str, dict[str, Any]] = {
+    "research": dict(relative_position_bias=True, relative_time_bias=True, gate="mul", norm_epsilon=1e-6),
+    "production": dict(relative_position_bias=False, relative_time_bias=False, gate="mul", norm_epsilon=1e-5),
+}
+
+
+def backbone_defaults(network: NetworkArgs) -> dict[str, Any]:
+    """Return the value of each field whose default is the backbone's: what its paper has."""
+    width, ffn = network.hidden_size, dict(ffn_hidden_size=4 * network.hidden_size)
+    own: dict[str, dict[str, Any]] = {
+        "hstu": dict(PRESETS[network.preset], value_channels=network.kv_channels, scale_inputs=True),
+        # Kang & McAuley 2018: feed-forward layers as wide as the stream.
+        "sasrec": dict(ffn_hidden_size=width, norm_placement="pre", scale_inputs=True),
+        # Touvron et al. 2023: a gate beside 8/3 of it.
+        "llama": dict(ffn_hidden_size=swiglu_size(width), num_query_groups=network.num_attention_heads),
+        "bert": dict(ffn, norm_placement="post"),
+        "gru": {},
+    }
+    return dict(scale_inputs=False) | own.get(network.backbone, ffn)
+
 
 def check_backbone(network: NetworkArgs) -> None:
     """Raise ``ConfigError`` for an unknown backbone, or a field that it has no use for."""
@@ -46,15 +66,14 @@ def check_backbone(network: NetworkArgs) -> None:
     for field in RECOMPUTE:
         if getattr(network, field) and network.kernel_backend == "pytorch":
             raise network.error(field, "needs the fused layer: NetworkArgs.kernel_backend = 'auto' or 'triton'")
-    if network.is_causal is not None and network.is_causal == network.is_masked:
+    if network.is_causal == network.is_masked:
         trained = "masked items from both sides" if network.is_masked else "what follows"
         raise network.error("is_causal", f"{name} is trained to predict {trained}; leave it unset")
     if network.is_masked and (network.max_attn_len is not None or network.context_attention == "full"):
         field = "context_attention" if network.max_attn_len is None else "max_attn_len"
         raise network.error(field, "belongs to causal attention; masked items are predicted from both sides")
     if name == "llama":
-        groups = network.num_query_groups or network.num_attention_heads
-        if network.num_attention_heads % groups:
+        if network.num_attention_heads % network.num_query_groups:
             raise network.error("num_query_groups", f"must divide num_attention_heads = {network.num_attention_heads}")
         if network.kv_channels % 2:
             raise network.error("kv_channels", "rotary positions turn pairs of channels; use an even number for llama")
@@ -75,11 +94,8 @@ def check_degrees(network: NetworkArgs, context: int, tensor: int) -> None:
     if context > 1 and network.backbone not in _SPLIT:
         reason = f"= {context}: {whole}needs whole sequences; use 1, or hstu, sasrec, llama or bert"
         raise ConfigError("ContextParallelArgs.context_parallel_size", reason)
-    widths = {"num_attention_heads": network.num_attention_heads}
-    if network.backbone != "hstu":
-        widths["ffn_hidden_size"] = network.ffn_size
-    if network.backbone == "llama":
-        widths["num_query_groups"] = network.num_query_groups or network.num_attention_heads
+    shared = ("num_attention_heads", "ffn_hidden_size", "num_query_groups")
+    widths = {name: width for name in shared if (width := getattr(network, name)) is not None}
     reasons = [f"does not divide NetworkArgs.{name} = {width}" for name, width in widths.items() if width % tensor]
     if network.backbone not in _SPLIT:
         reasons = [f"{whole}cannot be cut by heads; use 1"]

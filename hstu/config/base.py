@@ -8,6 +8,9 @@ import types
 import typing
 from typing import Any
 
+UNSET: Any = None
+"""Default of a field that takes its value from others in ``resolve``; None stays where the field has no use."""
+
 
 class ConfigError(ValueError):
     """A config field has a name, type, value or combination that cannot be used.
@@ -70,7 +73,9 @@ def _describe(annotation: Any) -> str:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Args:
-    """Checks field types on construction, then calls ``validate``.
+    """Checks field types on construction, then calls ``resolve`` and ``validate``.
+
+    Afterwards a field holds the value that applies, also where it was not set.
 
     A list becomes a tuple and an integer may stand for a float; nothing else is converted: a string
     in place of a number is an error.
@@ -83,11 +88,24 @@ class Args:
         hints = typing.get_type_hints(type(self))
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
+            if value is None and field.default is UNSET:
+                continue
             try:
                 object.__setattr__(self, field.name, _coerce(hints[field.name], value))
             except TypeError as expected:
-                raise self.error(field.name, f"must be {expected}") from None
+                optional = " or None" if field.default is UNSET and "None" not in str(expected) else ""
+                raise self.error(field.name, f"must be {expected}{optional}") from None
+        self.resolve()
         self.validate()
+
+    def resolve(self) -> None:
+        """Give fields that are not set the value that applies; subclasses override."""
+
+    def default(self, **values: Any) -> None:
+        """Set those of the fields that are not set."""
+        for field, value in values.items():
+            if getattr(self, field) == self.__dataclass_fields__[field].default:
+                object.__setattr__(self, field, value)
 
     def validate(self) -> None:
         """Check ranges and combinations; subclasses override."""

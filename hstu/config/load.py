@@ -63,14 +63,17 @@ class LoadedConfig:
     Attributes:
         config: The checked config.
         given: What the user gave, as gin (files merged, bindings applied).
-        operative: Every field of every class with the value that applies, as gin.
         notes: One line for each option that was renamed, replaced or has no meaning here.
     """
 
     config: args.Config
     given: str
-    operative: str
     notes: tuple[str, ...]
+
+    @property
+    def operative(self) -> str:
+        """Every field of every class with the value that applies, as gin."""
+        return operative_gin(self.config)
 
 
 def find_config(name: str) -> Path:
@@ -109,7 +112,7 @@ def load_config(
         if error.field not in bound:
             raise
         raise ConfigError(error.field, f"{error.message} (set in {bound[error.field].where})") from None
-    return LoadedConfig(config=config, given=given, operative=operative_gin(config), notes=tuple(notes))
+    return LoadedConfig(config=config, given=given, notes=tuple(notes))
 
 
 def task_of(files: Sequence[str], bindings: Sequence[str] = ()) -> Literal["ranking", "retrieval"]:

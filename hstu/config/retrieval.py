@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from hstu.config.base import Args
+from hstu.config.base import UNSET, Args
 
 SAMPLED_100 = ":sampled_100"
 """Behind the name of a metric: ranks among 100 random items."""
@@ -28,7 +28,7 @@ class RetrievalArgs(Args):
     #: SASRec, or the sample ("window") alone.
     bce_excludes: Literal["history", "window"] = "history"
     #: "log_uniform": by rank of popularity in training. None: "uniform" when num_negatives is set, else "in_batch".
-    sampling_strategy: Literal["uniform", "log_uniform", "in_batch"] | None = None
+    sampling_strategy: Literal["uniform", "log_uniform", "in_batch"] = UNSET
     #: Backbones that predict masked items: share of the events that are masked in training.
     mask_probability: float = 0.2
     #: Share of the training samples of which the last event alone is masked, as in evaluation.
@@ -56,6 +56,10 @@ class RetrievalArgs(Args):
     #: Leave items of the user's whole history out of rankings and predictions; a target among them is then a miss.
     #: None: if at most 1% of the validation targets are such items.
     filter_seen: bool | None = None
+
+    def resolve(self) -> None:
+        if self.loss == "sampled_softmax":
+            self.default(sampling_strategy="in_batch" if self.num_negatives == -1 else "uniform")
 
     def validate(self) -> None:
         self.require_positive("temperature", "l2_norm_eps")
@@ -100,10 +104,10 @@ class RetrievalArgs(Args):
 
     @property
     def negatives(self) -> Literal["all", "uniform", "log_uniform", "in_batch"]:
-        """The sampling strategy that applies."""
+        """Where negatives come from."""
         if self.loss == "full_softmax":
             return "all"
-        return self.sampling_strategy or ("in_batch" if self.num_negatives == -1 else "uniform")
+        return "uniform" if self.loss == "bce" else self.sampling_strategy
 
     @property
     def needs_item_counts(self) -> bool:

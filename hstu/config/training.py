@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from hstu.config.base import Args
+from hstu.config.base import UNSET, Args
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +49,10 @@ class TrainerArgs(Args):
     profile_step_start: int = 100
     profile_step_end: int = 200
 
+    def resolve(self) -> None:
+        if self.max_train_iters is None:
+            self.default(max_epochs=1)
+
     def validate(self) -> None:
         self.require_positive("train_batch_size", "eval_batch_size", "eval_interval", "log_interval")
         self.require_positive("max_train_iters", "max_epochs", "max_eval_iters", "keep_last_checkpoints")
@@ -69,7 +73,7 @@ class OptimizerArgs(Args):
     """The optimizer of the dense weights and the one fused into the tables' backward pass.
 
     Tables step inside the backward pass, so ``clip_grad`` (global norm, 0: off) and ``weight_decay`` are
-    those of the dense weights alone. ``sparse_*`` fields that are None follow the dense ones, a minimum rate in
+    those of the dense weights alone. ``sparse_*`` fields that are not set follow the dense ones, a minimum rate in
     proportion to the peak. Replicated tables are dense weights that follow the tables' rate and schedule.
     """
 
@@ -88,13 +92,24 @@ class OptimizerArgs(Args):
     use_distributed_optimizer: bool = False
     #: Average dense gradients while the backward pass still runs.
     overlap_grad_reduce: bool = False
-    sparse_optimizer_str: Literal["adam", "sgd", "adagrad", "rowwise_adagrad"] | None = None
-    sparse_learning_rate: float | None = None
-    sparse_warmup_steps: int | None = None
-    sparse_lr_schedule: Literal["constant", "linear", "cosine"] | None = None
-    sparse_min_learning_rate: float | None = None
+    sparse_optimizer_str: Literal["adam", "sgd", "adagrad", "rowwise_adagrad"] = UNSET
+    sparse_learning_rate: float = UNSET
+    sparse_warmup_steps: int = UNSET
+    sparse_lr_schedule: Literal["constant", "linear", "cosine"] = UNSET
+    sparse_min_learning_rate: float = UNSET
     #: Clip each number of the gradient of a looked-up row to [-x, x], before those of one row are summed; 0: off.
     sparse_max_gradient: float = 0.0
+
+    def resolve(self) -> None:
+        self.default(
+            sparse_optimizer_str="adam" if self.optimizer_str == "adamw" else self.optimizer_str,
+            sparse_learning_rate=self.learning_rate,
+            sparse_warmup_steps=self.warmup_steps,
+            sparse_lr_schedule=self.lr_schedule,
+        )
+        if self.learning_rate > 0:
+            share = self.min_learning_rate / self.learning_rate
+            self.default(sparse_min_learning_rate=share * self.sparse_learning_rate)
 
     def validate(self) -> None:
         self.require_positive("learning_rate", "sparse_learning_rate", "adam_eps")
@@ -108,10 +123,5 @@ class OptimizerArgs(Args):
             raise self.error("use_distributed_optimizer", "works with adam and adamw")
         if self.min_learning_rate > self.learning_rate:
             raise self.error("min_learning_rate", "must not be above OptimizerArgs.learning_rate")
-        if (self.sparse_min_learning_rate or 0) > self.sparse_rate:
+        if self.sparse_min_learning_rate > self.sparse_learning_rate:
             raise self.error("sparse_min_learning_rate", "must not be above the peak learning rate of the tables")
-
-    @property
-    def sparse_rate(self) -> float:
-        """The peak learning rate of the tables that applies."""
-        return self.learning_rate if self.sparse_learning_rate is None else self.sparse_learning_rate

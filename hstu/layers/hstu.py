@@ -210,17 +210,11 @@ class HSTUBlock(nn.Module):
 
 
 def hstu_preset(name: Literal["research", "production"]) -> dict:
-    """Return the fields of ``HSTUConfig`` that a published parametrisation fixes.
+    """Return the fields of ``HSTUConfig`` that a published parametrisation fixes and ``NetworkArgs`` has no field for.
 
     ``research``: the code behind the paper's public tables. ``production``: the industrial systems.
     """
     if name == "research":
-        return dict(
-            silu_on="uvqk", projection_bias=False, alpha=1.0, affine_norm=False, gate="mul", norm_eps=1e-6,
-            position_bias=True, time_bias_buckets=True,
-        )  # fmt: skip
+        return dict(silu_on="uvqk", projection_bias=False, alpha=1.0, affine_norm=False)
     assert name == "production", name
-    return dict(
-        silu_on="uvqk", projection_bias=True, alpha=None, affine_norm=True, gate="mul", norm_eps=1e-5,
-        position_bias=False, time_bias_buckets=False,
-    )  # fmt: skip
+    return dict(silu_on="uvqk", projection_bias=True, alpha=None, affine_norm=True)

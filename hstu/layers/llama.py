@@ -57,7 +57,12 @@ def rotate(x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class LLaMALayer(nn.Module):
-    """One layer of LLaMA (https://arxiv.org/abs/2302.13971); ``wo`` and ``w3`` start 1 / sqrt(2 L) smaller."""
+    """One layer of LLaMA (https://arxiv.org/abs/2302.13971).
+
+    Its paper says nothing of initialisation: ``wo`` and ``w2``, which write to the residual stream, start
+    1 / sqrt(2 L) smaller, as in GPT-2 (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners",
+    section 2.3).
+    """
 
     def __init__(self, config: LLaMAConfig, num_layers: int) -> None:
         super().__init__()
@@ -69,7 +74,7 @@ class LLaMALayer(nn.Module):
         self.w1 = nn.Linear(hidden, config.ffn_size, bias=False)
         self.w2 = nn.Linear(config.ffn_size, hidden, bias=False)
         self.w3 = nn.Linear(hidden, config.ffn_size, bias=False)
-        self.wo.init_scale = self.w3.init_scale = 1 / math.sqrt(2 * num_layers)  # type: ignore[assignment]
+        self.wo.init_scale = self.w2.init_scale = 1 / math.sqrt(2 * num_layers)  # type: ignore[assignment]
         self.attention_norm = nn.RMSNorm(hidden, config.norm_eps)
         self.ffn_norm = nn.RMSNorm(hidden, config.norm_eps)
         self.dropout = Dropout(config.dropout)

@@ -28,9 +28,10 @@ def token_positions(tokens: Stream, *, from_end: bool = False) -> Tensor:
 class PositionEncoder(nn.Module):
     """x * sqrt(D) + P[p], and optionally + A[bucket(seconds before the request)], then dropout.
 
-    The request is the latest event of the sample. With ``num_positions`` = 0 there is no P, for backbones that
-    know positions themselves; with ``num_time_buckets`` = 0 no A. ``positions_from_end`` is for sequences without
-    candidates whose last token is asked for, as padding on the left has it.
+    Without ``scale_inputs`` x stays as it is, and P starts with ``std``, as embeddings do. The request is the latest
+    event of the sample. With ``num_positions`` = 0 there is no P, for backbones that know positions themselves; with
+    ``num_time_buckets`` = 0 no A. ``positions_from_end`` is for sequences without candidates whose last token is asked
+    for, as padding on the left has it.
     Following "Actions Speak Louder than Words" (https://arxiv.org/abs/2402.17152) and its production form.
     """
 
@@ -39,18 +40,21 @@ class PositionEncoder(nn.Module):
         hidden_size: int,
         num_positions: int,
         *,
+        scale_inputs: bool = True,
+        std: float = 0.02,
         positions_from_end: bool = False,
         num_time_buckets: int = 0,
         time_bucket_fn: Literal["sqrt", "log"] = "sqrt",
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.scale = math.sqrt(hidden_size)
+        self.scale = math.sqrt(hidden_size) if scale_inputs else 1.0
         self.positions_from_end = positions_from_end
         self.position: nn.Parameter | None = None
         if num_positions:
             self.position = nn.Parameter(torch.empty(num_positions, hidden_size))
-            nn.init.trunc_normal_(self.position, std=1 / self.scale, a=-2 / self.scale, b=2 / self.scale)
+            std = 1 / self.scale if scale_inputs else std
+            nn.init.trunc_normal_(self.position, std=std, a=-2 * std, b=2 * std)
         self.time: nn.Parameter | None = None
         if num_time_buckets:
             self.time = nn.Parameter(torch.zeros(num_time_buckets + 1, hidden_size))

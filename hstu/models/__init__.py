@@ -2,12 +2,12 @@
 
 from hstu.config import Config
 from hstu.data.schema import Schema
-from hstu.models.encoder import Encoder, make_collator
+from hstu.models.encoder import Encoder, fit_to_data, make_collator
 from hstu.models.masked import MaskedRetrievalModel
 from hstu.models.ranking import RankingModel
 from hstu.models.retrieval import RetrievalModel
 
-__all__ = ["Encoder", "RankingModel", "RetrievalModel", "build_model", "make_collator"]
+__all__ = ["Encoder", "RankingModel", "RetrievalModel", "build_model", "fit_to_data", "make_collator"]
 
 
 def build_model(config: Config, schema: Schema, *, allocate_tables: bool = True) -> RankingModel | RetrievalModel:

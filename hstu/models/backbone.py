@@ -22,7 +22,7 @@ def make_backbone(network: NetworkArgs, max_tokens: int) -> nn.Module:
         max_tokens: Tokens of the longest sample.
 
     Raises:
-        ConfigError: for a HuggingFace model that cannot be built.
+        ConfigError: for a backbone that does not exist, or a HuggingFace model that cannot be built.
     """
     if network.backbone == "hstu":
         return HSTUBlock(_hstu_config(network, max_tokens), network.num_layers)
@@ -32,7 +32,9 @@ def make_backbone(network: NetworkArgs, max_tokens: int) -> nn.Module:
         return GRUBlock(network.hidden_size, network.num_layers, network.hidden_dropout)
     if network.is_hugging_face:
         return _hugging_face(network, max_tokens)
-    return TransformerBlock(_transformer_config(network), network.num_layers)
+    if network.backbone in ("sasrec", "bert"):
+        return TransformerBlock(_transformer_config(network), network.num_layers)
+    raise network.error("backbone", "is a name that no module goes by")
 
 
 def has_position_table(network: NetworkArgs) -> bool:
@@ -40,40 +42,28 @@ def has_position_table(network: NetworkArgs) -> bool:
     return network.backbone not in ("llama", "gru") and not network.is_hugging_face
 
 
-def uses_time_bias(network: NetworkArgs) -> bool:
-    """Whether attention has a bias by time difference."""
-    if network.backbone != "hstu":
-        return False
-    chosen = network.relative_time_bias
-    return hstu_preset(network.preset)["time_bias_buckets"] if chosen is None else chosen
-
-
 def _hstu_config(network: NetworkArgs, max_tokens: int) -> HSTUConfig:
-    fields = hstu_preset(network.preset)
-    if network.relative_position_bias is not None:
-        fields["position_bias"] = network.relative_position_bias
-    if network.gate is not None:
-        fields["gate"] = network.gate
-    if network.norm_epsilon is not None:
-        fields["norm_eps"] = network.norm_epsilon
-    fields["time_bias_buckets"] = network.num_bias_time_buckets if uses_time_bias(network) else 0
     return HSTUConfig(
         hidden_size=network.hidden_size,
         num_heads=network.num_attention_heads,
         qk_channels=network.kv_channels,
-        value_channels=network.value_channels or network.kv_channels,
+        value_channels=network.value_channels,
         max_tokens=max_tokens,
-        scaling_seqlen=float(max_tokens if network.scaling_seqlen == -1 else network.scaling_seqlen),
+        scaling_seqlen=float(network.scaling_seqlen),
+        gate=network.gate,
+        position_bias=network.relative_position_bias,
+        time_bias_buckets=network.num_bias_time_buckets if network.relative_time_bias else 0,
         bias_query_time=network.bias_query_time,
         context_attention=network.context_attention,
         max_attn_len=network.max_attn_len,
         candidate_group_size=network.target_group_size,
         dropout=network.hidden_dropout,
+        norm_eps=network.norm_epsilon,
         recompute_norm=network.recompute_input_layernorm,
         recompute_silu=network.recompute_input_silu,
         recompute_gate=network.recompute_gate,
         backend={"auto": "auto", "pytorch": "reference", "triton": "triton"}[network.kernel_backend],  # type: ignore[arg-type]
-        **fields,
+        **hstu_preset(network.preset),
     )
 
 
@@ -87,18 +77,16 @@ def _visibility(network: NetworkArgs) -> Visibility:
 
 
 def _transformer_config(network: NetworkArgs) -> TransformerConfig:
-    # Kang & McAuley 2018 and Sun et al. 2019 differ in these.
-    bert = network.backbone == "bert"
     return TransformerConfig(
         hidden_size=network.hidden_size,
         num_heads=network.num_attention_heads,
         head_channels=network.kv_channels,
-        ffn_size=network.ffn_size,
-        activation="gelu" if bert else "relu",
-        norm=network.norm_placement or ("post" if bert else "pre"),
+        ffn_size=network.ffn_hidden_size,
+        activation="gelu" if network.backbone == "bert" else "relu",  # Sun et al. 2019; Kang & McAuley 2018
+        norm=network.norm_placement,
         visibility=_visibility(network),
         dropout=network.hidden_dropout,
-        norm_eps=network.norm_epsilon or 1e-5,
+        norm_eps=network.norm_epsilon,
     )
 
 
@@ -109,7 +97,7 @@ def _hugging_face(network: NetworkArgs, max_tokens: int) -> nn.Module:
             hidden_size=network.hidden_size,
             num_layers=network.num_layers,
             num_heads=network.num_attention_heads,
-            ffn_size=network.ffn_size,
+            ffn_size=network.ffn_hidden_size,
             max_tokens=max_tokens,
             dropout=network.hidden_dropout,
             visibility=_visibility(network),
@@ -122,10 +110,10 @@ def _llama_config(network: NetworkArgs) -> LLaMAConfig:
     return LLaMAConfig(
         hidden_size=network.hidden_size,
         num_heads=network.num_attention_heads,
-        num_groups=network.num_query_groups or network.num_attention_heads,
+        num_groups=network.num_query_groups,
         head_channels=network.kv_channels,
-        ffn_size=network.ffn_size,
+        ffn_size=network.ffn_hidden_size,
         visibility=_visibility(network),
         dropout=network.hidden_dropout,
-        norm_eps=network.norm_epsilon or 1e-5,
+        norm_eps=network.norm_epsilon,
     )

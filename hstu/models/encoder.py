@@ -17,7 +17,7 @@ from hstu.layers.positions import PositionEncoder
 from hstu.layers.postprocess import Postprocess
 from hstu.layers.preprocess import Preprocess
 from hstu.layers.tokens import Stream
-from hstu.models.backbone import has_position_table, make_backbone, uses_time_bias
+from hstu.models.backbone import has_position_table, make_backbone
 from hstu.models.embedding import Embeddings, EmbeddingTables, ItemCategories, Table, category_feature
 
 
@@ -36,6 +36,22 @@ class Inputs:
     action: str | None
     contexts: tuple[str, ...]
     max_tokens: int
+
+
+def fit_to_data(config: Config, schema: Schema) -> Config:
+    """Return ``config`` with the values that the data set decides: context features, and what a long sequence needs.
+
+    Raises:
+        ConfigError: if config and schema do not fit together.
+    """
+    inputs, network = model_inputs(config, schema), config.network
+    if (network.num_position_buckets or inputs.max_tokens) < inputs.max_tokens:
+        raise network.error("num_position_buckets", f"a sample can have {inputs.max_tokens} tokens; use at least that")
+    if network.backbone == "hstu" and network.scaling_seqlen == -1:
+        network = replace(network, scaling_seqlen=inputs.max_tokens)
+    if has_position_table(network):
+        network = replace(network, num_position_buckets=network.num_position_buckets or inputs.max_tokens)
+    return replace(config, network=network, dataset=replace(config.dataset, contextual_feature_names=inputs.contexts))
 
 
 def make_collator(config: Config, schema: Schema) -> Collator:
@@ -59,7 +75,7 @@ def make_collator(config: Config, schema: Schema) -> Collator:
         max_history=config.dataset.max_history_seqlen,
         max_candidates=config.dataset.max_num_candidates,
         contexts=known if chosen is None else chosen,
-        use_actions=config.layout != "item" and schema.action is not None,
+        use_actions=config.network.token_layout != "item" and schema.action is not None,
         history_start=config.dataset.history_start,
         history_end=config.dataset.history_end,
         sampling_ratio=config.dataset.history_sampling_ratio,
@@ -76,17 +92,17 @@ def model_inputs(config: Config, schema: Schema) -> Inputs:
     """
     collator = make_collator(config, schema)
     network = config.network
-    if config.layout != "item" and schema.action is None:
+    if network.token_layout != "item" and schema.action is None:
         raise ConfigError(
             "NetworkArgs.token_layout",
-            f"= {config.layout!r}: data set {schema.name!r} has no actions; use 'item'",
+            f"= {network.token_layout!r}: data set {schema.name!r} has no actions; use 'item'",
         )
-    if schema.time is None and (uses_time_bias(network) or network.num_time_buckets):
+    if schema.time is None and (network.relative_time_bias or network.num_time_buckets):
         raise ConfigError(
             "NetworkArgs.relative_time_bias",
             f": data set {schema.name!r} has no timestamps; set it to False and NetworkArgs.num_time_buckets to 0",
         )
-    per_event = 2 if config.layout == "interleave" else 1
+    per_event = 2 if network.token_layout == "interleave" else 1
     return Inputs(
         item=schema.item.name,
         action=schema.action.name if schema.action is not None and collator.use_actions else None,
@@ -122,7 +138,7 @@ def make_tables(config: Config, schema: Schema) -> tuple[Table, ...]:
         Table(
             name=name,
             rows=rows[name] or 0,
-            width=network.hidden_size if width == -1 else width,
+            width=width,
             features=features.get(name, (name,)),
             std=network.embedding_initializer_std,
             seed=config.trainer.seed,
@@ -170,42 +186,38 @@ class Encoder(nn.Module):
 
     def __init__(self, config: Config, schema: Schema, *, allocate_tables: bool = True) -> None:
         super().__init__()
+        config = fit_to_data(config, schema)
         network, inputs = config.network, model_inputs(config, schema)
         self.embeddings: Embeddings = EmbeddingTables(make_tables(config, schema), allocate=allocate_tables)
         categories = item_categories(config, schema)
         #: What stands for items beside, or in place of, rows of their own; whoever has the data sets its ids.
         self.categories = ItemCategories(inputs.item, categories, schema.item.vocab_size or 0) if categories else None
         self.features = (*inputs.contexts, inputs.item, *([inputs.action] if inputs.action else []))
-        item_width = network.hidden_size if network.item_embedding_dim == -1 else network.item_embedding_dim
-        widths = {inputs.item: item_width} | self.embeddings.widths
-        num_positions = network.num_position_buckets or inputs.max_tokens
-        if num_positions < inputs.max_tokens:
-            raise network.error(
-                "num_position_buckets", f"a sample can have {inputs.max_tokens} tokens; use at least that"
-            )
-        dropout = network.hidden_dropout if network.input_dropout is None else network.input_dropout
+        widths = {inputs.item: network.item_embedding_dim} | self.embeddings.widths
         self.preprocess = Preprocess(
             network.hidden_size,
             {name: width for name, width in widths.items() if name in self.features},
             item=inputs.item,
             action=inputs.action,
             contexts=inputs.contexts,
-            layout=config.layout,  # type: ignore[arg-type]
+            layout=network.token_layout,
             positions=PositionEncoder(
                 network.hidden_size,
-                num_positions if has_position_table(network) else 0,
+                network.num_position_buckets or 0,
+                scale_inputs=network.scale_inputs,
+                std=network.embedding_initializer_std,
                 positions_from_end=network.is_masked,
                 num_time_buckets=network.num_time_buckets,
                 time_bucket_fn=network.time_bucket_fn,
-                dropout=dropout,
+                dropout=network.input_dropout,
             ),
         )
         #: Chooses the rows of a stream that are held here; ``parallelize`` sets it.
         self.hold: Callable[[Stream], Stream] = lambda stream: stream
         self._laid_out: tuple[Tensor, Stream] | None = None
         self.backbone = make_backbone(network, inputs.max_tokens)
-        norm = network.output_norm or ("l2" if config.retrieval else "layer_norm")
-        eps = config.retrieval.l2_norm_eps if config.retrieval and norm == "l2" else network.norm_epsilon or 1e-5
+        norm = network.output_norm
+        eps = config.retrieval.l2_norm_eps if config.retrieval and norm == "l2" else network.norm_epsilon
         self.postprocess = Postprocess(network.hidden_size, norm, eps, last_token=config.task == "retrieval")
         self.autocast_dtype = torch.bfloat16 if network.dtype_str == "bfloat16" else None
         own = (self.preprocess,) if network.is_hugging_face else (self.preprocess, self.backbone)

@@ -31,7 +31,7 @@ class RetrievalModel(Encoder):
         initialize(self.similarity, "xavier_uniform", 0.0)
         self.item_bias = ItemBias(self.num_items) if self.args.item_bias else None
         self.sampler = NegativeSampler(self.args.negatives, self.num_items, self.args.num_negatives, self.seed)
-        if config.network.item_embedding_dim not in (-1, config.network.hidden_size):
+        if config.network.item_embedding_dim != config.network.hidden_size:
             raise config.network.error("item_embedding_dim", "retrieval scores hidden states against items: use -1")
 
     def forward(self, batch: Batch) -> LossSum:

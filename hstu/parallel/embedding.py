@@ -37,11 +37,6 @@ _OPTIMIZERS = {
 _CLASSES = {"sgd": optim.SGD, "adam": optim.Adam, "adagrad": optim.Adagrad, "rowwise_adagrad": optim.RowWiseAdagrad}
 
 
-def sparse_optimizer_name(args: OptimizerArgs) -> str:
-    """Return the tables' optimizer: the one configured, else the dense one's namesake."""
-    return args.sparse_optimizer_str or ("adam" if args.optimizer_str == "adamw" else args.optimizer_str)
-
-
 class ShardedTables(Embeddings):
     """Looks up what ``EmbeddingTables`` looks up, over tables spread across all ranks.
 
@@ -179,7 +174,7 @@ def place(
     Raises:
         ConfigError: for a layout that the optimizer or the memory of ``topology`` does not allow.
     """
-    kind = sparse_optimizer_name(optimizer)
+    kind = optimizer.sparse_optimizer_str
     if kind == "rowwise_adagrad" and any(embedding.of(t.name) == "column_wise" for t in tables):
         raise ConfigError(
             "OptimizerArgs.sparse_optimizer_str",
@@ -190,7 +185,7 @@ def place(
     sharder: Any = EmbeddingCollectionSharder(
         fused_params=dict(
             optimizer=_OPTIMIZERS[kind],
-            learning_rate=optimizer.sparse_rate,
+            learning_rate=optimizer.sparse_learning_rate,
             eps=optimizer.adam_eps,
             beta1=optimizer.adam_beta1,
             beta2=optimizer.adam_beta2,

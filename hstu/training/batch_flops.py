@@ -21,7 +21,7 @@ def batch_flops(model: RankingModel | RetrievalModel, config: Config, batch: Bat
     """
     contexts = sum((batch.lengths(name) for name in model.preprocess.contexts), batch.num_candidates * 0)
     events, candidates = batch.lengths(batch.item), batch.num_candidates
-    per_event = 2 if config.layout == "interleave" else 1
+    per_event = 2 if config.network.token_layout == "interleave" else 1
     lengths = contexts + per_event * (events - candidates) + candidates
     labels = model.num_labels(batch)
     heads = model.head if isinstance(model, RankingModel) else model.similarity

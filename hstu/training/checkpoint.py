@@ -23,7 +23,6 @@ from torch.distributed.remote_device import _remote_device
 from hstu.config import RECOMPUTE, Config
 from hstu.data.schema import Schema
 from hstu.parallel import Parallelized
-from hstu.parallel.embedding import sparse_optimizer_name
 from hstu.training.checkpoint_files import (
     MARKER,
     STAMP,
@@ -52,13 +51,15 @@ def model_identity(config: Config, schema: Schema) -> dict[str, Any]:
         for name, value in dataclasses.asdict(config.network).items()
         if name not in runtime
     }
-    identity = network | {
+    # What others follow from comes first: the first difference is named.
+    identity = {
         "task": config.task,
         "DatasetArgs.max_history_seqlen": config.dataset.max_history_seqlen,
         "DatasetArgs.max_num_candidates": config.dataset.max_num_candidates,
         "DatasetArgs.contextual_feature_names": config.dataset.contextual_feature_names,
+        **network,
         "OptimizerArgs.optimizer_str": config.optimizer.optimizer_str,
-        "OptimizerArgs.sparse_optimizer_str": sparse_optimizer_name(config.optimizer),
+        "OptimizerArgs.sparse_optimizer_str": config.optimizer.sparse_optimizer_str,
         "DynamicEmbeddingArgs.capacity": config.dynamic_embedding.capacity,
         "DynamicEmbeddingArgs.evict_strategy": config.dynamic_embedding.evict_strategy,
         "tables": {feature.name: feature.vocab_size for feature in schema.features},

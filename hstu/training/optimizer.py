@@ -62,7 +62,9 @@ class Optimizer:
             use_distributed_optimizer=args.use_distributed_optimizer,
         )
         # An explicit dict also turns off Megatron's own rule for weight decay, which no config shows.
-        overrides: dict[ParamKey, Any] = {ParamKey(name="*replicated.*"): {"max_lr": args.sparse_rate, "sparse": True}}
+        overrides: dict[ParamKey, Any] = {
+            ParamKey(name="*replicated.*"): {"max_lr": args.sparse_learning_rate, "sparse": True}
+        }
         with cuda_means_cpu():
             self.megatron = get_megatron_optimizer(config, [parallel.dense.ddp], config_overrides=overrides)
         self.engine = self.megatron.chained_optimizers[0]
@@ -77,7 +79,7 @@ class Optimizer:
         dense, sparse = (schedule_factor(self.args, step, self.total_steps, sparse=of) for of in (False, True))
         for group in self.dense.param_groups:
             group["lr"] = group["max_lr"] * (sparse if group.get("sparse") else dense)
-        self.parallel.tables.set_learning_rate(self.args.sparse_rate * sparse)
+        self.parallel.tables.set_learning_rate(self.args.sparse_learning_rate * sparse)
         return self.args.learning_rate * dense
 
     def step(self) -> None:

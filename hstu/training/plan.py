@@ -31,7 +31,7 @@ from hstu.data.batch import Batch
 from hstu.data.reader import SequenceDataset
 from hstu.models import RankingModel, RetrievalModel, build_model
 from hstu.models.embedding import Embeddings, Table
-from hstu.parallel.embedding import place, sparse_optimizer_name
+from hstu.parallel.embedding import place
 from hstu.training.batch_flops import batch_flops, matrix_elements
 from hstu.training.hardware import Gpu
 
@@ -171,7 +171,7 @@ def table_memory(config: Config, tables: tuple[Table, ...], gpu: Gpu, nodes: int
     """
     world = nodes * per_node
     topology = Topology(world, "cuda", hbm_cap=int(gpu.memory), ddr_cap=2**50, local_world_size=per_node)
-    held, optimizer = np.zeros(world), sparse_optimizer_name(config.optimizer)
+    held, optimizer = np.zeros(world), config.optimizer.sparse_optimizer_str
     try:
         _, _, plan = place(tables, config.embedding, config.optimizer, topology)
     except ConfigError:

@@ -15,9 +15,8 @@ def schedule_factor(args: OptimizerArgs, step: int, total_steps: int, *, sparse:
     """
     warmup, kind, floor = args.warmup_steps, args.lr_schedule, args.min_learning_rate / args.learning_rate
     if sparse:
-        warmup = warmup if args.sparse_warmup_steps is None else args.sparse_warmup_steps
-        kind = args.sparse_lr_schedule or kind
-        floor = floor if args.sparse_min_learning_rate is None else args.sparse_min_learning_rate / args.sparse_rate
+        warmup, kind = args.sparse_warmup_steps, args.sparse_lr_schedule
+        floor = args.sparse_min_learning_rate / args.sparse_learning_rate
     if step < warmup:
         return (step + 1) / warmup
     if kind == "constant":

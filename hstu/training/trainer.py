@@ -16,7 +16,7 @@ from hstu.data.loader import BatchLoader
 from hstu.data.reader import SequenceDataset
 from hstu.data.seen import trained_items
 from hstu.data.splits import Split, make_splits
-from hstu.models import RetrievalModel, build_model, make_collator
+from hstu.models import RetrievalModel, build_model, fit_to_data, make_collator
 from hstu.models.negatives import count_items
 from hstu.parallel import Mesh, parallelize
 from hstu.parallel.balance import deal, sample_costs
@@ -106,6 +106,7 @@ class Trainer:
     @staticmethod
     def _resolved(config: Config, dataset: SequenceDataset, mesh: Mesh, valid: Split) -> tuple[Config, str | None]:
         """Return ``config`` with what only the data can decide, and the reason for filter_seen."""
+        config = fit_to_data(config, dataset.schema)
         if config.retrieval is None:
             return config, None
         chosen, reason = mesh.on_main(lambda: decide_filter_seen(config, dataset, valid))
@@ -118,7 +119,7 @@ class Trainer:
         return trained_items(self.dataset, loader.split, loader.collate)
 
     def _deal(self, events: np.ndarray, ranks: int) -> list[np.ndarray]:
-        per_event = 2 if self.config.layout == "interleave" else 1
+        per_event = 2 if self.config.network.token_layout == "interleave" else 1
         return deal(sample_costs(events * per_event, self.config.network), ranks)
 
     def resume(self, checkpoint: Path) -> None:
@@ -299,14 +300,11 @@ class Trainer:
     def _total_steps(self) -> int:
         """Return the steps at the end: those taken, and those that the rest of the last epoch needs."""
         args, loader, progress = self.config.trainer, self.loaders["train"], self.progress
-        epochs = args.max_epochs
-        if epochs is None and args.max_train_iters is None:
-            epochs = 1
         limits = [args.max_train_iters]
-        if epochs is not None:
+        if args.max_epochs is not None:
             epoch, first = divmod(progress.samples, len(loader.split))
             unfinished = -(-(len(loader.split) - first) // loader.global_batch_size)
-            limits.append(progress.step + unfinished + (epochs - epoch - 1) * loader.steps_per_epoch)
+            limits.append(progress.step + unfinished + (args.max_epochs - epoch - 1) * loader.steps_per_epoch)
         return min(limit for limit in limits if limit is not None)
 
     def _keep_position(self) -> None:

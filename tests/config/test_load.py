@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from hstu.config import ConfigError, load_config
+from hstu.config.backbones import _USES
 from hstu.config.load import CONFIG_DIRECTORY
 
 BASE = """\
@@ -349,3 +350,61 @@ def test_the_shipped_configs_are_all_there() -> None:
     wanted = {f"{data}_{task}.gin" for data in ("synthetic", "ml_100k", "custom", "movielen")
               for task in ("ranking", "retrieval")}  # fmt: skip
     assert wanted <= set(SHIPPED)
+
+
+# Fields for which None or -1 is a value of its own, or is decided by the data (and then written by the trainer).
+NOTHING = {
+    "TrainerArgs": {"max_train_iters", "max_epochs", "max_eval_iters", "ckpt_save_interval"},
+    "DatasetArgs": {"dataset_path", "contextual_feature_names", "temporal_cuts", "train_stride", "history_start",
+                    "history_end"},
+    "NetworkArgs": {"max_attn_len", "num_position_buckets", "scaling_seqlen"},
+    "RetrievalArgs": {"num_negatives", "filter_seen"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_default_is_resolved_in_the_config(name: str) -> None:
+    config = load_config("ranking" if "ranking" in name else "retrieval", [name]).config
+    unused = {field for field, (_, users, _) in _USES.items() if config.network.backbone not in users}
+    unused |= {"sampling_strategy"} if config.retrieval and config.retrieval.loss != "sampled_softmax" else set()
+    for member in dataclasses.fields(config):
+        if (owner := getattr(config, member.name)) is not None:
+            unset = {f.name for f in dataclasses.fields(owner) if getattr(owner, f.name) in (None, -1)}
+            assert unset <= NOTHING.get(type(owner).__name__, set()) | unused
+    assert config.trainer.max_epochs or config.trainer.max_train_iters
+
+
+WIDTH = ("NetworkArgs.hidden_size=48", "NetworkArgs.kv_channels=6", "NetworkArgs.hidden_dropout=0.3")
+RATES = ("OptimizerArgs.optimizer_str='adamw'", "OptimizerArgs.learning_rate=0.5", "OptimizerArgs.warmup_steps=7",
+         "OptimizerArgs.min_learning_rate=0.25", "OptimizerArgs.sparse_learning_rate=2.0")  # fmt: skip
+RESOLVED: list[tuple[str, tuple[str, ...], str, dict[str, object]]] = [
+    ("retrieval", WIDTH, "network", {"relative_position_bias": False, "relative_time_bias": False, "gate": "mul",
+     "norm_epsilon": 1e-5, "value_channels": 6, "scale_inputs": True, "input_dropout": 0.3, "item_embedding_dim": 48,
+     "token_layout": "item", "output_norm": "l2", "is_causal": True, "ffn_hidden_size": None}),
+    ("ranking", ("NetworkArgs.preset='research'", "NetworkArgs.gate='concat'"), "network",
+     {"relative_position_bias": True, "relative_time_bias": True, "gate": "concat", "norm_epsilon": 1e-6,
+      "token_layout": "interleave", "output_norm": "layer_norm"}),
+    ("retrieval", ("NetworkArgs.backbone='sasrec'", *WIDTH), "network",
+     {"ffn_hidden_size": 48, "norm_placement": "pre", "scale_inputs": True, "gate": None, "value_channels": None}),
+    ("retrieval", ("NetworkArgs.backbone='llama'", *WIDTH), "network",
+     {"ffn_hidden_size": 128, "num_query_groups": 2, "scale_inputs": False, "num_position_buckets": None}),
+    ("retrieval", ("NetworkArgs.backbone='bert'", *WIDTH), "network",
+     {"ffn_hidden_size": 192, "norm_placement": "post", "scale_inputs": False, "is_causal": False}),
+    ("retrieval", ("NetworkArgs.backbone='gru'",), "network", {"scale_inputs": False, "ffn_hidden_size": None}),
+    ("retrieval", ("NetworkArgs.backbone='hf:bert'", *WIDTH), "network",
+     {"ffn_hidden_size": 192, "scale_inputs": False, "is_causal": True}),
+    ("retrieval", RATES, "optimizer", {"sparse_optimizer_str": "adam", "sparse_warmup_steps": 7,
+     "sparse_lr_schedule": "constant", "sparse_min_learning_rate": 1.0, "sparse_learning_rate": 2.0}),
+    ("retrieval", ("RetrievalArgs.num_negatives=-1",), "retrieval", {"sampling_strategy": "in_batch"}),
+    ("retrieval", ("RetrievalArgs.num_negatives=3",), "retrieval", {"sampling_strategy": "uniform"}),
+    ("retrieval", (), "trainer", {"max_epochs": 1}),
+    ("retrieval", ("TrainerArgs.max_train_iters=3",), "trainer", {"max_epochs": None}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("task", "lines", "member", "fields"), RESOLVED)
+def test_a_default_is_the_documented_one(
+    task: str, lines: tuple[str, ...], member: str, fields: dict[str, object], tmp_path: Path
+) -> None:
+    owner = getattr(load_config(task, [write(tmp_path, TEXTS[task])], lines).config, member)  # type: ignore[arg-type]
+    assert {name: getattr(owner, name) for name in fields} == fields

@@ -286,6 +286,9 @@ def test_the_entrypoint_of_another_task_is_refused(mode: str, home: Path):
 def test_the_operative_config_is_a_config(home: Path):
     from hstu.config import load_config
 
-    for task in ("retrieval", "ranking"):
+    for task, tokens in (("retrieval", 1 + 17), ("ranking", 1 + 2 * 17 + 2)):
         path = home / task / "operative.gin"
-        assert load_config(task, [str(path)]).operative == path.read_text()  # type: ignore[arg-type]
+        loaded = load_config(task, [str(path)])  # type: ignore[arg-type]
+        assert loaded.operative == path.read_text()
+        assert loaded.config.dataset.contextual_feature_names == ("plan",), "what the data decides is there too"
+        assert loaded.config.network.num_position_buckets == loaded.config.network.scaling_seqlen == tokens

@@ -14,7 +14,8 @@ from hstu.ops import lengths_to_offsets
 
 def make_config(preset: str, **fields: Any) -> HSTUConfig:
     chosen = hstu_preset(preset)  # type: ignore[arg-type]
-    chosen["time_bias_buckets"] = 20 if chosen["time_bias_buckets"] else 0
+    if preset == "research":
+        chosen |= dict(position_bias=True, time_bias_buckets=20, norm_eps=1e-6)
     shape = dict(hidden_size=10, num_heads=2, qk_channels=3, value_channels=5, max_tokens=40, scaling_seqlen=17.0)
     return HSTUConfig(**{**shape, **chosen, **fields})
 

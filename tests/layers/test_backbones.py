@@ -243,7 +243,7 @@ def test_llama_starts_as_published() -> None:
     small = 0.02 / math.sqrt(2 * 8)
     for name, parameter in block.named_parameters():
         if parameter.dim() == 2:
-            wanted = small if name.endswith(("wo.weight", "w3.weight")) else 0.02
+            wanted = small if name.endswith(("wo.weight", "w2.weight")) else 0.02
             assert float(parameter.detach().std()) == pytest.approx(wanted, rel=0.02), name
 
 

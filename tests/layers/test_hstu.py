@@ -91,9 +91,8 @@ def test_the_presets_are_the_published_parametrisations() -> None:
     research, production = hstu_preset("research"), hstu_preset("production")
     assert research["alpha"] == 1.0 and production["alpha"] is None
     assert not research["affine_norm"] and production["affine_norm"]
-    assert (research["norm_eps"], research["gate"], research["silu_on"]) == (1e-6, "mul", "uvqk")
-    assert research["position_bias"] and research["time_bias_buckets"]
-    assert not production["position_bias"] and not production["time_bias_buckets"]
+    assert research["silu_on"] == production["silu_on"] == "uvqk"
+    assert not research["projection_bias"] and production["projection_bias"]
 
 
 @pytest.mark.parametrize("preset", ["research", "production"])

@@ -29,6 +29,14 @@ def test_scaled_values_plus_the_row_of_the_position() -> None:
     assert out.offsets is tokens.offsets and encoder.time is None
 
 
+def test_without_a_scale_values_stay_and_positions_start_as_small_as_embeddings() -> None:
+    torch.manual_seed(0)
+    tokens, encoder = make_tokens(LENGTHS, None, CANDIDATES), PositionEncoder(10, 600, scale_inputs=False, std=0.03)
+    added = encoder(tokens).values - encoder.position[token_positions(tokens)]
+    torch.testing.assert_close(added, tokens.values, rtol=0, atol=1e-6)
+    assert 0.02 < float(encoder.position.detach().std()) < 0.03 and float(encoder.position.detach().abs().max()) <= 0.06
+
+
 def test_positions_from_the_end_are_those_of_a_history_cut_at_its_start() -> None:
     tokens = make_tokens((4, 0, 1, 3))
     assert token_positions(tokens, from_end=True).tolist() == [3, 2, 1, 0, 0, 2, 1, 0]

@@ -13,6 +13,7 @@ import torch
 from hstu.config import Config, ConfigError
 from hstu.data import SequenceDataset
 from hstu.models import build_model
+from hstu.models.backbone import make_backbone
 from tests.models.test_models import (
     LENGTHS,
     RANKING,
@@ -153,6 +154,25 @@ def test_what_makes_no_sense_is_refused_with_a_reason(backbone: str, line: str, 
     with pytest.raises(ConfigError) as caught:
         config_of(backbone, "retrieval", *([line] if line else []))
     assert reason in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_name_that_no_module_goes_by_is_an_error_and_not_another_backbone() -> None:
+    network = config_of("sasrec", "retrieval").network
+    object.__setattr__(network, "backbone", "sasrek")
+    with pytest.raises(ConfigError, match="NetworkArgs.backbone = 'sasrek': is a name that no module goes by"):
+        make_backbone(network, 9)
+
+
+@pytest.mark.parametrize(("backbone", "scale"), [("hstu", 4.0), ("sasrec", 4.0), ("llama", 1.0), ("bert", 1.0)])
+def test_inputs_are_scaled_as_each_backbones_paper_has_it_or_as_asked(
+    dataset: SequenceDataset, backbone: str, scale: float
+) -> None:
+    width = "NetworkArgs.hidden_size=16"
+    plain = build_model(config_of(backbone, "retrieval", width), dataset.schema)
+    assert plain.preprocess.positions.scale == scale
+    for asked, wanted in ((True, 4.0), (False, 1.0)):
+        config = config_of(backbone, "retrieval", width, f"NetworkArgs.scale_inputs={asked}")
+        assert build_model(config, dataset.schema).preprocess.positions.scale == wanted
 
 
 def test_one_field_chooses_the_backbone_of_an_hstu_config(dataset: SequenceDataset) -> None:

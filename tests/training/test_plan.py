@@ -17,7 +17,6 @@ from hstu.data.reader import SequenceDataset
 from hstu.models.backbone import make_backbone
 from hstu.models.embedding import Table
 from hstu.parallel.context import ContextParallel, attend_across_ranks
-from hstu.parallel.embedding import sparse_optimizer_name
 from hstu.parallel.mesh import Group, parallel_state
 from hstu.parallel.tensor import TensorParallel
 from hstu.training.hardware import GPUS
@@ -48,7 +47,7 @@ def test_weights_moments_and_tables_are_exact(data: Path, tmp_path: Path, bindin
         demand = measure_demand(run_.config, run_.dataset, next(run_.loaders["train"].epoch(0)))
         (_, _, _, *dense), *tables = memory_rows(run_.parallel, run_.optimizer)
     assert list(dense_bytes(run_.config, demand.dense, 1)) == dense
-    kind = sparse_optimizer_name(run_.config.optimizer)
+    kind = run_.config.optimizer.sparse_optimizer_str
     planned = {f"table {t.name}": shard_bytes(t.rows, -(-t.width // 4) * 4, kind) for t in demand.tables}
     assert planned == {row[0]: row[3:] for row in tables}
 
