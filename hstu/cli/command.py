@@ -80,10 +80,21 @@ def open_trained(run_dir: str | Path, choice: str, bindings: list[str], mesh: Me
     checkpoint = mesh.on_main(lambda: find_checkpoint(run.checkpoints, choice))
     if checkpoint is None:
         raise ValueError(f"--run_dir = {str(run_dir)!r}: has no finished checkpoint {choice!r}; train first")
-    trainer = Trainer(config, open_dataset(find_dataset(config.dataset, run), mesh), mesh, run)
+    dataset = open_dataset(find_dataset(config.dataset, run), mesh)
+    require_vocabularies(checkpoint, dataset, mesh, resume=False)
+    trainer = Trainer(config, dataset, mesh, run)
     step = trainer.checkpointer.load(checkpoint, optimizer=False).step
     logger.info("%s of %s, step %d", task, run.path, step)
     return trainer, step
+
+
+def require_vocabularies(checkpoint: Path, dataset: SequenceDataset, mesh: Mesh, *, resume: bool) -> None:
+    """Raise ``ValueError`` unless the ids of ``dataset`` are those of ``checkpoint``; before a model is built."""
+    from hstu.training.checkpoint_files import read_marker
+    from hstu.training.vocabularies import require_same_vocabularies
+
+    here = dataset.vocabularies
+    mesh.on_main(lambda: require_same_vocabularies(checkpoint, read_marker(checkpoint), here, resume=resume))
 
 
 def recorded_task(run: RunDirectory) -> Literal["ranking", "retrieval"] | None:

@@ -13,7 +13,14 @@ from typing import Any, Literal
 from absl import app, flags
 
 from hstu import environment
-from hstu.cli.command import dataset_record, find_dataset, open_dataset, recorded_task, run_on_mesh
+from hstu.cli.command import (
+    dataset_record,
+    find_dataset,
+    open_dataset,
+    recorded_task,
+    require_vocabularies,
+    run_on_mesh,
+)
 from hstu.cli.flags import refuse_repeats, underscore_flags
 from hstu.config import ConfigError, LoadedConfig, load_config
 
@@ -28,6 +35,7 @@ def define_flags() -> None:
     flags.DEFINE_enum("mode", "train", ["train", "eval"], "Train, or score a checkpoint.")
     flags.DEFINE_string("checkpoint", None, "latest, best, a step, or a path. Default: latest to train, best to score.")
     flags.DEFINE_enum("resume", "auto", ["auto", "never", "must"], "Whether to go on from the run directory.")
+    flags.DEFINE_string("init_from", None, "Run or checkpoint to start a new run from: TrainerArgs.init_from.")
     flags.DEFINE_string("run_dir", None, "Where results go. Default: runs/<config>-<time>.")
     refuse_repeats(FLAGS, "gin_config_file")
     for flag in FLAGS.flags_by_module_dict()[__name__]:
@@ -51,6 +59,7 @@ def main(task: Literal["ranking", "retrieval"]) -> None:
 
 def _run(task: Literal["ranking", "retrieval"], mesh: Any) -> None:
     from hstu.training.checkpoint_files import find_checkpoint
+    from hstu.training.init_from import find_source
     from hstu.training.run_directory import RunDirectory, configure_logging
     from hstu.training.trainer import Trainer
 
@@ -70,12 +79,21 @@ def _run(task: Literal["ranking", "retrieval"], mesh: Any) -> None:
     checkpoint = checkpoint or mesh.on_main(lambda: find_checkpoint(run.checkpoints, choice))
     if checkpoint is None and (not training or FLAGS.resume == "must" or FLAGS.checkpoint is not None):
         raise ValueError(f"--run-dir = {str(run.path)!r}: has no finished checkpoint {choice!r}; train first")
+    if checkpoint is not None:
+        require_vocabularies(checkpoint, dataset, mesh, resume=training)
+    init_from = loaded.config.trainer.init_from if training else None
+    source = None
+    if init_from is not None and checkpoint is None:
+        source = mesh.on_main(lambda: find_source(init_from, run.path))
     trainer = Trainer(loaded.config, dataset, mesh, run)
     if not training:
+        assert checkpoint is not None
         _score(trainer, checkpoint, choice)
         return
     if checkpoint is not None:
         trainer.resume(checkpoint)
+    elif source is not None:
+        trainer.start_from(source)
     mesh.on_main(run.create)
     mesh.on_main(run.lock)
     configure_logging(run.path / "train.log", is_main=mesh.is_main)
@@ -83,7 +101,12 @@ def _run(task: Literal["ranking", "retrieval"], mesh: Any) -> None:
         logger.info("note: %s", note)
     if checkpoint is not None:
         logger.info("resumed from %s at step %d", checkpoint, trainer.progress.step)
+        if init_from is not None:
+            logger.info(
+                "TrainerArgs.init_from = %r: not used again, for the run has a checkpoint of its own", init_from
+            )
     record = {"command": sys.argv, "dataset": dataset_record(loaded.config.dataset, path)}
+    record["started_from"] = trainer.started_from or mesh.broadcast(run.started_from())
     loaded = replace(loaded, config=trainer.config)  # with the values that the data set decides
     mesh.on_main(lambda: run.describe(loaded, environment.describe() | record))
     trainer.train()
@@ -115,7 +138,8 @@ def _load(task: Literal["ranking", "retrieval"], run: Any) -> LoadedConfig:
         given = str(own)
     if given is None:
         raise ConfigError("--gin-config-file", "is required; for example synthetic_ranking.gin")
-    return load_config(task, [given], FLAGS.gin_bindings)
+    start = [] if FLAGS.init_from is None else [f"TrainerArgs.init_from = {str(Path(FLAGS.init_from).resolve())!r}"]
+    return load_config(task, [given], [*FLAGS.gin_bindings, *start])
 
 
 def _run_path() -> Path:

@@ -29,6 +29,9 @@ class TrainerArgs(Args):
     gradient_accumulation_steps: int = 1
     max_eval_iters: int | None = None
     seed: int = 1234
+    #: Another run, or one of its checkpoints, whose weights and optimizer state a new run starts from; rows of tables
+    #: are matched by original ids. Of a run its best checkpoint is taken, else its latest.
+    init_from: str | None = None
     #: Evaluations without a better validation score before training stops; 0 never stops early.
     early_stopping_patience: int = 0
     #: Steps between checkpoints; -1 saves only the best and the last one.
@@ -57,6 +60,8 @@ class TrainerArgs(Args):
         self.require_positive("train_batch_size", "eval_batch_size", "eval_interval", "log_interval")
         self.require_positive("max_train_iters", "max_epochs", "max_eval_iters", "keep_last_checkpoints")
         self.require_positive("gradient_accumulation_steps", "hang_timeout_seconds")
+        if self.init_from is not None and not self.init_from.strip():
+            raise self.error("init_from", "must name a run directory or a checkpoint; use None to start afresh")
         self.require_range("seed", 0, 2**31)
         self.require_range("early_stopping_patience", 0, 2**31)
         if self.nonfinite_loss == "skip" and self.gradient_accumulation_steps > 1:

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from hstu.data.schema import CATEGORY, VOCABULARY_DIR, Schema
+from hstu.data.schema import CATEGORY, SCHEMA_FILE, VOCABULARY_DIR, Schema
 
 _BLOCK = 1 << 20  # values hashed at once
 
@@ -94,6 +94,12 @@ class Vocabularies:
         known = self.schema.vocabularies.get(feature)
         return identity_of(self._blocks(feature)) if known is None else known
 
+    def check(self, feature: str) -> None:
+        """Raise ValueError if the vocabulary of ``feature`` is damaged; in memory that does not grow with it."""
+        known = self.schema.vocabularies.get(feature)
+        if known is not None and identity_of(self._blocks(feature)) != known:
+            raise self._damaged(feature, "original")
+
     def originals(self, feature: str) -> pa.Array:
         """Return the original values of ``feature`` in the order of its ids, [vocab_size].
 
@@ -110,7 +116,7 @@ class Vocabularies:
         """
         item = self.schema.item
         size = next(feature.vocab_size for feature in self.schema.categories if feature.name == category) or 0
-        found = self._column(item.name, CATEGORY + category, CATEGORY + category).to_numpy()
+        found = self._column(item.name, CATEGORY + category, CATEGORY + category).to_numpy().copy()
         if found.size != item.vocab_size or found.min() < 0 or found.max() >= size:
             raise ValueError(
                 f"{self.path}: category {category!r} has {found.size} ids from {found.min()} to {found.max()}, not "
@@ -122,11 +128,14 @@ class Vocabularies:
         values = pa.concat_arrays(list(self._blocks(feature, column)))
         known = self.schema.vocabularies.get(key)
         if known is not None and identity_of([values]) != known:
-            raise ValueError(
-                f"{self.file(feature)}: column {column!r} is damaged, it is not what {self.path / 'schema.json'} "
-                "describes; run the preprocessor again"
-            )
+            raise self._damaged(feature, column)
         return values
+
+    def _damaged(self, feature: str, column: str) -> ValueError:
+        return ValueError(
+            f"{self.file(feature)}: column {column!r} is damaged, it is not what {self.path / SCHEMA_FILE} "
+            "describes; run the preprocessor again"
+        )
 
     def _blocks(self, feature: str, column: str = "original") -> Iterator[pa.Array]:
         """Yield the values of ``column`` in the order of the ids, block by block."""
@@ -149,7 +158,7 @@ class Vocabularies:
                     yield block.column(column)
                 if number != self.size(feature):
                     raise ValueError(
-                        f"{path}: has {number} values, {self.path / 'schema.json'} says {self.size(feature)}; "
+                        f"{path}: has {number} values, {self.path / SCHEMA_FILE} says {self.size(feature)}; "
                         "run the preprocessor again"
                     )
         except (pa.ArrowException, OSError) as error:

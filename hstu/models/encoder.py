@@ -192,6 +192,8 @@ class Encoder(nn.Module):
         categories = item_categories(config, schema)
         #: What stands for items beside, or in place of, rows of their own; whoever has the data sets its ids.
         self.categories = ItemCategories(inputs.item, categories, schema.item.vocab_size or 0) if categories else None
+        #: Dense weights with one row for each id of a feature, and the feature.
+        self.row_weights: dict[str, str] = {}
         self.features = (*inputs.contexts, inputs.item, *([inputs.action] if inputs.action else []))
         widths = {inputs.item: network.item_embedding_dim} | self.embeddings.widths
         self.preprocess = Preprocess(

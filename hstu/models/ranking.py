@@ -32,6 +32,10 @@ class RankingModel(Encoder):
             bias=args.prediction_head_bias,
         )
         initialize(self.head, "xavier_uniform", 0.0)
+        if self.multiclass and schema.action is not None:
+            last = len(self.head.layers) - 1
+            names = (name for name, _ in self.head.layers[last].named_parameters())
+            self.row_weights = {f"head.layers.{last}.{name}": schema.action.name for name in names}
 
     def logits(self, batch: Batch) -> Tensor:
         """Return the scores of the labelled events, [L, K] float32, K classes or binary tasks."""

@@ -30,6 +30,8 @@ class RetrievalModel(Encoder):
         self.similarity = make_similarity(self.args, config.network.hidden_size, self.postprocess.norm)
         initialize(self.similarity, "xavier_uniform", 0.0)
         self.item_bias = ItemBias(self.num_items) if self.args.item_bias else None
+        if self.item_bias is not None:
+            self.row_weights["item_bias.weight"] = self.item
         self.sampler = NegativeSampler(self.args.negatives, self.num_items, self.args.num_negatives, self.seed)
         if config.network.item_embedding_dim != config.network.hidden_size:
             raise config.network.error("item_embedding_dim", "retrieval scores hidden states against items: use -1")

@@ -52,8 +52,10 @@ class DenseParallel:
             value.copy_(state[name] if cut is None else cut.own(state[name]))
 
     def _named(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield parameters, and the buffers that are state: not those that whoever has the data sets."""
         yield from self.ddp.module.named_parameters()
-        yield from self.ddp.module.named_buffers()
+        kept = self.ddp.module.state_dict().keys()
+        yield from ((name, value) for name, value in self.ddp.module.named_buffers() if name in kept)
 
     def zero_grad(self) -> None:
         """Clear the gradient buffer before a step."""

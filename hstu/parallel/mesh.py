@@ -207,6 +207,15 @@ class Mesh:
             dist.broadcast_object_list(box, src=0, group=self.host_group)
         return box[0]
 
+    def share(self, make: Callable[[], Tensor], size: int) -> Tensor:
+        """Run ``make`` on rank 0; the [size] int64 in host memory it returns, or its exception, reaches every rank."""
+        box: list[Tensor] = []
+        self.on_main(lambda: box.append(make()))
+        values = box[0] if box else torch.empty(size, dtype=torch.int64)
+        if self.world_size > 1:
+            dist.broadcast(values, 0, group=self.host_group)
+        return values
+
     def on_main(self, action: Callable[[], Any]) -> Any:
         """Run ``action`` on rank 0 while the others wait; its result, or its exception, reaches every rank."""
         outcome: Any = None

@@ -21,7 +21,6 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.remote_device import _remote_device
 
 from hstu.config import RECOMPUTE, Config
-from hstu.data.schema import Schema
 from hstu.parallel import Parallelized
 from hstu.training.checkpoint_files import (
     MARKER,
@@ -36,6 +35,7 @@ from hstu.training.checkpoint_files import (
     write_atomically,
 )
 from hstu.training.optimizer import Optimizer
+from hstu.training.vocabularies import Record
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +43,8 @@ _DENSE = "dense/"
 _DENSE_OPTIMIZER = "optimizer/"
 
 
-def model_identity(config: Config, schema: Schema) -> dict[str, Any]:
-    """Return what must agree between a checkpoint and the model that loads it, as JSON values."""
+def model_identity(config: Config) -> dict[str, Any]:
+    """Return what must agree between a checkpoint and the model that loads it beside its ids, as JSON values."""
     runtime = {"hidden_dropout", "input_dropout", "dtype_str", "kernel_backend", *RECOMPUTE}
     network = {
         f"NetworkArgs.{name}": value
@@ -62,7 +62,6 @@ def model_identity(config: Config, schema: Schema) -> dict[str, Any]:
         "OptimizerArgs.sparse_optimizer_str": config.optimizer.sparse_optimizer_str,
         "DynamicEmbeddingArgs.capacity": config.dynamic_embedding.capacity,
         "DynamicEmbeddingArgs.evict_strategy": config.dynamic_embedding.evict_strategy,
-        "tables": {feature.name: feature.vocab_size for feature in schema.features},
     }
     if config.ranking is not None:
         head = ("prediction_head_arch", "prediction_head_act_type", "num_tasks")
@@ -89,6 +88,7 @@ class Checkpointer:
         parallel: The model.
         optimizer: Both optimizers.
         identity: Of the model, see ``model_identity``.
+        vocabularies: What its ids stand for, see ``describe_vocabularies``.
         keep_last: How many of the newest to keep; the best is always kept.
     """
 
@@ -98,10 +98,12 @@ class Checkpointer:
         parallel: Parallelized,
         optimizer: Optimizer,
         identity: dict[str, Any],
+        vocabularies: Record,
         keep_last: int,
     ) -> None:
         self.directory, self.parallel, self.optimizer = directory, parallel, optimizer
-        self.identity, self.keep_last, self.mesh = identity, keep_last, parallel.mesh
+        self.identity, self.vocabularies = identity, vocabularies
+        self.keep_last, self.mesh = keep_last, parallel.mesh
         self._saved_step: int | None = None
         # Of their own: what the threads of the ranks say to each other must not meet what training says.
         self._writers = torch.distributed.new_group(backend="gloo")
@@ -223,6 +225,7 @@ class Checkpointer:
             "progress": dataclasses.asdict(progress),
             "ranks": self.mesh.degrees,
             "model": self.identity,
+            "vocabularies": self.vocabularies,
             "files": {path.name: path.stat().st_size for path in sorted(partial.glob("*.safetensors"))},
         }
         write_atomically(partial / MARKER, json.dumps(marker, indent=1))

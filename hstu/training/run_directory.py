@@ -98,10 +98,15 @@ class RunDirectory:
                 found.append(record)
         return found
 
+    def started_from(self) -> dict[str, Any] | None:
+        """Return what the run took over from another one when it began, if it did."""
+        found = (record for record in self.records(0) if record["kind"] == "init")
+        return next(found, None)
+
     def rewind(self, step: int) -> None:
         """Drop the records that a run resumed at ``step`` will write again: later ones, and the test score."""
         if self.metrics.is_file():
-            records = [record for record in self.records(step) if record.get("split") != "test"]
+            records = [record for record in self.records(step) if record.get("split") != "test"] if step else []
             kept = "".join(json.dumps(record) + "\n" for record in records)
             write_atomically(self.metrics, kept)
 

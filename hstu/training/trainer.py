@@ -21,9 +21,10 @@ from hstu.models.negatives import count_items
 from hstu.parallel import Mesh, parallelize
 from hstu.parallel.balance import deal, sample_costs
 from hstu.training.checkpoint import Checkpointer, model_identity
-from hstu.training.checkpoint_files import Progress, find_checkpoint, supersede
+from hstu.training.checkpoint_files import Progress, find_checkpoint, read_marker, supersede
 from hstu.training.evaluate import best_possible, decide_filter_seen, evaluate, improves
 from hstu.training.hardware import present_gpu
+from hstu.training.init_from import in_words, initialize, open_source
 from hstu.training.interrupt import StopRequest
 from hstu.training.logging import RunLogger, check_loggers, format_metrics
 from hstu.training.meter import Meter, not_finite
@@ -33,6 +34,12 @@ from hstu.training.profile import profiler
 from hstu.training.run_directory import RunDirectory
 from hstu.training.step import Stepper
 from hstu.training.summary import describe_data, memory_table
+from hstu.training.vocabularies import (
+    describe_vocabularies,
+    embedded_features,
+    keep_vocabularies,
+    require_same_vocabularies,
+)
 from hstu.training.watchdog import beat, keep_stacks, watchdog
 
 logger = logging.getLogger(__name__)
@@ -61,6 +68,7 @@ class Trainer:
         args = config.trainer
         check_loggers(args.loggers)
         self.progress, self.resumed_at = Progress(), -1  # the last step whose checkpoints here are this run's
+        self.started_from: dict[str, Any] | None = None
         without_loss = dataset.action_ids(config.dataset.actions_without_loss)
         collate = replace(make_collator(config, dataset.schema), actions_without_loss=without_loss)
         self.loaders = {
@@ -87,6 +95,8 @@ class Trainer:
         if config.retrieval is not None and config.retrieval.needs_item_counts:
             assert isinstance(model, RetrievalModel)
             model.sampler.set_counts(count_items(dataset, self.loaders["train"].split).to(mesh.device))
+        names = embedded_features(config, model, dataset.schema)
+        vocabularies = mesh.on_main(lambda: describe_vocabularies(dataset.vocabularies, names))
         self.parallel = parallelize(model, mesh, config)
         self.model = self.parallel.model
         self.optimizer = Optimizer(self.parallel, config.optimizer, self.total_steps)
@@ -94,7 +104,8 @@ class Trainer:
             run.checkpoints,
             self.parallel,
             self.optimizer,
-            model_identity(config, dataset.schema),
+            model_identity(config),
+            vocabularies,
             args.keep_last_checkpoints,
         )
         gpu = present_gpu()
@@ -129,6 +140,7 @@ class Trainer:
             CheckpointError: if it cannot be loaded.
             ConfigError: if it is another run's, and that has taken all the steps of this one.
         """
+        self._require_same_vocabularies(checkpoint, resume=True)
         self.progress = self.checkpointer.load(checkpoint)
         self.resumed_at = self.progress.step
         self._keep_position()
@@ -141,6 +153,16 @@ class Trainer:
             # The best of another run is not here to be tested.
             fresh = dict(best_score=None, best_step=None, evaluations_since_best=0, stopped_early=False)
             self.progress = replace(self.progress, **fresh)  # type: ignore[arg-type]
+
+    def start_from(self, checkpoint: Path) -> None:
+        """Start with the weights and the optimizer state of another run, see ``TrainerArgs.init_from``.
+
+        Raises:
+            CheckpointError: if it is of another model, or does not say what its ids stand for.
+        """
+        own, here = self.checkpointer, self.dataset.vocabularies
+        source = open_source(checkpoint, self.mesh, own.identity, here, own.vocabularies)
+        self.progress, self.started_from = initialize(source, self.parallel, self.optimizer, own.identity)
 
     def train(self) -> dict[str, Any] | None:
         """Train to the end, then score the best checkpoint on the test split once.
@@ -156,6 +178,12 @@ class Trainer:
         if self.config.retrieval is not None:
             logger.info("RetrievalArgs.filter_seen = %s: %s", self.config.retrieval.filter_seen, self.filtering)
         self._rewind()
+        started_from = self.started_from
+        if started_from is not None:
+            logger.info(in_words(started_from))
+            self.mesh.on_main(lambda: self.run.append({"kind": "init", "step": 0, **started_from}))
+        here, record = self.dataset.vocabularies, self.checkpointer.vocabularies
+        self.mesh.on_main(lambda: keep_vocabularies(here, record, self.run.path))
         seconds, stacks = self.config.trainer.hang_timeout_seconds, self.run.path / "stacks"
         self.mesh.on_main(lambda: keep_stacks(stacks))
         with (
@@ -178,9 +206,14 @@ class Trainer:
 
     def evaluate(self, checkpoint: Path, splits: tuple[str, ...] = ("valid", "test")) -> list[dict[str, Any]]:
         """Score ``checkpoint``; returns one record per split."""
+        self._require_same_vocabularies(checkpoint, resume=False)
         step = self.checkpointer.load(checkpoint, optimizer=False).step
         beat()
         return [self._score(split, step) for split in splits]
+
+    def _require_same_vocabularies(self, checkpoint: Path, *, resume: bool) -> None:
+        here = self.dataset.vocabularies
+        self.mesh.on_main(lambda: require_same_vocabularies(checkpoint, read_marker(checkpoint), here, resume=resume))
 
     def _rewind(self) -> None:
         """Drop what a run that goes on from here will write again."""

@@ -1,0 +1,327 @@
+"""Start from the weights and the optimizer state of another run, whose ids may stand for other values.
+
+Rows of tables, and of dense weights that have one for each id, go to the id of the same original value; an id that the
+other run did not know keeps its fresh row. Every other weight is taken as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import torch
+from torch import Tensor
+
+from hstu.data.vocabulary import Vocabularies, places_of
+from hstu.models import Encoder
+from hstu.parallel import Mesh, Parallelized
+from hstu.training.checkpoint_files import CheckpointError, Progress, find_checkpoint, is_complete, read_marker
+from hstu.training.optimizer import Optimizer
+from hstu.training.saved_tensors import SavedTensors
+from hstu.training.vocabularies import Record, kept_vocabularies
+
+_FIELD = "TrainerArgs.init_from"
+_REPLICATED = "replicated.weights."
+
+
+def find_source(init_from: str, run: Path) -> Path:
+    """Return the checkpoint that ``init_from`` names: a path to one, or the best one of a run, or else its latest.
+
+    Args:
+        init_from: A run directory or a checkpoint.
+        run: The run that starts.
+
+    Raises:
+        CheckpointError: if there is none, or it is of ``run`` itself.
+    """
+    path = Path(init_from).resolve()
+    if path == run.resolve() or run.resolve() in path.parents:
+        raise CheckpointError(f"{_FIELD} = {init_from!r}: is this run itself, which goes on from there by --resume; "
+                              "leave it out, or choose another --run-dir")  # fmt: skip
+    if is_complete(path):
+        return path
+    for choice in ("best", "latest"):
+        found = find_checkpoint(path / "checkpoints", choice)
+        if found is not None:
+            return found
+    raise CheckpointError(f"{_FIELD} = {init_from!r}: is neither a run directory with a finished checkpoint nor a "
+                          "checkpoint; give one, as runs/NAME or runs/NAME/checkpoints/latest")  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A checkpoint to start from.
+
+    Attributes:
+        path: Where it is.
+        marker: What it says of itself.
+        ids: Feature -> id there of each id here, [ids here] int64; -1 where it is not known there.
+        known: Feature -> how many ids there are there.
+    """
+
+    path: Path
+    marker: dict[str, Any]
+    ids: dict[str, Tensor]
+    known: dict[str, int]
+
+    def rows(self, feature: str, number: int, there: int) -> Tensor:
+        """Return the row there of each of ``number`` rows here, [number] int64; -1: none.
+
+        Rows behind those of ids stand for no id, and are matched in their order.
+
+        Args:
+            feature: Whose ids have rows.
+            number: Rows here.
+            there: Rows there.
+        """
+        ids, known = self.ids[feature][:number], self.known[feature]
+        behind = torch.arange(number - len(ids)) + known
+        return torch.cat([ids, torch.where(behind < there, behind, -1)])
+
+
+def open_source(path: Path, mesh: Mesh, identity: dict[str, Any], here: Vocabularies, record: Record) -> Source:
+    """Return the checkpoint ``path`` with its ids matched to those of the data set at hand, on every rank.
+
+    Args:
+        path: A finished checkpoint.
+        mesh: The ranks.
+        identity: Of the model that starts, see ``model_identity``.
+        here: The vocabularies of its data set.
+        record: Which of them it embeds, see ``describe_vocabularies``.
+
+    Raises:
+        CheckpointError: if it is of another model, or keeps no vocabularies.
+    """
+    marker = mesh.on_main(lambda: read_marker(path))
+    _require_same_model(path, marker, identity)
+    there: Record | None = marker.get("vocabularies")
+    if there is None:
+        raise CheckpointError(
+            f"{_FIELD} = {str(path)!r}: was written by a version that kept no vocabularies; go on with that run for a "
+            "step, on its own data set, and start from its next checkpoint"
+        )
+    embedded = [name for name, entry in record.items() if entry["embedded"]]
+    others = sorted({name for name, entry in there.items() if entry["embedded"]} ^ {*embedded})
+    if others:
+        raise CheckpointError(f"{_FIELD} = {str(path)!r}: is of another model: the features that are embedded here and "
+                              f"there differ in {', '.join(map(repr, others))}; use a data set and a config with the "
+                              "same")  # fmt: skip
+    ids = {}
+    for name in embedded:
+        size = record[name]["size"]
+        ids[name] = mesh.share(lambda name=name: _match(name, there[name], record[name], here, path), size)  # type: ignore[misc]
+    return Source(path=path, marker=marker, ids=ids, known={name: there[name]["size"] for name in embedded})
+
+
+def _require_same_model(path: Path, marker: dict[str, Any], identity: dict[str, Any]) -> None:
+    for where, model in (("there", marker["model"]), ("here", identity)):
+        if model["DynamicEmbeddingArgs.capacity"]:
+            raise CheckpointError(f"{_FIELD} = {str(path)!r}: DynamicEmbeddingArgs.capacity is set {where}: rows of "
+                                  "dynamic tables are not matched yet; train such a model from the start")  # fmt: skip
+    multiclass = identity.get("RankingArgs.num_tasks") == 1 and identity["RankingArgs.prediction_head_arch"][-1] > 1
+    for name, value in identity.items():
+        other = marker["model"].get(name)
+        if name.startswith("OptimizerArgs.") or name == "DynamicEmbeddingArgs.capacity":
+            continue  # whose state begins anew; whose rows are matched
+        if name == "RankingArgs.prediction_head_arch" and multiclass and other is not None:
+            value, other = value[:-1], other[:-1]  # classes are matched
+        if other != value:
+            raise CheckpointError(f"{_FIELD} = {str(path)!r}: is of another model: {name} is {other!r} there and "
+                                  f"{value!r} here; use the same")  # fmt: skip
+
+
+def _match(name: str, there: dict[str, Any], own: dict[str, Any], here: Vocabularies, path: Path) -> Tensor:
+    """Return the id there of each id here, [ids here] int64; -1 where it is not known there."""
+    size, known = own["size"], there["size"]
+    if (own["identity"] is None) != (there["identity"] is None):
+        raise CheckpointError(f"{_FIELD} = {str(path)!r}: is of another model: of {name!r}, ids are bit masks either "
+                              "here or there, but not in both; use the same --action_type")  # fmt: skip
+    if own["identity"] == there["identity"]:  # of bit masks too, which stand for themselves
+        ids = torch.arange(size)
+        return torch.where(ids < known, ids, -1)
+    identities = {name: there["identity"]}
+    kept = next((found for home in path.parents if (found := kept_vocabularies(home, identities)) is not None), None)
+    if kept is None:
+        raise CheckpointError(f"{_FIELD} = {str(path)!r}: the vocabulary of {name!r} that it was trained on is not in "
+                              "its run directory any more; give the path of the whole run directory")  # fmt: skip
+    values, old = (pl.Series(pl.from_arrow(v.originals(name))) for v in (here, kept))
+    return torch.from_numpy(places_of(values, old).fill_null(-1).to_numpy().copy())
+
+
+class _Initializer:
+    """Fills a model and its optimizers from ``source``.
+
+    Args:
+        source: The checkpoint.
+        parallel: The model.
+        optimizer: Both optimizers.
+        identity: Of the model, see ``model_identity``.
+    """
+
+    def __init__(self, source: Source, parallel: Parallelized, optimizer: Optimizer, identity: dict[str, Any]) -> None:
+        self.source, self.parallel, self.optimizer = source, parallel, optimizer
+        self.saved = SavedTensors(source.path)
+        self.dense_kind, self.table_kind = _kinds(identity)
+        self.old_dense_kind, self.old_table_kind = _kinds(source.marker["model"])
+        model: Encoder = parallel.model
+        #: Dense weight -> feature whose ids its rows stand for.
+        self.row_weights = dict(model.row_weights)
+        self.row_weights |= {_REPLICATED + name: name for name in parallel.tables.replicated.weights}
+
+    def run(self) -> Progress:
+        """Take everything that is known there; returns a start whose optimizers have taken the steps that count."""
+        self._dense_weights()
+        for name, weight, moments in self._sharded():
+            self._table(name, weight, moments)
+        self.parallel.tables.forget_cached_rows()
+        steps = Progress(**self.source.marker["progress"])
+        progress = Progress(
+            dense_steps=steps.dense_steps if self.dense_kind == self.old_dense_kind else 0,
+            table_steps=steps.table_steps if self.table_kind == self.old_table_kind else 0,
+        )
+        self.parallel.tables.set_step(progress.table_steps)
+        self._dense_moments(progress.dense_steps)
+        return progress
+
+    def record(self) -> dict[str, Any]:
+        """Return what was carried over, as JSON values."""
+        source = self.source
+        rows = {}
+        for name, ids in source.ids.items():
+            kept = int((ids >= 0).sum())
+            rows[name] = {"kept": kept, "new": len(ids) - kept, "left_out": source.known[name] - kept}
+        kinds = {
+            "dense weights": (self.old_dense_kind, self.dense_kind),
+            "tables": (self.old_table_kind, self.table_kind),
+        }
+        anew = [f"{what} ({old} there, {new} here)" for what, (old, new) in kinds.items() if old != new]
+        return {
+            "checkpoint": str(source.path),
+            "checkpoint_step": source.marker["progress"]["step"],
+            "rows": rows,
+            "optimizer_state_anew": anew,
+        }
+
+    @torch.no_grad()
+    def _dense_weights(self) -> None:
+        taken = {}
+        for name, value in self.parallel.dense.state().items():
+            feature, key = self.row_weights.get(name), f"dense/{name}"
+            if feature is not None:
+                if name.startswith(_REPLICATED):
+                    key = self._weight_there(feature)
+                taken[name] = value.to("cpu", copy=True)
+                self.saved.copy_rows(key, self._origin(feature, len(value), key), taken[name])
+                continue
+            if self.saved.shapes.get(key) != tuple(value.shape):
+                raise CheckpointError(f"{_FIELD} = {str(self.source.path)!r}: is of another model: weight {name} has "
+                                      f"shape {self.saved.shapes.get(key)} there and {tuple(value.shape)} here; use "
+                                      "the same config")  # fmt: skip
+            taken[name] = self.saved.whole(key)
+        self.parallel.dense.load(taken)
+
+    @torch.no_grad()
+    def _dense_moments(self, steps: int) -> None:
+        if self.dense_kind != self.old_dense_kind:
+            return
+        state = self.optimizer.state()
+        for full, value in state.items():
+            name, _, moment = full.rpartition(".")
+            feature, key = self.row_weights.get(name), f"optimizer/{full}"
+            if feature is not None and name.startswith(_REPLICATED):
+                key = self._moments_there(feature, self.dense_kind).get(moment, key)
+            if key not in self.saved.shapes:  # of an optimizer without momentum
+                continue
+            state[full] = value.to("cpu", copy=True) if feature is not None else self.saved.whole(key)
+            if feature is not None:
+                self.saved.copy_rows(key, self._origin(feature, len(value), key), state[full])
+        self.optimizer.load(state, steps)
+
+    @torch.no_grad()
+    def _table(self, name: str, weight: Any, moments: dict[str, Any]) -> None:
+        """Fill the shards of a sharded table that this rank holds, and of what its optimizer keeps."""
+        key = self._weight_there(name)
+        origin = self._origin(name, weight.size(0), key)
+        self._fill(weight, key, origin)
+        if self.table_kind != self.old_table_kind:
+            return
+        there = self._moments_there(name, self.table_kind)
+        for full, value in moments.items():
+            moment = _moment(full.removeprefix(f"{name}."), self.table_kind)
+            if moment in there:
+                self._fill(value, there[moment], origin)
+
+    def _fill(self, value: Any, key: str, origin: Tensor) -> None:
+        for shard in value.local_shards():
+            first, *column = shard.metadata.shard_offsets
+            rows = origin[first : first + shard.metadata.shard_sizes[0]]
+            self.saved.copy_rows(key, rows, shard.tensor, *column)
+
+    def _sharded(self) -> Iterator[tuple[str, Any, dict[str, Any]]]:
+        """Yield name, weight and moments of each sharded table here."""
+        for collection in self.parallel.tables.collections.values():
+            moments = collection.fused_optimizer.state_dict()["state"]
+            for full, weight in collection.state_dict().items():
+                yield full.split(".")[-2], weight, moments.get(full, {})
+
+    def _origin(self, feature: str, rows: int, key: str) -> Tensor:
+        return self.source.rows(feature, rows, self.saved.shapes[key][0])
+
+    def _weight_there(self, table: str) -> str:
+        """Return the name of the weight of ``table`` in the checkpoint, sharded or whole."""
+        sharded = (key for key in self.saved.shapes if key.startswith("tables/"))
+        end = f"/embeddings.{table}.weight"
+        return next((key for key in sharded if key.endswith(end)), f"dense/{_REPLICATED}{table}")
+
+    def _moments_there(self, table: str, kind: str) -> dict[str, str]:
+        """Return moment -> its name in the checkpoint, of a table that was trained by an optimizer of ``kind``."""
+        weight = self._weight_there(table)
+        is_sharded = weight.startswith("tables/")
+        if kind != (self.old_table_kind if is_sharded else self.old_dense_kind):
+            return {}
+        begin = f"optimizer/{_REPLICATED}{table}."
+        if is_sharded:
+            begin = f"tables_optimizer/{weight.removeprefix('tables/')}/{table}."
+        keys = [key for key in self.saved.shapes if key.startswith(begin)]
+        return {_moment(key.removeprefix(begin), kind): key for key in keys}
+
+
+def initialize(
+    source: Source, parallel: Parallelized, optimizer: Optimizer, identity: dict[str, Any]
+) -> tuple[Progress, dict[str, Any]]:
+    """Fill a model and its optimizers from ``source``.
+
+    Args:
+        source: The checkpoint.
+        parallel: The model.
+        optimizer: Both optimizers.
+        identity: Of the model, see ``model_identity``.
+
+    Returns:
+        A start whose optimizers have taken the steps that count, and what was carried over, as JSON values.
+    """
+    initializer = _Initializer(source, parallel, optimizer, identity)
+    return initializer.run(), initializer.record()
+
+
+def in_words(record: dict[str, Any]) -> str:
+    """Return what ``initialize`` says was carried over, a line for each table."""
+    lines = [f"starts from {record['checkpoint']}, step {record['checkpoint_step']}; rows by original ids:"]
+    for name, rows in record["rows"].items():
+        lines.append(f"  {name:24} {rows['kept']:>12,} kept {rows['new']:>12,} new {rows['left_out']:>12,} left out")
+    return "\n".join(lines + [f"  the optimizer is another one, its state begins anew: {x}"
+                              for x in record["optimizer_state_anew"]])  # fmt: skip
+
+
+def _kinds(identity: dict[str, Any]) -> tuple[str, str]:
+    """Return by what dense weights and tables are stepped; Adam's state does not depend on its weight decay."""
+    dense: str = identity["OptimizerArgs.optimizer_str"]
+    return "adam" if dense == "adamw" else dense, identity["OptimizerArgs.sparse_optimizer_str"]
+
+
+def _moment(name: str, kind: str) -> str:
+    """Return the name that torch has for a moment; FBGEMM calls the first one of Adam like those of others."""
+    return "exp_avg" if (name, kind) == ("momentum1", "adam") else name
