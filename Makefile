@@ -3,10 +3,11 @@ PYTHON ?= python3.11
 VENV   := .venv
 BIN    := $(VENV)/bin
 RUN    := runs/demo
+QUICK  := -m pytest -m "not slow" -n 2 --dist loadscope
 LOCKS  := $(wildcard requirements/*.txt requirements/*/pyproject.toml)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-all lint format demo figs lock clean
+.PHONY: help venv test test-all test-lowest test-latest lint format demo figs lock clean
 
 help:  ## List the targets
 	@sed -nE 's/^([a-z-]+):.*  ## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -31,10 +32,21 @@ $(VENV)/.project: $(VENV)/.requirements pyproject.toml
 	@touch $@
 
 test: venv  ## Run the quick tests and the import contract
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python $(QUICK)
 
 test-all: venv  ## Run every test
 	$(BIN)/python -m pytest
+
+test-lowest:  ## Run the quick tests with the oldest versions that pyproject.toml allows, in .venv-lowest
+test-latest:  ## Run the quick tests with the newest versions that pyproject.toml allows, in .venv-latest
+
+test-lowest test-latest: test-%:
+	$(PYTHON) -m venv --clear $(VENV)-$*
+	@$(if $(filter lowest,$*),$(PYTHON) requirements/lowest.py,true) > $(VENV)-$*/constraints.txt
+	$(VENV)-$*/bin/python -m pip install --quiet -c $(VENV)-$*/constraints.txt ./requirements/fbgemm-gpu-shim -e '.[wandb,faiss,hf,dev]'
+	@$(VENV)-$*/bin/python -m pip check
+	@$(VENV)-$*/bin/python -m hstu.cli.env
+	$(VENV)-$*/bin/python $(QUICK)
 
 lint: venv  ## Check style, format and types
 	$(BIN)/ruff check .
@@ -59,5 +71,5 @@ lock:  ## Resolve requirements/*.in again into the pinned requirements/*.txt
 	requirements/lock.sh $(PYTHON)
 
 clean:  ## Remove the environment and the caches (data sets and runs stay)
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-latest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find hstu tests preprocessing examples benchmarks figs -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

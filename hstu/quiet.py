@@ -1,10 +1,14 @@
-"""Silence for known notices of TorchRec, Megatron-Core and torch that a user can do nothing about."""
+"""Silence for known notices of libraries that a user can do nothing about; a warning for what only pleases the eye."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import warnings
+from collections.abc import Iterator
+
+logger = logging.getLogger(__name__)
 
 # Warnings: (start of the message as a regular expression, category), each with the reason why it is no news.
 _WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
@@ -57,3 +61,13 @@ def silence_known_notices() -> None:
         warnings.filterwarnings("ignore", message=message, category=category)
     for name, pattern in _RECORDS:
         logging.getLogger(name).addFilter(_Drop(pattern))
+
+
+@contextlib.contextmanager
+def warn_only(what: str) -> Iterator[None]:
+    """Turn a failure in a block that is only for the eye, a picture or a curve, into one warning that says ``what``."""
+    try:
+        yield
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0]
+        logger.warning("%s (%s: %s)", what, type(error).__name__, reason)

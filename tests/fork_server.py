@@ -1,27 +1,51 @@
-"""Forks entrypoints on request: reads one JSON request a line, answers with the exit code. See ``tests.launch``."""
+"""Forks scripts on request: reads one JSON request a line, answers with the exit code. See ``tests.launch``."""
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
+import runpy
 import signal
+import socket
 import sys
+import threading
 import time
+import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 
-def child(request: dict[str, Any]) -> None:
-    """Become the entrypoint."""
-    for number, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(Path(request["streams"], name), os.O_WRONLY), number)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.chdir(request["cwd"])
-    sys.argv = [f"pretrain_gr_{request['task']}.py", *request["flags"]]
-    from hstu.cli.train import main
-
-    main(request["task"])
+def child(request: dict[str, Any], rank: int, port: int) -> NoReturn:
+    """Become one rank of the script, and end without the seconds that an interpreter takes to clean up."""
+    code = 1
+    try:
+        for number, name in ((1, "out"), (2, "err")):
+            os.dup2(os.open(Path(request["streams"], name), os.O_WRONLY | os.O_APPEND), number)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.chdir(request["cwd"])
+        if request["ranks"] > 1:
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": request["ranks"], "MASTER_PORT": port}
+            os.environ |= {name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"}
+        script, *arguments = request["command"]
+        sys.argv = [script, *arguments]
+        if script.endswith(".py"):
+            runpy.run_path(script, run_name="__main__")
+        else:
+            runpy.run_module(script, run_name="__main__", alter_sys=True)
+        code = 0
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(BaseException):
+            threading._shutdown()  # type: ignore[attr-defined]
+            atexit._run_exitfuncs()
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
 
 
 class Moment:
@@ -51,46 +75,65 @@ class Moment:
         return now and self.saves == self.count
 
 
-def wait(pid: int, request: dict[str, Any]) -> dict[str, Any]:
-    """Wait for the child, and signal it when asked to."""
-    start, when = time.monotonic(), request["when"]
+def wait(running: set[int], request: dict[str, Any]) -> dict[str, Any]:
+    """Wait for the ranks, and signal them when asked to; one that fails takes the others with it, as under torchrun."""
+    start, when, code = time.monotonic(), request["when"], 0
     moment = Moment(when, Path(request["cwd"], "run")) if when else None
-    while time.monotonic() - start < request["timeout"]:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return {"code": os.waitstatus_to_exitcode(status), "timed_out": False}
+    while running and time.monotonic() - start < request["timeout"]:
+        for pid in tuple(running):
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                running.remove(pid)
+                code = code or os.waitstatus_to_exitcode(status)
+        if code and running:
+            kill(running)
         if moment is not None and moment.reached():
-            os.kill(pid, request["number"])
+            for pid in running:
+                os.kill(pid, request["number"])
             moment = None
         time.sleep(0.0005 if moment else 0.01)
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    return {"code": -9, "timed_out": True}
+    late = bool(running)
+    kill(running)
+    return {"code": code, "timed_out": late}
+
+
+def kill(running: set[int]) -> None:
+    """Kill the processes and wait for them."""
+    for pid in tuple(running):
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        running.remove(pid)
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port: int = found.getsockname()[1]
+        return port
 
 
 def main() -> None:
-    """Import what entrypoints need, once, and serve until standard input ends."""
-    import matplotlib.figure
+    """Import what scripts need, once, and serve until standard input ends."""
     import plotext
     import torch.utils.tensorboard
 
     import hstu.cli.train
     import hstu.training.trainer
 
-    assert all((matplotlib.figure, plotext, torch.utils.tensorboard, hstu.cli.train, hstu.training.trainer))
+    assert all((plotext, torch.utils.tensorboard, hstu.cli.train))
+    # Drawing takes longer than a tiny training; tests that look at the picture start the script itself.
+    hstu.training.trainer.draw_curves = lambda *_: None
     for line in sys.stdin:
         request = json.loads(line)
         for name in ("out", "err"):
             Path(request["streams"], name).touch()
-        pid = os.fork()
-        if pid == 0:
-            try:
-                child(request)
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-        reply = wait(pid, request)
-        print(json.dumps(reply), flush=True)
+        port, running = free_port() if request["ranks"] > 1 else 0, set[int]()
+        for rank in range(request["ranks"]):
+            if (pid := os.fork()) == 0:
+                child(request, rank, port)
+            running.add(pid)
+        print(json.dumps(wait(running, request)), flush=True)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,10 @@ ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_S
     "OMP_NUM_THREADS": "1",
     "PYTHONPATH": str(ROOT),
 }
+
+
+#: Seconds after which a process hangs; a slow machine needs many of them.
+PATIENCE = 600.0
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ def torchrun_command(ranks: int, script: Path, *args: str) -> list[str]:
     return [sys.executable, *launcher, str(script), *args]
 
 
-def run(command: list[str], *, timeout: float, cwd: Path | None = None) -> Done:
+def run(command: list[str], *, timeout: float = PATIENCE, cwd: Path | None = None) -> Done:
     """Run ``command`` to its end; on a timeout it and its descendants are killed."""
     with started(command, cwd=cwd) as process:
         out, err = process.communicate(timeout=timeout)
@@ -66,8 +70,8 @@ def started(command: list[str], *, cwd: Path | None = None) -> Iterator[subproce
         process.wait(timeout=30)
 
 
-class Entrypoint:
-    """Runs training entrypoints in forks of a process that has imported everything, in a second instead of eight."""
+class ForkServer:
+    """Runs scripts in forks of a process that has imported everything: a fraction of a second instead of eight."""
 
     def __init__(self) -> None:
         command = [sys.executable, str(Path(__file__).with_name("fork_server.py"))]
@@ -76,30 +80,15 @@ class Entrypoint:
         )
         atexit.register(self.close)
 
-    def __call__(
-        self,
-        task: str,
-        *flags: str,
-        cwd: Path,
-        timeout: float = 60,
-        when: str | None = None,
-        number: int = signal.SIGKILL,
-    ) -> Done:
-        """Run the entrypoint of ``task`` in ``cwd``.
-
-        ``when`` is the moment to send signal ``number``: ``"line N"`` of metrics.jsonl in the run directory
-        ``run`` below ``cwd``, or ``"save N"``, within the Nth save of this process.
-        """
+    def ask(self, **request: object) -> Done:
+        """Have a request served: see ``forked``."""
         with tempfile.TemporaryDirectory() as streams:
-            request = dict(
-                task=task, flags=flags, cwd=str(cwd), streams=streams, timeout=timeout, when=when, number=number
-            )
             assert self.server.stdin is not None and self.server.stdout is not None
-            self.server.stdin.write(json.dumps(request) + "\n")
+            self.server.stdin.write(json.dumps(request | {"streams": streams}) + "\n")
             self.server.stdin.flush()
             reply = json.loads(self.server.stdout.readline())
-            assert not reply["timed_out"], f"{task} {flags} took longer than {timeout} s"
             out, err = (Path(streams, name).read_text() for name in ("out", "err"))
+        assert not reply["timed_out"], f"{request['command']} took longer than {request['timeout']} s: {out} {err}"
         return Done(reply["code"], out, err)
 
     def close(self) -> None:
@@ -111,6 +100,30 @@ class Entrypoint:
 
 
 @functools.cache
-def entrypoint() -> Entrypoint:
-    """Return the one ``Entrypoint`` of this test session."""
-    return Entrypoint()
+def _fork_server() -> ForkServer:
+    return ForkServer()
+
+
+def forked(
+    script: Path | str,
+    *args: str,
+    cwd: Path,
+    ranks: int = 1,
+    timeout: float = PATIENCE,
+    when: str | None = None,
+    number: int = signal.SIGKILL,
+) -> Done:
+    """Run ``script``, a file or the name of a module, in ``cwd`` on so many ranks; its curves are not drawn.
+
+    ``when`` is the moment to send signal ``number``: ``"line N"`` of metrics.jsonl in the run directory
+    ``run`` below ``cwd``, or ``"save N"``, within the Nth save of this process.
+    """
+    command = [str(script), *args]
+    return _fork_server().ask(
+        command=command, cwd=str(cwd), ranks=ranks, timeout=timeout, when=when, number=int(number)
+    )
+
+
+def entrypoint() -> Callable[..., Done]:
+    """Return a function of a task and flags that runs the training entrypoint; its options are those of ``forked``."""
+    return lambda task, *flags, **options: forked(ROOT / "examples" / f"pretrain_gr_{task}.py", *flags, **options)

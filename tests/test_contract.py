@@ -34,7 +34,7 @@ def library_violations(package_root: Path) -> list[str]:
         "json.dump([[m, sorted(graph.find_modules_directly_imported_by(m))]\n"
         "           for m in sorted(graph.modules) if m.split('.')[0] == 'hstu'], sys.stdout)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=package_root, capture_output=True, text=True, timeout=100)
+    done = subprocess.run([sys.executable, "-c", code], cwd=package_root, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     violations = []
     for module, imported in json.loads(done.stdout):
@@ -59,7 +59,7 @@ def floor_violations(package_root: Path) -> str:
         cwd=package_root,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=600,
     )
     return "" if done.returncode == 0 else done.stdout + done.stderr
 
@@ -129,7 +129,7 @@ def run(code: str) -> str:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=200,
+        timeout=600,
     )
     assert done.returncode == 0, done.stdout
     return done.stdout

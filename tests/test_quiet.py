@@ -33,7 +33,7 @@ SILENCE = "from hstu.quiet import silence_known_notices; silence_known_notices()
 def output(code: str) -> str:
     """What a fresh interpreter prints, on both streams."""
     done = subprocess.run(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=200
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600
     )
     assert done.returncode == 0, done.stdout
     return done.stdout

@@ -16,6 +16,7 @@ from hstu.data.files import printable
 from hstu.data.overview import Overview, examples, overview
 from hstu.data.overview_plot import draw_overview, sketch_overview
 from hstu.data.reader import SequenceDataset
+from hstu.quiet import warn_only
 
 
 def report(dataset: SequenceDataset, found: Overview) -> str:
@@ -37,7 +38,9 @@ def report(dataset: SequenceDataset, found: Overview) -> str:
         size = "seconds" if feature.vocab_size is None else f"{feature.vocab_size:,} values"
         about = ", ".join(feature.bits) if feature.bits else feature.action_type or ""
         lines.append(f"  {feature.name:24} {feature.role:8} {size:>16}  {about}".rstrip())
-    lines += ["", sketch_overview(found), "", "examples, with the newest events last"]
+    with warn_only("no sketch of lengths and popularity"):
+        lines += ["", sketch_overview(found)]
+    lines += ["", "examples, with the newest events last"]
     lines += [_example(user) for user in examples(dataset)]
     lines += ["", "warnings", *(f"  {warning}" for warning in found.warnings or ["none"])]
     return "\n".join(lines)

@@ -12,6 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from hstu.config import ConfigError
+from hstu.quiet import warn_only
 from hstu.training.run_directory import RunDirectory
 
 logger = logging.getLogger(__name__)
@@ -50,10 +51,11 @@ class RunLogger:
     def __exit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> None:
         if self.bar is not None:
             self.bar.close()
-        if self.tensorboard is not None:
-            self.tensorboard.close()
-        if self.wandb is not None:
-            self.wandb.finish(exit_code=int(value is not None))
+        with warn_only("the last curves may be missing"):
+            if self.tensorboard is not None:
+                self.tensorboard.close()
+            if self.wandb is not None:
+                self.wandb.finish(exit_code=int(value is not None))
 
     def tick(self) -> None:
         """Count one step."""
@@ -82,11 +84,12 @@ class RunLogger:
 
     def _curves(self, group: str, step: int, values: dict[str, float | None]) -> None:
         finite = {f"{group}/{name}": value for name, value in values.items() if value is not None}
-        if self.tensorboard is not None:
-            for name, value in finite.items():
-                self.tensorboard.add_scalar(name, value, step)
-        if self.wandb is not None:
-            self.wandb.log(finite, step=step)
+        with warn_only(f"no curves of step {step}"):
+            if self.tensorboard is not None:
+                for name, value in finite.items():
+                    self.tensorboard.add_scalar(name, value, step)
+            if self.wandb is not None:
+                self.wandb.log(finite, step=step)
 
     def _eta(self, step: int) -> str:
         done = step - self.first_step

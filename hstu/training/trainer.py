@@ -20,6 +20,7 @@ from hstu.models import RetrievalModel, build_model, fit_to_data, make_collator
 from hstu.models.negatives import count_items
 from hstu.parallel import Mesh, parallelize
 from hstu.parallel.balance import deal, sample_costs
+from hstu.quiet import warn_only
 from hstu.training.checkpoint import Checkpointer, model_identity
 from hstu.training.checkpoint_files import Progress, find_checkpoint, read_marker, supersede
 from hstu.training.evaluate import best_possible, decide_filter_seen, evaluate, improves
@@ -319,11 +320,14 @@ class Trainer:
         }
 
     def _draw(self, record: dict[str, Any]) -> None:
-        records, names = self.run.records(), self.config.eval_metrics
-        path = self.run.figures / "curves.png"
-        draw_curves(records, names, record, path)
-        sketch = sketch_curves(records, names[0], (record.get("best_possible") or {}).get(names[0]))
-        logger.info("%s\ncurves: %s\nresult: %s", sketch, path, self.run.path / "eval.json")
+        names, path = self.config.eval_metrics, self.run.figures / "curves.png"
+        best = (record.get("best_possible") or {}).get(names[0])
+        with warn_only("no sketch of the curves"):
+            logger.info("%s", sketch_curves(self.run.records(), names[0], best))
+        with warn_only(f"{path} was not drawn"):
+            draw_curves(self.run.records(), names, record, path)
+            logger.info("curves: %s", path)
+        logger.info("result: %s", self.run.path / "eval.json")
 
     def _logger(self) -> RunLogger | _Silent:
         if not self.mesh.is_main:

@@ -223,10 +223,7 @@ def test_histories_in_another_format_give_the_same_answers(tmp_path: Path):
 
 def test_ranks_write_the_same_file(home: Path, tmp_path: Path):
     flags = ["--run-dir", "retrieval", "--split", "test", "--gin-bindings", "TrainerArgs.eval_batch_size=7"]
-    command = launch.torchrun_command(
-        2, Path("-m"), "hstu.cli.predict", *flags, "--output", str(tmp_path / "two.parquet")
-    )
-    done = launch.run(command, timeout=120, cwd=home)
+    done = launch.forked("hstu.cli.predict", *flags, "--output", str(tmp_path / "two.parquet"), ranks=2, cwd=home)
     assert done.code == 0, done.err
     one, two = answers(tmp_path / "one.parquet", *flags[2:]), pl.read_parquet(tmp_path / "two.parquet")
     assert one.drop("score").equals(two.drop("score"))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.launch import run, torchrun_command
+from tests.launch import forked
 from tests.parallel.cases import CASES, GRIDS, SAVED_STEP, SPLITS, THREES
 from tests.tiny import write_tiny
 
@@ -92,7 +92,7 @@ class Results(dict[int, dict[str, Any]]):
     def launch(self, ranks: int, request: dict[str, Any]) -> dict[str, Any]:
         paths = self.root / f"request{ranks}.json", self.root / f"result{ranks}.json"
         paths[0].write_text(json.dumps(request | {"data": str(self.root)}))
-        done = run(torchrun_command(ranks, WORKER, *map(str, paths)), timeout=280, cwd=self.root)
+        done = forked(WORKER, *map(str, paths), ranks=ranks, cwd=self.root)
         assert done.code == 0, done.err[-4000:]
         found: dict[str, Any] = json.loads(paths[1].read_text())
         return found

@@ -29,7 +29,7 @@ def command(tmp_path: Path) -> Command:
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         words = [sys.executable, ROOT / "preprocessing" / "preprocessor.py", *flags]
         return subprocess.run(
-            [str(word) for word in words], cwd=cwd, env=environment, capture_output=True, text=True, timeout=60
+            [str(word) for word in words], cwd=cwd, env=environment, capture_output=True, text=True, timeout=600
         )
 
     return run

@@ -35,7 +35,7 @@ def run(folder: Path, signal: int | None = None) -> subprocess.CompletedProcess[
     script = [str(ROOT / "preprocessing" / "preprocessor.py")]
     if signal:
         script = ["-c", STOPPED.format(root=str(ROOT), signal=signal)]
-    return subprocess.run([sys.executable, *script, *flags], cwd=folder, capture_output=True, text=True, timeout=100)
+    return subprocess.run([sys.executable, *script, *flags], cwd=folder, capture_output=True, text=True, timeout=600)
 
 
 @pytest.mark.parametrize("signal", [2, 15])

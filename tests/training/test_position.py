@@ -30,7 +30,7 @@ def test_another_global_batch_goes_on_at_the_same_sample(tmp_path: Path, ranks: 
         resumed = entrypoint()("retrieval", *again, cwd=tmp_path)
     else:
         script = ROOT / "examples" / "pretrain_gr_retrieval.py"
-        resumed = run(torchrun_command(ranks, script, *again), timeout=120, cwd=tmp_path)
+        resumed = run(torchrun_command(ranks, script, *again), cwd=tmp_path)
     assert resumed.code == 0, resumed.err
     assert "goes on at sample 96 of epoch 0 with 50 samples a step, 10 steps in all" in resumed.out
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

@@ -14,7 +14,7 @@ import torch
 from hstu.training.checkpoint import Checkpointer
 from hstu.training.checkpoint_files import find_checkpoint
 from hstu.training.trainer import Trainer
-from tests.launch import run, torchrun_command
+from tests.launch import forked
 from tests.training.runs import losses, records, trainer, worst
 
 STEPS = 14
@@ -175,7 +175,7 @@ def test_log_lines_go_on_across_a_resume(data: Path, tmp_path: Path) -> None:
 
 
 def test_two_ranks_resume(data: Path, tmp_path: Path) -> None:
-    done = run(torchrun_command(2, WORKER, str(data), str(tmp_path)), timeout=120, cwd=tmp_path)
+    done = forked(WORKER, str(data), str(tmp_path), ranks=2, cwd=tmp_path)
     assert done.code == 0, done.err[-4000:]
     for variant in TWO_RANKS:
         whole, broken = tmp_path / variant / "whole", tmp_path / variant / "broken"
