@@ -84,12 +84,15 @@ class RunLogger:
 
     def _curves(self, group: str, step: int, values: dict[str, float | None]) -> None:
         finite = {f"{group}/{name}": value for name, value in values.items() if value is not None}
-        with warn_only(f"no curves of step {step}"):
+        try:
             if self.tensorboard is not None:
                 for name, value in finite.items():
                     self.tensorboard.add_scalar(name, value, step)
             if self.wandb is not None:
                 self.wandb.log(finite, step=step)
+        except Exception as error:  # curves end no run
+            logger.warning("no more curves in TensorBoard and W&B (%s: %s)", type(error).__name__, error)
+            self.tensorboard = self.wandb = None
 
     def _eta(self, step: int) -> str:
         done = step - self.first_step

@@ -282,7 +282,7 @@ def test_a_reader_that_is_stuck_is_ended(dataset: SequenceDataset, monkeypatch: 
     class Sleeps(Collator):
         def __call__(self, *args: object) -> Batch:
             if args[-1] == 1:
-                time.sleep(60)
+                time.sleep(600)
             return super().__call__(*args)  # type: ignore[arg-type]
 
     monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)
@@ -291,7 +291,7 @@ def test_a_reader_that_is_stuck_is_ended(dataset: SequenceDataset, monkeypatch: 
     next(batches)
     began = time.monotonic()
     batches.close()
-    assert time.monotonic() - began < 10 and not multiprocessing.active_children()
+    assert time.monotonic() - began < 100 and not multiprocessing.active_children()
 
 
 def test_processes_die_with_a_killed_rank(dataset: SequenceDataset) -> None:
@@ -302,14 +302,14 @@ def test_processes_die_with_a_killed_rank(dataset: SequenceDataset) -> None:
         batches = loader.epoch(0)
         next(batches)
         theirs.send([child.pid for child in multiprocessing.active_children()])
-        time.sleep(60)
+        time.sleep(600)
 
     process = multiprocessing.get_context("fork").Process(target=rank)
     process.start()
     readers = [psutil.Process(pid) for pid in ours.recv()]
     process.kill()
     process.join()
-    _, alive = psutil.wait_procs(readers, timeout=2)
+    _, alive = psutil.wait_procs(readers, timeout=60)
     assert len(readers) == 2 and not [one for one in alive if one.status() != psutil.STATUS_ZOMBIE]
 
 

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -26,11 +27,16 @@ EVERY_STEP = ("NetworkArgs.hidden_dropout=0.2", "TrainerArgs.log_interval=1", "T
 
 @contextlib.contextmanager
 def trainer(
-    data: Path, run: Path, task: str = "ranking", *bindings: str, mesh: Mesh | None = None
+    data: Path, run: Path, task: str = "ranking", *bindings: str, mesh: Mesh | None = None, picture: bool = False
 ) -> Iterator[Trainer]:
-    """Make a trainer in ``run``; without a ``mesh`` it gets one of one rank."""
+    """Make a trainer in ``run``; without a ``mesh`` it gets one of one rank.
+
+    Without ``picture`` no curves are drawn, which takes longer than training does.
+    """
     config = load_config(task, [], [*BINDINGS[task], *EVERY_STEP, *bindings]).config  # type: ignore[arg-type]
     with contextlib.ExitStack() as stack:
+        if not picture:
+            stack.enter_context(mock.patch("hstu.training.trainer.draw_curves"))
         mesh = mesh or stack.enter_context(Mesh.create())
         directory = RunDirectory(run)
         mesh.on_main(directory.create)

@@ -154,7 +154,10 @@ def test_a_checkpoint_that_fails_while_a_run_fails_is_told(
         leave(self, *error)
 
     def failing(*_: object) -> None:
-        time.sleep(0.3)
+        for _ in range(60_000):
+            if "still being written" in caplog.text:
+                break
+            time.sleep(0.001)
         raise OSError("the disk is full")
 
     monkeypatch.setattr(Checkpointer, "__exit__", leaving)
