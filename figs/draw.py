@@ -20,7 +20,7 @@ ACTION = ("#fde3c8", "#c9721a")
 CANDIDATE = ("#d5f0dd", "#2c8a4f")
 BLOCK = ("#f3f5f8", "#5b6675")
 LOSS = ("#fbd9dc", "#b83246")
-PLANNED = ("#ffffff", "#9aa5b1")
+PLAIN = ("#ffffff", "#9aa5b1")
 INK, MUTED = "#1d2733", "#5b6675"
 
 plt.rcParams.update({"font.family": "DejaVu Sans", "font.size": 11, "text.color": INK})
@@ -45,13 +45,11 @@ def box(
     colour: tuple[str, str] = BLOCK,
     *,
     size: float = 11,
-    dashed: bool = False,
 ) -> None:
     """A rounded box with its lower left corner at (x, y) and its text in the middle."""
     style = "round,pad=0,rounding_size=0.8"
     fill, edge = colour
-    line = (0, (4, 3)) if dashed else "solid"
-    axes.add_patch(FancyBboxPatch((x, y), width, height, boxstyle=style, fc=fill, ec=edge, lw=1.3, linestyle=line))
+    axes.add_patch(FancyBboxPatch((x, y), width, height, boxstyle=style, fc=fill, ec=edge, lw=1.3))
     axes.text(
         x + width / 2,
         y + height / 2,
@@ -60,7 +58,7 @@ def box(
         va="center",
         fontsize=size,
         linespacing=1.35,
-        color=MUTED if dashed else INK,
+        color=INK,
     )
 
 
@@ -110,7 +108,7 @@ def ranking_model() -> Figure:
         15.7,
         "embedding tables",
         "sizes come from the schema; candidates\nare looked up in the item table",
-        PLANNED,
+        PLAIN,
     )
     third = (width - 4) / 3
     for index, (name, colour) in enumerate(
@@ -249,15 +247,14 @@ def mesh(axes: Axes, x: float) -> None:
     """The axes along which ranks divide the work."""
     axes.text(x, 73, "mesh", fontsize=12, weight="bold", ha="left", va="center")
 
-    def axis(y: float, title: str, text: str, colour: tuple[str, str], *, planned: bool = False) -> None:
-        box(axes, x, y, 18.5, 12, "", colour, dashed=planned)
-        ink = MUTED if planned else INK
-        axes.text(x + 9.25, y + 9.2, title, fontsize=11, weight="bold", ha="center", va="center", color=ink)
-        note(axes, x + 9.25, y + 4.4, text, align="center", color=ink)
+    def axis(y: float, title: str, text: str) -> None:
+        box(axes, x, y, 18.5, 12, "", CANDIDATE)
+        axes.text(x + 9.25, y + 9.2, title, fontsize=11, weight="bold", ha="center", va="center", color=INK)
+        note(axes, x + 9.25, y + 4.4, text, align="center", color=INK)
 
-    axis(57.4, "data", "each rank has its\nown samples", CANDIDATE)
-    axis(42.4, "context", "planned: a slice of\nevery sequence", PLANNED, planned=True)
-    axis(27.4, "tensor", "planned: a part of\nthe heads", PLANNED, planned=True)
+    axis(57.4, "data", "each rank has its\nown samples")
+    axis(42.4, "context", "each rank has a part\nof every sequence")
+    axis(27.4, "tensor", "each rank has a part\nof heads and weights")
     note(axes, x, 21, "ranks = data × context\n× tensor")
 
 

@@ -93,6 +93,11 @@ def _write_vectors(args: argparse.Namespace, trainer: Trainer, mesh: Mesh, folde
     with ParquetOutput(folder / "users.parquet", mesh, about) as output:
         for rows, vectors in user_vectors(trainer.model, loader, mesh):
             output.write({"user": questions.users.take(pa.array(rows.cpu().numpy())), "vector": vector_column(vectors)})
+    if trainer.model.args.similarity == "mol":
+        logger.info(
+            "note: dot products of these vectors are not the scores of a mixture of logits: its similarity module, "
+            "whose weights are in dense.safetensors, combines them; predict gives its rankings"
+        )
 
 
 def _write_weights(trainer: Trainer, folder: Path, about: dict[str, Any]) -> None:

@@ -202,7 +202,7 @@ class Collator:
 
 
 def _whole_history(dataset: SequenceDataset, split: Split, rows: np.ndarray) -> torch.Tensor:
-    """Return of all that training knows of the users of samples ``rows`` the place of the sample and the item, [2, H]."""
+    """Return all that training knows of the users of samples ``rows``: place of the sample and item of each, [2, H]."""
     known = (split.stop if split.known is None else split.known)[rows]
     events = dataset.gather(split.users[rows], np.zeros_like(known), known)
     return torch.from_numpy(np.stack([np.repeat(np.arange(rows.size), events.lengths), events.items]))

@@ -253,6 +253,18 @@ def test_exported_vectors_give_the_predicted_scores(tmp_path: Path, capsys: pyte
         assert np.allclose(best[0], -np.sort(-scores)[:, :3], atol=1e-6)
 
 
+def test_vectors_whose_dot_products_are_no_scores_say_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    bindings = ("RetrievalArgs.similarity='mol'", "TrainerArgs.max_train_iters=1")
+    flags = ["--gin-config-file", "retrieval.gin", "--run-dir", str(tmp_path / "mol")]
+    done = launch.entrypoint()("retrieval", *flags, *(f"--gin-bindings={line}" for line in bindings), cwd=Path.cwd())
+    assert done.code == 0, done.err
+    said = {}
+    for run in ("retrieval", str(tmp_path / "mol")):
+        assert export.main(["--run-dir", run, "--output", str(tmp_path / f"out {len(said)}")]) == 0
+        said[run] = "dot products of these vectors are not the scores" in capsys.readouterr().out
+    assert list(said.values()) == [False, True]
+
+
 def test_exported_weights_are_those_of_the_checkpoint(tmp_path: Path):
     from safetensors.numpy import load_file
 

@@ -116,7 +116,7 @@ def test_the_bias_of_an_item_is_added_to_its_dot_products(dataset: SequenceDatas
 @pytest.mark.parametrize("stride", [None, 3])
 @pytest.mark.parametrize("excludes", ["history", "window"])
 def test_the_binary_loss_never_takes_an_item_of_the_user(excludes: str, stride: int | None, tmp_path: Path) -> None:
-    """Also of the events before and, where a history is cut into samples, after the sample; of the held-out ones it may."""
+    """Also of events before and, where a history is cut into samples, after the sample; held-out ones it may take."""
     dataset = make_dataset(tmp_path / "long", [30] * 8, num_items=40)
     lines = (f"RetrievalArgs.bce_excludes={excludes!r}", f"DatasetArgs.train_stride={stride}")
     config = make_config("retrieval", *BCE, *lines)
