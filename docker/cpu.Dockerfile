@@ -17,6 +17,7 @@ COPY requirements requirements
 RUN PIP_NO_CACHE_DIR=1 make .venv/.requirements
 
 COPY . .
-RUN make venv
+# The copied pins may be newer than the environment above, but are those that it was made of.
+RUN touch .venv/.requirements && make venv
 ENV PATH=/hstu/.venv/bin:$PATH
 CMD ["python", "-m", "hstu.cli.env"]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from hstu import environment
 from hstu.cli import env
@@ -74,16 +76,49 @@ def test_remedy_installs_the_partner_of_the_installed_torch():
     assert remedies == ["pip install 'fbgemm-gpu==1.6.*'", "pip install 'torchrec==1.6.*'"]
 
 
-def test_pinned_versions_fit():
-    pins = dict(
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def pins() -> dict[str, str]:
+    """The version of each package in the pinned set."""
+    found = dict(
         line.strip().replace("_", "-").split("==")
         for name in ("cpu.txt", "dev.txt")
         for line in (ROOT / "requirements" / name).read_text().splitlines()
         if "==" in line
     )
-    shim = (ROOT / "requirements/fbgemm-gpu-shim/pyproject.toml").read_text()
-    pins["fbgemm-gpu"] = re.search(r'^version = "(.+)"', shim, re.M).group(1)
-    assert whats({name: pins.get(name) for name in environment.PACKAGES}) == []
+    shim = tomllib.loads((ROOT / "requirements/fbgemm-gpu-shim/pyproject.toml").read_text())["project"]
+    return found | {"fbgemm-gpu": shim["version"]}
+
+
+def test_pinned_versions_fit():
+    assert whats({name: pins().get(name) for name in environment.PACKAGES}) == []
+
+
+def test_whatever_pip_takes_from_the_ranges_is_of_one_generation():
+    ranges = {line.name: line.specifier for line in map(Requirement, PROJECT["dependencies"])}
+    generations = {}
+    for name in ("torch", "torchrec", "fbgemm-gpu"):
+        (low,), (high,) = ([bound.version for bound in ranges[name] if bound.operator == sign] for sign in (">=", "<"))
+        minor = low.split(".")
+        assert high.split(".") == [minor[0], str(int(minor[1]) + 1)], f"{name}: one minor version"
+        generations[name] = low
+    assert environment.FBGEMM_FOR_TORCH[generations["torch"]] == generations["fbgemm-gpu"] == generations["torchrec"]
+
+
+def test_every_pin_is_in_its_range_and_every_range_ends():
+    lines = [Requirement(line) for line in PROJECT["dependencies"]]
+    extras = [Requirement(line) for extra in PROJECT["optional-dependencies"].values() for line in extra]
+    for line in (*lines, *extras):
+        assert line.name not in pins() or pins()[line.name] in line.specifier, line
+    open_ended = {line.name for line in lines if not any(bound.operator == "<" for bound in line.specifier)}
+    assert open_ended == {"packaging"}, "its major version is a year"
+
+
+def test_the_document_names_every_extra():
+    named = re.findall(r"^\| `(\w+)` \| ", (ROOT / "docs" / "install.md").read_text().split("## Extras")[1], re.M)
+    assert named == [extra for extra in ("hf", "faiss", "wandb", "dev") if extra in PROJECT["optional-dependencies"]]
+    assert len(named) == len(PROJECT["optional-dependencies"])
 
 
 def install(path: Path, name: str, version: str, *requires: str) -> None:
