@@ -145,7 +145,7 @@ def test_the_reference_systems_options_are_answered(copy: Path) -> None:
 
 
 MISTAKES = {
-    "no config": (["--run-dir=new"], "--gin-config-file is required"),
+    "no config": ([], "--gin-config-file is required"),
     "unknown config": (["--gin-config-file=synthetic_rankin.gin"], "synthetic_ranking.gin"),
     "unknown flag": (["--gin-config-fil=x"], "gin_config_fil"),
     "bad mode": (["--mode=evaluate"], "mode"),
