@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -339,11 +341,30 @@ def test_operative_and_given_texts_load_to_an_equal_config(task: str, tmp_path: 
 SHIPPED = sorted(path.name for path in CONFIG_DIRECTORY.glob("*.gin"))
 
 
+def lines_of(name: str) -> dict[str, str]:
+    """Return the value of each field of a shipped config as it is written, those of the files it includes first."""
+    lines: dict[str, str] = {}
+    for line in (CONFIG_DIRECTORY / name).read_text().splitlines():
+        if included := re.fullmatch(r"include '(.+)'", line):
+            lines |= lines_of(included[1])
+        elif line and not line.startswith("#"):
+            field, value = line.split(" = ", 1)
+            lines[field] = value
+    return lines
+
+
 @pytest.mark.parametrize("name", SHIPPED)
-def test_every_shipped_config_loads_without_a_note(name: str) -> None:
+def test_every_shipped_config_loads_to_what_its_lines_say(name: str) -> None:
     task = "ranking" if "ranking" in name else "retrieval"
     loaded = load_config(task, [name])  # type: ignore[arg-type]
     assert loaded.notes == () and loaded.config.task == task
+    values = {type(owner).__name__: owner for owner in vars(loaded.config).values()}
+    lines = lines_of(name)
+    assert len(lines) > 10
+    for line, value in lines.items():
+        owner, field = line.split(".")
+        wanted = ast.literal_eval(value)
+        assert getattr(values[owner], field) == (tuple(wanted) if isinstance(wanted, list) else wanted), line
 
 
 def test_the_shipped_configs_are_all_there() -> None:
@@ -354,7 +375,7 @@ def test_the_shipped_configs_are_all_there() -> None:
 
 # Fields for which None or -1 is a value of its own, or is decided by the data (and then written by the trainer).
 NOTHING = {
-    "TrainerArgs": {"max_train_iters", "max_epochs", "max_eval_iters", "ckpt_save_interval"},
+    "TrainerArgs": {"max_train_iters", "max_epochs", "max_eval_iters", "ckpt_save_interval", "init_from"},
     "DatasetArgs": {"dataset_path", "contextual_feature_names", "temporal_cuts", "train_stride", "history_start",
                     "history_end"},
     "NetworkArgs": {"max_attn_len", "num_position_buckets", "scaling_seqlen"},

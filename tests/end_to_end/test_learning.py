@@ -22,6 +22,14 @@ SHORT = (
     "NetworkArgs.kv_channels=16",
 )
 STEPS = {"ranking": 240, "retrieval": 360}
+# How near to the best possible score a model has to come. Measured with three seeds each on
+# one thread, two threads and ATEN_CPU_CAPABILITY=default (best possible AUC 0.827, HR@10 0.699, NDCG@10 0.398):
+#   as shipped                   AUC 0.772 to 0.788   HR@10 0.635 to 0.642   NDCG@10 0.352 to 0.358
+#   floors                       AUC 0.727            HR@10 0.524            NDCG@10 0.259
+#   tables that do not learn     AUC 0.681            HR@10 0.291            NDCG@10 0.152
+#   dense weights that do not    AUC 0.633
+# The standard error over 2,000 users is 0.011: a right model is four of them and more above each floor.
+BELOW_BEST_AUC, SHARE_OF_BEST = 0.1, {"HR@10": 0.75, "NDCG@10": 0.65}
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +48,8 @@ def learned(place: Path, task: str, run: str, *bindings: str) -> bool:
     record = json.loads((place / run / "eval.json").read_text())
     score, best = record["metrics"], record["best_possible"]
     if task == "ranking":
-        return bool(score["AUC"] > best["AUC"] - 0.05)
-    return bool(score["HR@10"] > 0.75 * best["HR@10"] and score["NDCG@10"] > 0.65 * best["NDCG@10"])
+        return bool(score["AUC"] > best["AUC"] - BELOW_BEST_AUC)
+    return all(score[name] > share * best[name] for name, share in SHARE_OF_BEST.items())
 
 
 @pytest.mark.parametrize("task", STEPS)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -41,6 +42,16 @@ def trainer(
         directory = RunDirectory(run)
         mesh.on_main(directory.create)
         yield Trainer(config, SequenceDataset.open(data), mesh, directory)
+
+
+def state_of(run: Trainer) -> list[torch.Tensor]:
+    """Return copies of every weight and moment."""
+    tensors = []
+    for name, value in run.checkpointer._tensors().items():
+        if not name.startswith("rng/"):
+            shards = [s.tensor for s in value.local_shards()] if hasattr(value, "local_shards") else [value]
+            tensors += [shard.detach().clone() for shard in shards]
+    return tensors
 
 
 @contextlib.contextmanager

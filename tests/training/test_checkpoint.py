@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from hstu.training import checkpoint as module
 from hstu.training.checkpoint_files import CheckpointError, find_checkpoint, read_marker
 from hstu.training.trainer import Trainer
-from tests.training.runs import losses, trainer
+from tests.training.runs import losses, state_of, trainer
 
 MODEL = {
     "NetworkArgs.hidden_size": ("NetworkArgs.hidden_size=8",),
@@ -151,7 +151,11 @@ def test_a_damaged_latest_is_passed_over(
 
 
 def test_a_checkpoint_without_stamps_is_read(data: Path, copy: Path) -> None:
-    """As they were written before there were any."""
+    """As they were written before there were any: to the state that the same one with stamps holds."""
+    with trainer(data, copy.parent, "ranking") as run:
+        fresh = state_of(run)
+        run.resume(copy / step(6))
+        progress, wanted = run.progress, state_of(run)
     (file,) = (copy / step(6)).glob("*.safetensors")
     with safe_open(file, "pt") as tensors:
         metadata = tensors.metadata()
@@ -165,7 +169,9 @@ def test_a_checkpoint_without_stamps_is_read(data: Path, copy: Path) -> None:
     (copy / step(6) / "complete.json").write_text(json.dumps(marker))
     with trainer(data, copy.parent, "ranking") as run:
         run.resume(copy / step(6))
-        assert run.progress.step == 6
+        assert run.progress == progress and run.progress.step == 6
+        assert all(torch.equal(found, value) for found, value in zip(state_of(run), wanted, strict=True))
+        assert sum(torch.equal(found, value) for found, value in zip(wanted, fresh, strict=True)) < len(fresh) / 2
 
 
 @pytest.mark.parametrize("field", MODEL)

@@ -21,7 +21,7 @@ from hstu.training.profile import profiler
 from hstu.training.step import Stepper
 from hstu.training.trainer import Trainer
 from tests.tiny import write_tiny
-from tests.training.runs import records, trainer
+from tests.training.runs import records, state_of, trainer
 from tests.training.test_checkpoint import fake_scores
 
 EVAL_KEYS = {"kind", "split", "step", "protocol", "filter_seen", "num_candidates", "num_users", "tie_rule", "metrics"}
@@ -196,16 +196,6 @@ def test_gradients_of_tables_are_clipped_by_an_option_of_their_own(data: Path, t
             found[limit] = moved(run, 1)
     assert found[1e-7][0] == found[0.0][0] > 0, "dense weights are not clipped by it"
     assert 0 < found[1e-7][1] < found[0.0][1] / 10 and found[1e3] == found[0.0]
-
-
-def state_of(run: Trainer) -> list[torch.Tensor]:
-    """Return copies of every weight and moment."""
-    tensors = []
-    for name, value in run.checkpointer._tensors().items():
-        if not name.startswith("rng/"):
-            shards = [s.tensor for s in value.local_shards()] if hasattr(value, "local_shards") else [value]
-            tensors += [shard.detach().clone() for shard in shards]
-    return tensors
 
 
 @pytest.mark.parametrize("bad", [{3}, {3, 4}, set(range(3, 15))])
