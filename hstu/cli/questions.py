@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import time
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
@@ -21,6 +22,8 @@ from hstu.data.requests import Requests
 from hstu.data.splits import Split
 from hstu.metrics.topk import TopK
 from hstu.training.trainer import Trainer
+
+logger = logging.getLogger("hstu.cli")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +116,7 @@ def ask(args: argparse.Namespace, trainer: Trainer) -> Questions:
             mine = np.isin(split.users, chosen)
             split = Split(name=split.name, users=split.users[mine], stop=split.stop[mine])
         users_of = split.users
+    _tell_unknown(histories, np.unique(users_of), trainer)
     return Questions(
         dataset=dataset,
         split=split,
@@ -122,6 +126,16 @@ def ask(args: argparse.Namespace, trainer: Trainer) -> Questions:
         pairs=items,
         score_names=score_names(trainer),
     )
+
+
+def _tell_unknown(histories: SequenceDataset, users: np.ndarray, trainer: Trainer) -> None:
+    """Say how many of ``users`` have a value of a context that training never met."""
+    contexts = histories.gather(users, np.zeros_like(users), np.zeros_like(users)).contexts
+    counts = {name: int((~met[contexts[name]]).sum()) for name, met in trainer.loaders["test"].collate.met.items()}
+    if told := ", ".join(f"{name} of {count:,} users" for name, count in counts.items() if count):
+        logger.info(
+            "values that training never met are read as unknown: %s, of %s users in all", told, f"{len(users):,}"
+        )
 
 
 def history_columns(args: argparse.Namespace, trainer: Trainer) -> HistoryColumns:
@@ -136,6 +150,7 @@ def history_columns(args: argparse.Namespace, trainer: Trainer) -> HistoryColumn
         use_actions=collate.use_actions and schema.action is not None,
         time_format=args.time_format,
         missing=args.missing,
+        has_unknown=collate.unknown_rate > 0,
     )
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from hstu.config.backbones import HUGGING_FACE, backbone_defaults, check_backbone, check_degrees
 from hstu.config.base import UNSET, Args, ConfigError
-from hstu.config.embedding import DynamicEmbeddingArgs, EmbeddingArgs
+from hstu.config.embedding import DynamicEmbeddingArgs, EmbeddingArgs, FeatureArgs
 from hstu.config.retrieval import RetrievalArgs
 from hstu.config.training import OptimizerArgs, TrainerArgs
 
@@ -281,6 +281,7 @@ class Config:
     optimizer: OptimizerArgs
     embedding: EmbeddingArgs = field(default_factory=EmbeddingArgs)
     dynamic_embedding: DynamicEmbeddingArgs = field(default_factory=DynamicEmbeddingArgs)
+    feature: FeatureArgs = field(default_factory=FeatureArgs)
     context_parallel: ContextParallelArgs = field(default_factory=ContextParallelArgs)
     tensor_model_parallel: TensorModelParallelArgs = field(default_factory=TensorModelParallelArgs)
     ranking: RankingArgs | None = None
@@ -336,6 +337,7 @@ __all__ = [
     "DatasetArgs",
     "DynamicEmbeddingArgs",
     "EmbeddingArgs",
+    "FeatureArgs",
     "NetworkArgs",
     "OptimizerArgs",
     "RankingArgs",

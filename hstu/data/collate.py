@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 
 from hstu.data.batch import Batch, KeyedJaggedTensor, keyed_features
 from hstu.data.reader import SequenceDataset, Sequences
+from hstu.data.schema import unknown_id
 from hstu.data.splits import Split
 
 
@@ -29,6 +30,10 @@ class Collator:
         sampling_ratio: Share of the history that a training sample keeps, drawn anew in each epoch.
         seed: Of that draw.
         actions_without_loss: Ids of actions whose events are never to be predicted in training.
+        unknown_rate: Share of the training samples whose value of a context becomes the unknown one, drawn anew for
+            each context and epoch; 0: there is no unknown value.
+        met: Context -> which of its ids training meets, [vocab_size + 1] bool; to others the unknown value is given
+            after training. Contexts that are left out have all been met.
         whole_history: Whether training batches carry all items of their users.
     """
 
@@ -43,6 +48,8 @@ class Collator:
     seed: int = 0
     actions_without_loss: tuple[int, ...] = ()
     whole_history: bool = False
+    unknown_rate: float = 0.0
+    met: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def max_events(self) -> int:
@@ -65,7 +72,7 @@ class Collator:
         mask, labels = self._labels(dataset, events, candidates, is_target, training)
         times = events.times if events.times is not None else np.zeros_like(events.items)
         return Batch(
-            features=self._features(dataset, events, candidates),
+            features=self._features(dataset, events, candidates, sample_ids if training else None),
             item=dataset.schema.item.name,
             label_mask=torch.from_numpy(mask),
             labels=torch.from_numpy(labels),
@@ -175,11 +182,26 @@ class Collator:
         table[list(self.actions_without_loss)] = True
         return table[events.actions]
 
-    def _features(self, dataset: SequenceDataset, events: Sequences, candidates: np.ndarray) -> KeyedJaggedTensor:
-        names, values, lengths = [], [], []
+    def _contexts(self, dataset: SequenceDataset, events: Sequences, drawn_for: np.ndarray | None) -> list[np.ndarray]:
+        """Return the ids of each context, those replaced that are drawn for samples ``drawn_for`` or were never met."""
+        found = [events.contexts[name] for name in self.contexts]
+        if self.unknown_rate == 0:
+            return found
+        for number, name in enumerate(self.contexts):
+            unknown = unknown_id(dataset.schema, name)
+            if drawn_for is None:
+                lost = ~self.met[name][found[number]] if name in self.met else np.zeros(1, bool)
+            else:
+                keys = drawn_for.astype(np.uint64) + _mix(np.array([self.seed + ((1 + number) << 32)], np.uint64))
+                lost = (_mix(keys) >> np.uint64(11)) < self.unknown_rate * 2**53
+            found[number] = np.where(lost, unknown, found[number])
+        return found
+
+    def _features(
+        self, dataset: SequenceDataset, events: Sequences, candidates: np.ndarray, drawn_for: np.ndarray | None
+    ) -> KeyedJaggedTensor:
+        names, values, lengths = [*self.contexts], self._contexts(dataset, events, drawn_for), []
         for name in self.contexts:
-            names.append(name)
-            values.append(events.contexts[name])
             # One id a sample, but none for the sample that stands in for no samples.
             lengths.append(np.full(events.lengths.size, events.contexts[name].size // events.lengths.size))
         names.append(dataset.schema.item.name)

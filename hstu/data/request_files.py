@@ -24,7 +24,7 @@ from hstu.data.cleaning import (
 from hstu.data.column_cache import OFFSETS
 from hstu.data.files import FileFormat, one_event_a_row, open_table
 from hstu.data.reader import SequenceDataset
-from hstu.data.schema import Feature
+from hstu.data.schema import Feature, unknown_id
 from hstu.data.vocabulary import places_of
 
 logger = logging.getLogger(__name__)
@@ -40,6 +40,7 @@ class HistoryColumns:
     action: str
     contexts: tuple[str, ...]
     use_actions: bool
+    has_unknown: bool  # whether values of contexts that the data set lacks can be read as unknown
     time_format: str | None = None
     missing: Missing = "error"
 
@@ -108,7 +109,7 @@ def read_histories(
     if columns.use_actions:
         assert schema.action is not None
         parts.append(_actions(frame[columns.action], known, file).alias("action"))
-    contexts = [_require(frame[name], _find(frame[name], known, name, file), file) for name in columns.contexts]
+    contexts = [_contexts(frame[name], known, columns, file) for name in columns.contexts]
     parts += [ids.alias(f"context {name}") for name, ids in zip(columns.contexts, contexts, strict=True)]
     events = _known_items(pl.DataFrame(parts), frame[columns.item], file, unknown_items)
     users = events["user"].unique(maintain_order=True)
@@ -148,6 +149,11 @@ def find_ids(column: pl.Series, originals: np.ndarray | pl.Series) -> pl.Series:
 
 def _find(column: pl.Series, known: SequenceDataset, feature: str, file: str) -> pl.Series:
     return find_ids(clean_values(column, file), known.vocabulary(feature))
+
+
+def _contexts(column: pl.Series, known: SequenceDataset, columns: HistoryColumns, file: str) -> pl.Series:
+    ids = _find(column, known, column.name, file)
+    return ids.fill_null(unknown_id(known.schema, column.name)) if columns.has_unknown else _require(column, ids, file)
 
 
 def _actions(column: pl.Series, known: SequenceDataset, file: str) -> pl.Series:

@@ -185,6 +185,11 @@ class Schema:
         return cls(features=features, **record)
 
 
+def unknown_id(schema: Schema, feature: str) -> int:
+    """Return the id that stands for values of a context or category which training never met: one after the last."""
+    return next(f.vocab_size or 0 for f in (*schema.contexts, *schema.categories) if f.name == feature)
+
+
 def count_statistics(lengths: np.ndarray, num_items: int, repeats: int | None = None) -> dict[str, float | int]:
     """Counts for a schema from the number of events of each user [U], the catalogue's size, and repeats if known."""
     known = {} if repeats is None else {"repeats": repeats}

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hstu.data.collate import Collator
 from hstu.data.reader import SequenceDataset
+from hstu.data.schema import unknown_id
 from hstu.data.splits import Split
 
 MANY_REPEATS = 0.01
@@ -51,6 +52,29 @@ def trained_items(dataset: SequenceDataset, train: Split, collate: Collator) -> 
     for rows in _blocks(train):
         found[collate.visible(dataset, train, rows)[0].items] = True
     return torch.from_numpy(found)
+
+
+def met_contexts(dataset: SequenceDataset, train: Split, names: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """Return which ids of each context the users of ``train`` have, [vocab_size + 1] bool; the unknown one has not."""
+    users = np.unique(train.users)
+    values = dataset.gather(users, np.zeros_like(users), np.zeros_like(users)).contexts
+    return {name: _marked(values[name], unknown_id(dataset.schema, name) + 1) for name in names}
+
+
+def met_categories(dataset: SequenceDataset, trained: Tensor) -> dict[str, np.ndarray]:
+    """Return which ids of each category the items ``trained`` [items] bool have, as ``met_contexts`` does."""
+    chosen = trained.numpy()
+    return {
+        feature.name: _marked(dataset.category_ids(feature.name)[chosen], (feature.vocab_size or 0) + 1)
+        for feature in dataset.schema.categories
+    }
+
+
+def _marked(ids: np.ndarray, size: int) -> np.ndarray:
+    """Return which of the numbers below ``size`` are among ``ids``, [size] bool."""
+    found = np.zeros(size, bool)
+    found[ids] = True
+    return found
 
 
 def count_repeats(lengths: np.ndarray, items: np.ndarray) -> int:

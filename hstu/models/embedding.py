@@ -6,10 +6,12 @@ import zlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from hstu.data.batch import POOL, keyed_features
+from hstu.models.negatives import random_uniform
 
 if TYPE_CHECKING:
     from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
@@ -21,7 +23,7 @@ _BLOCK = 4096  # rows drawn from one random stream
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """One table: ``rows`` x ``width``, shared by ``features``."""
+    """One table: ``rows`` x ``width``, shared by ``features``; the last row may be for ``unknown`` values."""
 
     name: str
     rows: int
@@ -29,6 +31,7 @@ class Table:
     features: tuple[str, ...]
     std: float
     seed: int
+    unknown: bool = False
 
     def initial_rows(self, start: int, stop: int) -> Tensor:
         """Return rows [start, stop) of the initial weights, the same whoever asks: [stop - start, width] float32.
@@ -92,29 +95,52 @@ class ItemCategories(nn.Module):
 
     Args:
         item: Item feature.
-        names: Category features.
+        unknown: Category feature -> the id of its unknown value.
         num_items: Size of the catalogue.
+        unknown_rate: Share of the items whose value of a category is the unknown one in a step of training.
+        seed: Of that draw.
     """
 
-    def __init__(self, item: str, names: tuple[str, ...], num_items: int) -> None:
+    def __init__(self, item: str, unknown: dict[str, int], num_items: int, unknown_rate: float, seed: int) -> None:
         super().__init__()
-        self.item, self.names = item, names
+        self.item, self.names, self.unknown_rate, self.seed = item, tuple(unknown), unknown_rate, seed
         self.ids: Tensor
-        self.register_buffer("ids", torch.full((len(names), num_items), -1, dtype=torch.int32), persistent=False)
+        self.unknown: Tensor
+        self.register_buffer("ids", torch.full((len(unknown), num_items), -1, dtype=torch.int32), persistent=False)
+        self.register_buffer("unknown", torch.tensor([*unknown.values()])[:, None], persistent=False)
 
-    def read(self, dataset: SequenceDataset) -> None:
-        """Take the categories of the items of ``dataset``."""
-        for ids, name in zip(self.ids, self.names, strict=True):
-            ids.copy_(torch.from_numpy(dataset.category_ids(name)))
+    def read(self, dataset: SequenceDataset, met: dict[str, np.ndarray] | None = None) -> None:
+        """Take the categories of the items of ``dataset``.
 
-    def beside(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
-        """Return ``features`` and the categories of their items."""
+        Args:
+            dataset: The data set.
+            met: Category -> which of its ids training meets, [vocab_size + 1] bool; others become the unknown value.
+        """
+        for ids, name, unknown in zip(self.ids, self.names, self.unknown, strict=True):
+            ids.copy_(torch.tensor(dataset.category_ids(name)))
+            if met is not None:
+                ids[~torch.from_numpy(met[name]).to(ids.device)[ids.long()]] = int(unknown)
+
+    def ids_of(self, items: Tensor, step: int) -> Tensor:
+        """Return the ids of ``items`` [n], some of them lost in training: [names, n] int64.
+
+        What is lost is a function of seed, step and item: the same wherever the item stands, on every rank.
+        """
+        ids = self.ids[:, items].long()
+        if not self.training or self.unknown_rate == 0:
+            return ids
+        keys = (items + step * self.ids.shape[1]) * len(self.names) + torch.arange(len(ids), device=ids.device)[:, None]
+        drawn = random_uniform(keys.flatten(), 1, self.seed + 3 * 2**40).view_as(ids)
+        return torch.where(drawn < self.unknown_rate, self.unknown, ids)
+
+    def beside(self, features: KeyedJaggedTensor, step: int) -> KeyedJaggedTensor:
+        """Return ``features`` and the categories of their items in a step of training, or after it."""
         names, sizes = [*features.keys()], [*features.length_per_key()]
         values, lengths = [features.values()], [features.lengths().view(len(names), -1)]
         for source, size in zip(features.keys(), features.length_per_key(), strict=True):
             if source in (self.item, POOL):
                 names += [category_feature(source, name) for name in self.names]
-                values.append(self.ids[:, features[source].values()].long().flatten())
+                values.append(self.ids_of(features[source].values(), step).flatten())
                 lengths += [features[source].lengths()[None]] * len(self.names)
                 sizes += [size] * len(self.names)
         return keyed_features(names, torch.cat(values), torch.cat(lengths), sizes)

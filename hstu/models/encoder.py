@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hstu.config import Config, ConfigError
 from hstu.data.batch import POOL, Batch, KeyedJaggedTensor
 from hstu.data.collate import Collator
-from hstu.data.schema import Schema
+from hstu.data.schema import Schema, unknown_id
 from hstu.layers.mlp import initialize
 from hstu.layers.positions import PositionEncoder
 from hstu.layers.postprocess import Postprocess
@@ -80,6 +80,7 @@ def make_collator(config: Config, schema: Schema) -> Collator:
         history_end=config.dataset.history_end,
         sampling_ratio=config.dataset.history_sampling_ratio,
         seed=config.trainer.seed,
+        unknown_rate=config.feature.unknown_rate,
         whole_history=retrieval is not None and retrieval.loss == "bce" and retrieval.bce_excludes == "history",
     )
 
@@ -130,6 +131,8 @@ def make_tables(config: Config, schema: Schema) -> tuple[Table, ...]:
         if table not in widths:
             raise ConfigError(field, f": no table {table!r}; tables: {', '.join(widths)}")
     rows = {feature.name: feature.vocab_size for feature in schema.features}
+    unknown = (*inputs.contexts, *categories) if config.feature.unknown_rate > 0 else ()
+    rows |= {name: unknown_id(schema, name) + 1 for name in unknown}
     rows |= _dynamic_rows(config, rows, inputs.item)
     sources = (inputs.item, POOL) if config.task == "retrieval" else (inputs.item,)
     features = {name: tuple(category_feature(source, name) for source in sources) for name in categories}
@@ -142,6 +145,7 @@ def make_tables(config: Config, schema: Schema) -> tuple[Table, ...]:
             features=features.get(name, (name,)),
             std=network.embedding_initializer_std,
             seed=config.trainer.seed,
+            unknown=name in unknown,
         )
         for name, width in widths.items()
     )
@@ -191,7 +195,11 @@ class Encoder(nn.Module):
         self.embeddings: Embeddings = EmbeddingTables(make_tables(config, schema), allocate=allocate_tables)
         categories = item_categories(config, schema)
         #: What stands for items beside, or in place of, rows of their own; whoever has the data sets its ids.
-        self.categories = ItemCategories(inputs.item, categories, schema.item.vocab_size or 0) if categories else None
+        self.categories = None
+        if categories:
+            unknown = {name: unknown_id(schema, name) for name in categories}
+            rate, seed = config.feature.unknown_rate, config.trainer.seed
+            self.categories = ItemCategories(inputs.item, unknown, schema.item.vocab_size or 0, rate, seed)
         #: Dense weights with one row for each id of a feature, and the feature.
         self.row_weights: dict[str, str] = {}
         self.features = (*inputs.contexts, inputs.item, *([inputs.action] if inputs.action else []))
@@ -226,12 +234,12 @@ class Encoder(nn.Module):
         for part in own:
             initialize(part, network.dense_initializer_type, network.dense_initializer_normal_std)
 
-    def embed(self, features: KeyedJaggedTensor) -> dict[str, Tensor]:
+    def embed(self, features: KeyedJaggedTensor, step: int) -> dict[str, Tensor]:
         """Look up every feature, items as ``NetworkArgs.item_embedding`` says: name -> [ids of the feature, width]."""
         if self.categories is None:
             found: dict[str, Tensor] = self.embeddings(features)
             return found
-        return self.categories.merged(self.embeddings(self.categories.beside(features)))
+        return self.categories.merged(self.embeddings(self.categories.beside(features, step)))
 
     def stream(self, batch: Batch) -> Stream:
         """Lay out the tokens of ``batch``, and which of them are held here; asked again, the answer is at hand."""
@@ -265,7 +273,7 @@ class Encoder(nn.Module):
         stream = self.stream(batch)
         if stream.held is not None:
             batch = batch.only({name: stream.holds(name) for name in self.features})
-        return self.embed((batch if pool is None else batch.with_pool(pool)).features)
+        return self.embed((batch if pool is None else batch.with_pool(pool)).features, batch.step)
 
     def encode(self, embedded: dict[str, Tensor], batch: Batch) -> Tensor:
         """Return the rows that carry labels and are held here, [L, D] float32."""

@@ -91,7 +91,7 @@ class RetrievalModel(Encoder):
 
     def catalogue_vectors(self, batch: Batch, ids: Tensor) -> Tensor:
         """Return items ``ids`` [n] as they are scored, [n, ..] float32; ``batch`` lends its features."""
-        return self.item_vectors(self.embed(batch.with_pool(ids).features)[POOL], ids)
+        return self.item_vectors(self.embed(batch.with_pool(ids).features, batch.step)[POOL], ids)
 
     def scores(self, queries: Tensor, items: Tensor) -> Tensor:
         """Score ``queries`` [L, ..] against ``items`` [n, ..]: [L, n] float32."""

@@ -39,6 +39,7 @@ from hstu.training.vocabularies import Record
 
 logger = logging.getLogger(__name__)
 
+UNKNOWN_ROWS = "FeatureArgs.unknown_rate above 0"
 _DENSE = "dense/"
 _DENSE_OPTIMIZER = "optimizer/"
 
@@ -60,6 +61,7 @@ def model_identity(config: Config) -> dict[str, Any]:
         **network,
         "OptimizerArgs.optimizer_str": config.optimizer.optimizer_str,
         "OptimizerArgs.sparse_optimizer_str": config.optimizer.sparse_optimizer_str,
+        UNKNOWN_ROWS: config.feature.unknown_rate > 0,
         "DynamicEmbeddingArgs.capacity": config.dynamic_embedding.capacity,
         "DynamicEmbeddingArgs.evict_strategy": config.dynamic_embedding.evict_strategy,
     }
@@ -177,6 +179,11 @@ class Checkpointer:
         marker = self.mesh.on_main(lambda: read_marker(path))
         for name, value in self.identity.items():
             needed = optimizer or not name.startswith("OptimizerArgs.")
+            if name == UNKNOWN_ROWS and not any(table.unknown for table in self.parallel.tables.tables):
+                continue  # a model without such features is the same
+            if name == UNKNOWN_ROWS and not marker["model"].get(name):
+                raise CheckpointError(f"checkpoint {path} has no rows for unknown values of features; set "
+                                      "FeatureArgs.unknown_rate = 0 (--gin-bindings) to use it")  # fmt: skip
             if needed and marker["model"].get(name) != value:
                 raise CheckpointError(
                     f"checkpoint {path} is of another model: {name} is {marker['model'].get(name)!r} there and "

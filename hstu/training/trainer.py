@@ -14,7 +14,7 @@ import torch
 from hstu.config import Config, ConfigError
 from hstu.data.loader import BatchLoader
 from hstu.data.reader import SequenceDataset
-from hstu.data.seen import trained_items
+from hstu.data.seen import met_categories, met_contexts, trained_items
 from hstu.data.splits import Split, make_splits
 from hstu.models import RetrievalModel, build_model, fit_to_data, make_collator
 from hstu.models.negatives import count_items
@@ -72,6 +72,9 @@ class Trainer:
         self.started_from: dict[str, Any] | None = None
         without_loss = dataset.action_ids(config.dataset.actions_without_loss)
         collate = replace(make_collator(config, dataset.schema), actions_without_loss=without_loss)
+        #: Of contexts and categories that have a row for unknown values, which ids training meets.
+        self.met = met_contexts(dataset, splits["train"], collate.contexts) if config.feature.unknown_rate else {}
+        collate = replace(collate, met=dict(self.met))
         self.loaders = {
             name: BatchLoader(
                 dataset=dataset,
@@ -92,7 +95,9 @@ class Trainer:
         self.total_steps = self._total_steps()
         model = build_model(config, dataset.schema, allocate_tables=False)
         if model.categories is not None:
-            model.categories.read(dataset)
+            if config.feature.unknown_rate:
+                self.met |= met_categories(dataset, self.trained_items)
+            model.categories.read(dataset, self.met or None)
         if config.retrieval is not None and config.retrieval.needs_item_counts:
             assert isinstance(model, RetrievalModel)
             model.sampler.set_counts(count_items(dataset, self.loaders["train"].split).to(mesh.device))
@@ -176,6 +181,10 @@ class Trainer:
         """
         logger.info("%s\n%s", describe_data(self.dataset, self.config), memory_table(self.parallel, self.optimizer))
         logger.info(self._plan())
+        if unmet := {
+            name: f"{int((~met[:-1]).sum()):,} of {name}" for name, met in self.met.items() if not met[:-1].all()
+        }:
+            logger.info("values that no training sample has, which are read as unknown: %s", ", ".join(unmet.values()))
         if self.config.retrieval is not None:
             logger.info("RetrievalArgs.filter_seen = %s: %s", self.config.retrieval.filter_seen, self.filtering)
         self._rewind()

@@ -157,6 +157,24 @@ def test_unknown_items_are_refused_or_dropped(tmp_path: Path, capsys: pytest.Cap
     assert dropped["user"].unique().to_list() == ["x"] and dropped.equals(kept)
 
 
+def test_values_of_contexts_that_training_never_met_are_unknown(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    plans = {"a": "free", "b": "paid", "c": "gold", "d": "no such plan"}
+    lines = [f"{user},sku {item},{item},{plan}" for user, plan in plans.items() for item in (1, 2, 3)]
+    (tmp_path / "h.csv").write_text("\n".join(["who,what,when,plan", *lines]))
+    flags = ["--users", str(tmp_path / "h.csv"), *COLUMNS]
+    found = answers(tmp_path / "o.parquet", *flags)
+    assert (
+        "values that training never met are read as unknown: plan of 2 users, of 4 users in all"
+        in capsys.readouterr().out
+    )
+    scores = {user: found.filter(pl.col("user") == user)["score"].to_list() for user in plans}
+    assert scores["c"] == pytest.approx(scores["d"], abs=1e-6) and len(scores["c"]) == 10
+    assert all(scores[known] != pytest.approx(scores["c"], abs=1e-6) for known in "ab")
+    (tmp_path / "h.csv").write_text("\n".join(["who,what,when,plan", *lines[:6]]))
+    answers(tmp_path / "o.parquet", *flags)
+    assert "never met" not in capsys.readouterr().out
+
+
 def test_a_ranking_run_scores_held_out_events_and_candidates_alike(tmp_path: Path):
     held_out = answers(tmp_path / "test.parquet", "--split", "test", task="ranking")
     values = held_out.select("score_0", "score_1").to_numpy()

@@ -83,7 +83,7 @@ def categorized(tmp_path_factory: pytest.TempPathFactory) -> SequenceDataset:
 def model_and_batch(
     dataset: SequenceDataset, task: str, kind: str, *lines: str
 ) -> tuple[RankingModel | RetrievalModel, Batch]:
-    config = make_config(task, f"NetworkArgs.item_embedding={kind!r}", *lines)
+    config = make_config(task, f"NetworkArgs.item_embedding={kind!r}", "FeatureArgs.unknown_rate=0", *lines)
     model = build_model(config, dataset.schema)
     assert model.categories is not None
     model.categories.read(dataset)

@@ -475,7 +475,7 @@ def test_only_the_features_asked_for_have_tables(dataset: SequenceDataset) -> No
     model = build_model(config, dataset.schema)
     assert {t.name: (t.rows, t.features) for t in model.embeddings.tables} == {
         "item": (30, ("item", POOL)),
-        "age": (7, ("age",)),
+        "age": (8, ("age",)),  # seven values, and the unknown ones
     }
     model = build_model(make_config("ranking"), dataset.schema)
     assert [t.name for t in model.embeddings.tables] == ["item", "action", "country", "age"]

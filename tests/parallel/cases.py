@@ -48,7 +48,7 @@ SASREC_MOL = (
     "RetrievalArgs.sampling_strategy='log_uniform'",
     "RetrievalArgs.logq_correction=True",
 )
-BOTH = ("NetworkArgs.item_embedding='both'",)
+BOTH = ("NetworkArgs.item_embedding='both'", "FeatureArgs.unknown_rate=0.3")
 PIPELINED = ("TrainerArgs.pipeline_type='native'", "TrainerArgs.eval_interval=7")
 ACCUMULATED = ("TrainerArgs.gradient_accumulation_steps=2",)
 WIDTHS = ("NetworkArgs.item_embedding_dim=22", "NetworkArgs.action_embedding_dim=6")

@@ -23,6 +23,7 @@ from hstu.config import Config, ConfigError, OptimizerArgs
 from hstu.data.batch import Batch
 from hstu.data.loader import BatchLoader
 from hstu.data.reader import SequenceDataset
+from hstu.data.seen import met_categories, trained_items
 from hstu.data.splits import leave_one_out
 from hstu.models import build_model, make_collator
 from hstu.models.losses import LossSum
@@ -121,8 +122,9 @@ def steps_of(loader: BatchLoader, count: int) -> Iterator[list[Batch]]:
 def train_plain(config: Config, dataset: SequenceDataset, steps: int) -> list[float]:
     """Return the losses of the plain model under torch's own optimizers, in one process without any engine."""
     model, args = build_model(config, dataset.schema, allocate_tables=True), config.optimizer
+    split, collate = leave_one_out(dataset.lengths)["train"], make_collator(config, dataset.schema)
     if model.categories is not None:
-        model.categories.read(dataset)
+        model.categories.read(dataset, met_categories(dataset, trained_items(dataset, split, collate)))
     weights = model.embeddings.weights
     sparse_rate = args.sparse_learning_rate or args.learning_rate
     sharded = {name: weights[name] for name in weights if config.embedding.of(name) != "data_parallel"}
@@ -137,8 +139,8 @@ def train_plain(config: Config, dataset: SequenceDataset, steps: int) -> list[fl
         dense = kind(groups, weight_decay=args.weight_decay, **betas)
     loader = BatchLoader(
         dataset=dataset,
-        split=leave_one_out(dataset.lengths)["train"],
-        collate=make_collator(config, dataset.schema),
+        split=split,
+        collate=collate,
         batch_size=config.trainer.train_batch_size * config.trainer.gradient_accumulation_steps,
         seed=config.trainer.seed,
         shuffle=True,
@@ -167,7 +169,7 @@ def _looked_up(name: str, model: Any, batch: Batch) -> Tensor:
     if hasattr(model, "sampler") and (name == batch.item or of_items):
         rows = torch.cat([rows, model.sampler.pool(batch.labels, batch.step)])
     if of_items:
-        rows = model.categories.ids[model.categories.names.index(name)][rows]
+        rows = model.categories.ids_of(rows, batch.step)[model.categories.names.index(name)]
     return rows.unique()
 
 
