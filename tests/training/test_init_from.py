@@ -23,7 +23,8 @@ from tests.tiny import renumber, tiny
 from tests.training.runs import losses, records, trainer, worst
 
 STEPS = 4  # an epoch: the next one begins with the same batch, for nothing is shuffled
-SAME = ("DatasetArgs.shuffle=False", "NetworkArgs.hidden_dropout=0.0", "TrainerArgs.eval_interval=4")
+SAME = ("DatasetArgs.shuffle=False", "NetworkArgs.hidden_dropout=0.0", "TrainerArgs.eval_interval=4",
+        "FeatureArgs.unknown_rate=1e-12")  # fmt: skip
 CLASSES = ("RankingArgs.prediction_head_arch=[16, 5]", "RankingArgs.num_tasks=1",
            "NetworkArgs.item_embedding='both'")  # fmt: skip
 RETRIEVAL = (
@@ -184,6 +185,9 @@ def test_known_ids_keep_their_rows_and_new_ones_are_fresh(home: Path, sources: A
                     wanted = fresh[row] if original in NEW.get(name, []) else there[original]
                     assert torch.equal(tensor[row], wanted), (name, what, original)
             assert any(bool(there.any()) for what, there in held.items() if what != "weight")
+            if tables[name].unknown:  # its row stands behind those of the values
+                assert len(held["weight"]) == number + 1
+                assert torch.equal(held["weight"][-1], saved.whole(f"tables/16/embeddings.{name}.weight")[-1])
         new_head = run.parallel.dense.state()["head.layers.2.weight"]
         for row, original in enumerate(values["action"].tolist()):
             wanted = head[row] if original == 9 else saved.whole("dense/head.layers.2.weight")[original]
