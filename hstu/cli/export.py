@@ -5,6 +5,10 @@ product of two vectors is the score that evaluation ranks by (with a mixture of 
 similarity module combines: its vectors and its gate, side by side). dense.safetensors: every weight but the sharded
 tables. items.faiss, with --faiss: an exact inner-product index, whose position i is row i of items.parquet.
 export.json: what all this is. A ranking run has no vectors, only dense weights.
+
+With --since STEP, of a run with dynamic tables: in place of vectors tables/<table>.parquet (original id, its number,
+the last step in which it was trained, the weights of its row) for the rows that were trained after STEP, and
+tables/<table>.evicted.parquet for the ids that lost their rows after STEP and have none.
 """
 
 from __future__ import annotations
@@ -27,6 +31,8 @@ from hstu.cli.flags import Parser, underscore_flags
 from hstu.cli.predict import add_run_flags, add_user_flags
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from hstu.parallel import Mesh
     from hstu.training.trainer import Trainer
 
@@ -41,6 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     add_run_flags(parser)
     parser.add_argument("--output", required=True, type=Path, help="directory to write; must not exist")
     parser.add_argument("--faiss", action="store_true", help="also write items.faiss; needs faiss-cpu")
+    parser.add_argument("--since", type=int, metavar="STEP", help="only what changed after STEP; see above")
     add_user_flags(parser)
     args = parser.parse_args(underscore_flags(sys.argv[1:] if argv is None else argv))
     return run_on_mesh(lambda mesh: export(args, mesh))
@@ -61,11 +68,56 @@ def export(args: argparse.Namespace, mesh: Mesh) -> None:
     if args.faiss and (retrieval is None or retrieval.similarity == "mol"):
         raise ValueError("--faiss: needs a retrieval run that scores by dot product or cosine; leave it out")
     about = {"run": Path(args.run_dir).name, "task": trainer.config.task, "step": step}
+    if args.since is not None:
+        _check_since(args, trainer, step)
+        about["since"] = args.since
     with _new_directory(args.output, mesh) as folder, torch.no_grad():
-        if retrieval is not None:
+        if args.since is not None:
+            _write_changes(args.since, trainer, mesh, folder, about)
+        elif retrieval is not None:
             _write_vectors(args, trainer, mesh, folder, about)
         mesh.on_main(lambda: _write_weights(trainer, folder, about))
     logger.info("%s: %s", args.output, ", ".join(sorted(path.name for path in args.output.iterdir())))
+
+
+def _check_since(args: argparse.Namespace, trainer: Trainer, step: int) -> None:
+    """Raise ``ValueError`` if it is not known what changed since the step that ``args`` name."""
+    if not trainer.config.dynamic_embedding.capacity:
+        raise ValueError(
+            "--since: needs a run with DynamicEmbeddingArgs.capacity, whose tables know when a row changed"
+        )
+    if not 0 <= args.since <= step:
+        raise ValueError(f"--since = {args.since}: the checkpoint is of step {step}; use a step from 0 to that")
+    if args.faiss:
+        raise ValueError("--faiss: an index has all items; leave it or --since out")
+
+
+def _write_changes(since: int, trainer: Trainer, mesh: Mesh, folder: Path, about: dict[str, Any]) -> None:
+    import pyarrow as pa
+
+    from hstu.inference.output import ParquetOutput, vector_column
+    from hstu.parallel.dynamic import PARTS, DynamicTables
+
+    tables = trainer.parallel.tables
+    assert isinstance(tables, DynamicTables)
+    for table, rows in tables.maps.items():
+        held = [rows.held(part, since) for part in range(PARTS)]
+        originals = pa.array(trainer.dataset.vocabulary(table.name))
+
+        def named(numbers: Tensor, originals: pa.Array = originals) -> dict[str, pa.Array]:
+            values = numbers.numpy()  # one beyond the vocabulary is that of unknown values
+            known = pa.array(values, mask=(values < 0) | (values >= len(originals)))
+            return {"id": originals.take(known), "number": pa.array(values)}
+
+        with ParquetOutput(folder / "tables" / f"{table.name}.parquet", mesh, about) as output:
+            for part in held:
+                weights, _ = tables.read(table, part.rows)
+                output.write(
+                    named(part.ids) | {"step": pa.array(part.steps.numpy()), "weights": vector_column(weights)}
+                )
+        with ParquetOutput(folder / "tables" / f"{table.name}.evicted.parquet", mesh, about) as output:
+            for part in held:
+                output.write(named(part.evicted))
 
 
 def _write_vectors(args: argparse.Namespace, trainer: Trainer, mesh: Mesh, folder: Path, about: dict[str, Any]) -> None:

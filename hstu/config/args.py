@@ -295,7 +295,7 @@ class Config:
             output_norm=self.network.output_norm or ("layer_norm" if self.ranking else "l2"),
         )
         object.__setattr__(self, "network", network)
-        self.dynamic_embedding.check(self.embedding, pipelined=self.trainer.pipeline_type != "none")
+        self.dynamic_embedding.check(self.embedding)
         check_degrees(
             network,
             self.context_parallel.context_parallel_size,

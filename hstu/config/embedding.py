@@ -56,22 +56,33 @@ class FeatureArgs(Args):
 class DynamicEmbeddingArgs(Args):
     """Tables whose rows go to the ids that training meets; see ``hstu.parallel.dynamic``.
 
-    An id gets a row when it is first met. When no row is free it takes that of another id, with fresh weights and
-    without the other's past. Ids without a row share one of a few rows kept for them; only training gives out rows.
+    An id gets a row when a training batch meets it, for the ``min_count``-th time. When no row is free for it, it takes
+    that of another id, if ``evict_strategy`` lets it, with fresh weights and without the other's past. Ids without a
+    row share one of a few rows kept for them; only training gives out rows.
     """
 
     #: Rows by table, at least 32. Other tables have a row for each id.
     capacity: dict[str, int] = field(default_factory=dict)
-    #: Who loses a row: "lru", the id not met for longest; "lfu", the one met least often, to an id that one batch meets
-    #: more often; "distance_lfu", by both.
-    evict_strategy: Literal["lru", "lfu", "distance_lfu"] = "lru"
+    #: Who loses a row: "lru", the id not met for longest; "lfu", the one met least often, to an id met more often
+    #: lately; "ttl", one not met for ``ttl`` batches; "none", nobody.
+    evict_strategy: Literal["lru", "lfu", "ttl", "none"] = "lru"
+    #: Training batches of the whole job for which a row is kept for its id, with evict_strategy = "ttl".
+    ttl: int | None = None
+    #: How often an id has to be met, lately, before it gets a row; at most 255.
+    min_count: int = 1
 
     def validate(self) -> None:
         for table, rows in self.capacity.items():
             if rows < 32:
                 raise self.error("capacity", f"table {table!r} needs at least 32 rows")
+        self.require_positive("ttl")
+        self.require_range("min_count", 1, 256)
+        if (self.ttl is None) == (self.evict_strategy == "ttl"):
+            raise self.error(
+                "ttl", f"goes with evict_strategy = 'ttl' and no other, and that is {self.evict_strategy!r}"
+            )
 
-    def check(self, embedding: EmbeddingArgs, *, pipelined: bool) -> None:
+    def check(self, embedding: EmbeddingArgs) -> None:
         """Raise ``ConfigError`` for what dynamic tables do not go with."""
         for table in self.capacity:
             if embedding.of(table) == "data_parallel":
@@ -80,6 +91,3 @@ class DynamicEmbeddingArgs(Args):
             if table in embedding.uvm_caching_tables:
                 raise embedding.error("uvm_caching_tables", f"table {table!r} is dynamic: a row that changes hands is "
                                       "written outside the cache; choose one of the two")  # fmt: skip
-        if self.capacity and pipelined:
-            raise self.error("capacity", "a pipeline looks up a batch while the one before is computed, whose rows "
-                             "would be given away; use TrainerArgs.pipeline_type = 'none'")  # fmt: skip

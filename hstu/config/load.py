@@ -50,11 +50,27 @@ _IGNORED = {
     "TrainerArgs.ckpt_save_dir": "checkpoints go to <run-dir>/checkpoints; choose it with --run-dir",
     "TrainerArgs.ckpt_load_dir": "load with --checkpoint PATH",
     "NetworkArgs.embedding_backend": "tables are TorchRec's",
+    **dict.fromkeys(
+        (
+            f"DynamicEmbeddingArgs.{name}"
+            for name in (
+                "item_vocab_gpu_capacity",
+                "item_vocab_gpu_capacity_ratio",
+                "global_hbm_for_values",
+                "caching",
+                "feature_names",
+                "sharding_type",
+            )
+        ),
+        "DynamicEmbeddingArgs.capacity says how many rows there are, EmbeddingArgs where they lie",
+    ),
     "NetworkArgs.disable_contextual_mask": "set NetworkArgs.context_attention instead",
 }
 _REPLACED_VALUES = {
     ("TrainerArgs.pipeline_type", "prefetch"): "native",
     ("NetworkArgs.kernel_backend", "cutlass"): "auto",
+    ("DynamicEmbeddingArgs.evict_strategy", "LRU"): "lru",
+    ("DynamicEmbeddingArgs.evict_strategy", "LFU"): "lfu",
 }
 
 
@@ -137,6 +153,7 @@ def _given(bound: dict[str, Binding]) -> str:
 
 def _apply_reference_names(bound: dict[str, Binding], notes: list[str]) -> dict[str, Binding]:
     """Translate the reference system's options, adding a line to ``notes`` for each."""
+    bound = _apply_capacity(bound, notes)
     result: dict[str, Binding] = {}
     for key, binding in bound.items():
         value, owner = binding.value, key.split(".")[0]
@@ -151,6 +168,21 @@ def _apply_reference_names(bound: dict[str, Binding], notes: list[str]) -> dict[
             notes.append(f"{key} = {value!r} is not available; {binding.value!r} is used")
         result[key] = binding  # of an old and a new name, the one that was set last wins
     return result
+
+
+def _apply_capacity(bound: dict[str, Binding], notes: list[str]) -> dict[str, Binding]:
+    """Translate the reference system's pair of a dynamic table's name and rows."""
+    rows, table = (f"DynamicEmbeddingArgs.{name}" for name in ("item_vocab_size_or_capacity", "table_name"))
+    pair = [bound[key] for key in (rows, table) if key in bound]
+    if not pair:
+        return bound
+    if len(pair) < 2:
+        raise ConfigError(rows if rows in bound else table, f"= {pair[0].value!r}: {rows} and {table} go together; use "
+                          f"DynamicEmbeddingArgs.capacity = {{'table': rows}} (set in {pair[0].where})")  # fmt: skip
+    capacity = {pair[1].value: pair[0].value}
+    notes.append(f"{rows} and {table} are read as DynamicEmbeddingArgs.capacity = {capacity!r}")
+    rest = {key: binding for key, binding in bound.items() if key not in (rows, table)}
+    return rest | {"DynamicEmbeddingArgs.capacity": Binding(capacity, pair[0].where)}
 
 
 def _build(task: str, bound: dict[str, Binding], notes: list[str]) -> args.Config:

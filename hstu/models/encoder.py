@@ -133,7 +133,8 @@ def make_tables(config: Config, schema: Schema) -> tuple[Table, ...]:
     rows = {feature.name: feature.vocab_size for feature in schema.features}
     unknown = (*inputs.contexts, *categories) if config.feature.unknown_rate > 0 else ()
     rows |= {name: unknown_id(schema, name) + 1 for name in unknown}
-    rows |= _dynamic_rows(config, rows, inputs.item)
+    rows |= config.dynamic_embedding.capacity
+    _check_dynamic(config, inputs.item)
     sources = (inputs.item, POOL) if config.task == "retrieval" else (inputs.item,)
     features = {name: tuple(category_feature(source, name) for source in sources) for name in categories}
     features[inputs.item] = sources
@@ -151,18 +152,16 @@ def make_tables(config: Config, schema: Schema) -> tuple[Table, ...]:
     )
 
 
-def _dynamic_rows(config: Config, ids: dict[str, int | None], item: str) -> dict[str, int]:
-    """Return the rows of dynamic tables, after a look at whether they make sense."""
-    args = config.dynamic_embedding
-    for table, rows in args.capacity.items():
-        if rows >= (ids[table] or 0):
-            raise args.error("capacity", f"table {table!r} has {ids[table]:,} ids, so each can have a row of its own; "
-                             "leave it out, or use fewer rows")  # fmt: skip
-    retrieval = config.retrieval
-    if item in args.capacity and retrieval and (retrieval.negatives != "in_batch" or retrieval.loss == "bce"):
-        raise args.error("capacity", f"table {item!r}: most negatives drawn from all items would have no row; use "
-                         "RetrievalArgs.sampling_strategy = 'in_batch'")  # fmt: skip
-    return args.capacity
+def _check_dynamic(config: Config, item: str) -> None:
+    """Raise ``ConfigError`` where negatives would be drawn from items of which most have no row."""
+    args, retrieval = config.dynamic_embedding, config.retrieval
+    if item in args.capacity and retrieval and retrieval.loss == "bce":
+        raise args.error("capacity", f"table {item!r}: bce draws its negatives from all items, of which those not met "
+                         "yet have no row; use RetrievalArgs.loss = 'sampled_softmax'")  # fmt: skip
+    if item in args.capacity and retrieval and retrieval.negatives not in ("in_batch", "uniform"):
+        raise args.error("capacity", f"table {item!r}: items not met yet have no row and are no negatives; use "
+                         "RetrievalArgs.loss = 'sampled_softmax' with sampling_strategy = 'in_batch' or "
+                         "'uniform'")  # fmt: skip
 
 
 def item_categories(config: Config, schema: Schema) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from hstu.data.splits import Split
 
 POOL_SIZE = 8192
 """Negatives of a larger catalogue are drawn from a pool of at most this many items, new for each step."""
+_UNDER_WAY = 8  # steps that a pipeline has begun at once, at most
 _CACHED = 1 << 15  # numbers scrambled at once, so that they stay in cache
 
 
@@ -33,7 +34,7 @@ def random_bits(keys: Tensor, count: int, seed: int) -> Tensor:
     return drawn
 
 
-def random_columns(keys: Tensor, count: int, bound: int, seed: int) -> Tensor:
+def random_columns(keys: Tensor, count: int, bound: int | Tensor, seed: int) -> Tensor:
     """Draw [len(keys), count] int64 in [0, bound), each row a function of (seed, its key) alone; bound < 2**31."""
     bits = random_bits(keys, -(-count // 2), seed)
     halves = torch.stack([bits & (2**31 - 1), bits >> 31], 2).flatten(1)
@@ -67,6 +68,11 @@ class NegativeSampler:
         self.strategy, self.num_items, self.num_negatives, self.seed = strategy, num_items, num_negatives, seed
         #: Joins the label ids of all ranks; ``parallelize`` sets it.
         self.gather: Callable[[Tensor], Tensor] = lambda ids: ids
+        #: Rows of a table that has one only for items that were met; ``parallelize`` sets it.
+        self.num_rows = 0
+        #: From some of them to the items that have them, ahead of anything else, and to how many these are; likewise.
+        self.holders: Callable[[Tensor], tuple[Tensor, Tensor]] = lambda rows: (rows, torch.tensor(rows.numel()))
+        self._pools: dict[int, tuple[Tensor, Tensor]] = {}  # of the steps that a pipeline may have under way
         self.counts: Tensor | None = None
 
     def set_counts(self, counts: Tensor) -> None:
@@ -78,10 +84,12 @@ class NegativeSampler:
     def pool(self, labels: Tensor, step: int) -> Tensor:
         """Return the ids of the pool of global batch ``step``, [P] int64, the same on every rank.
 
-        They are distinct, unless drawn log-uniformly from a large catalogue.
+        They are distinct, unless drawn log-uniformly from a large catalogue, or from items that have a row.
         """
         if self.strategy == "in_batch":
             return self.gather(labels).unique()
+        if self.strategy == "uniform" and self.num_rows:
+            return self._with_row(step, labels.device)[0]
         if self.strategy == "all" or self.num_items <= POOL_SIZE:
             return torch.arange(self.num_items, device=labels.device)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
@@ -91,12 +99,36 @@ class NegativeSampler:
         drawn = torch.randint(self.num_items, (POOL_SIZE,), generator=generator)
         return drawn.unique().to(labels.device)
 
-    def columns(self, keys: Tensor, pool_size: int) -> Tensor | None:
+    def drawable(self, pool: Tensor, step: int) -> int | Tensor:
+        """Return how many of the ``pool`` of ``step``, from the first on, may be drawn from."""
+        return self._pools[step][1] if self.strategy == "uniform" and self.num_rows else pool.numel()
+
+    def _with_row(self, step: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return items that have a row when ``step`` is first asked for, repeated up to [P], and how many they are.
+
+        Before there is one they are of the catalogue.
+        """
+        if step not in self._pools:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+            rows = torch.arange(self.num_rows)
+            if self.num_rows > POOL_SIZE:
+                rows = torch.randint(self.num_rows, (POOL_SIZE,), generator=generator).unique()
+            others = torch.randint(self.num_items, rows.shape, generator=generator).to(device)
+            ids, number = self.holders(rows.to(device))
+            ids = ids[torch.arange(len(ids), device=device) % number.clamp(min=1)]
+            pool = torch.where(number > 0, ids, others), torch.where(number > 0, number, len(ids))
+            self._pools = {s: p for s, p in self._pools.items() if step - _UNDER_WAY < s < step} | {step: pool}
+        elif device.type == "cuda":
+            for x in self._pools[step]:  # made on the stream of a pipeline's copies
+                x.record_stream(torch.cuda.current_stream(device))
+        return self._pools[step]
+
+    def columns(self, keys: Tensor, pool_size: int | Tensor) -> Tensor | None:
         """Return each label token's places in the pool, [L, num_negatives] int64, or None for all of it.
 
         Args:
             keys: [L] int64, an identity of each label token that does not depend on the rank.
-            pool_size: P.
+            pool_size: What may be drawn, P or what ``drawable`` says.
         """
         if self.num_negatives == -1 or self.strategy == "all":
             return None

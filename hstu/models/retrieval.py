@@ -47,7 +47,7 @@ class RetrievalModel(Encoder):
             columns: Tensor | None = places[:, None]
         else:
             pool_ids = self.sampler.pool(batch.labels, batch.step)
-            columns = self.sampler.columns(keys, pool_ids.numel())
+            columns = self.sampler.columns(keys, self.sampler.drawable(pool_ids, batch.step))
         embedded, positive, pool = self._look_up_all(batch, targets, pool_ids)
         contest = Contest(
             query=self.query_vectors(self.rows(embedded, full, targets)),

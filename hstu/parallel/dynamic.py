@@ -1,87 +1,63 @@
-"""Tables with fewer rows than ids: which row each id has, on which rank that is known, and who loses one.
+"""Tables whose rows go to the ids that training meets, spread over ranks.
 
-TorchRec's managed collision, cut into buckets by a hash of the id. Each bucket has its own rows and forgets its own
-ids, and belongs to one rank: so no number of ranks changes which id has which row. TorchRec's own collection instead
-evicts over whatever rows lie on a rank, and keeps ids that wait for an eviction where no checkpoint sees them; here
-every lookup evicts, and nothing waits.
+The map from ids to rows (``hstu.parallel.row_map``) lies in parts, by a hash of the id, and each part belongs to one
+rank: so no number of ranks changes which id has which row. Every lookup settles at once who has a row.
 """
 
 from __future__ import annotations
 
 import logging
+from collections import deque
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec import KeyedJaggedTensor
-from torchrec.modules.mc_modules import (
-    DistanceLFU_EvictionPolicy,
-    LFU_EvictionPolicy,
-    LRU_EvictionPolicy,
-    MCHManagedCollisionModule,
-)
-from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from hstu.config import DynamicEmbeddingArgs, EmbeddingArgs, OptimizerArgs
 from hstu.data.batch import POOL, keyed_features
 from hstu.models.embedding import Table
 from hstu.parallel.embedding import ShardedTables
 from hstu.parallel.mesh import Mesh
+from hstu.parallel.row_map import BLOCKED, PARTS, WAYS, RowHistory, RowMap, part_of
 
 logger = logging.getLogger(__name__)
 
-BUCKETS = 16
-_POLICIES = {"lru": LRU_EvictionPolicy, "lfu": LFU_EvictionPolicy, "distance_lfu": DistanceLFU_EvictionPolicy}
-_GOLDEN = -7046029254386353131  # 2**64 / golden ratio, as int64: Fibonacci hashing
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """What a training lookup of one table changes besides the map, once the model has come so far.
+
+    Attributes:
+        rows: Rows with a new id, of all ranks; -1: none.
+        places: Where this rank holds the ids that were looked up.
+        evicted: Ids of this rank's parts that lost their rows.
+        tally: What ``Found.tally`` counts, over all ranks.
+    """
+
+    rows: Tensor
+    places: Tensor
+    evicted: Tensor
+    tally: Tensor
 
 
-def bucket_of(ids: Tensor) -> Tensor:
-    """Return the bucket of each id, [n] int64 in [0, BUCKETS)."""
-    return (ids * _GOLDEN >> 60) & (BUCKETS - 1)
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """Who has the rows of one part of a map.
 
+    Attributes:
+        ids: [n] int64.
+        rows: The row of each, [n] int64.
+        steps: The last step in which each was trained, [n] int32.
+        evicted: Ids that lost their rows and have none now, [m] int64.
+    """
 
-class _Bucket(MCHManagedCollisionModule):
-    """Rows [start, stop) of a table and the ids that have them; the last one is for ids without a row."""
-
-    def __init__(self, start: int, stop: int, strategy: str, device: torch.device) -> None:
-        super().__init__(
-            zch_size=stop - start,
-            device=device,
-            eviction_policy=_POLICIES[strategy](),
-            eviction_interval=1,
-            output_global_offset=start,
-        )
-
-    @torch.no_grad()
-    def admit(self, ids: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-        """Give rows to ``ids`` [n], each once, met ``counts`` [n] times now.
-
-        Returns:
-            The rows with a new id [m], and how many of them had another one and how many of ``ids`` got none, [2].
-        """
-        free = self._free()
-        self._current_iter_tensor += 1
-        self._current_iter = int(self._current_iter_tensor)
-        times = {"last_access_iter": torch.full_like(ids, self._current_iter)}
-        self._update_and_evict(ids, counts, times)
-        changed = self.evict()
-        assert changed is not None
-        without = (self.rows(ids) == self._output_global_offset + self._zch_size - 1).sum()
-        return changed, torch.stack([changed.numel() - (free - self._free()), without])
-
-    def _free(self) -> Tensor:
-        """Return how many rows no id has."""
-        return (self._mch_sorted_raw_ids == self._delimiter).sum()
-
-    def rows(self, ids: Tensor) -> Tensor:
-        """Return the row of each of ``ids`` [n]."""
-        return self.remap({"": JaggedTensor(values=ids, lengths=ids.new_tensor([ids.numel()]))})[""].values()
-
-    def state(self) -> dict[str, Tensor]:
-        """Return all that the next lookup depends on; loading writes into it."""
-        own = {"ids": self._mch_sorted_raw_ids, "rows": self._mch_remapped_ids_mapping}
-        return own | self._mch_metadata | {"lookups": self._current_iter_tensor}
+    ids: Tensor
+    rows: Tensor
+    steps: Tensor
+    evicted: Tensor
 
 
 class DynamicRows:
@@ -89,74 +65,103 @@ class DynamicRows:
 
     Args:
         table: The table.
-        args: Who loses a row.
+        args: Who gets a row and who loses one.
         mesh: The ranks.
     """
 
     def __init__(self, table: Table, args: DynamicEmbeddingArgs, mesh: Mesh) -> None:
         self.mesh = mesh
-        ends = [table.rows * bucket // BUCKETS for bucket in range(BUCKETS + 1)]
-        self.buckets = {
-            bucket: _Bucket(ends[bucket], ends[bucket + 1], args.evict_strategy, mesh.device)
-            for bucket in range(mesh.rank, BUCKETS, mesh.world_size)
-        }
-        #: On all ranks: rows given out, those of them that another id lost, ids of a lookup that got none; [3].
+        parts = range(mesh.rank, PARTS, mesh.world_size)
+        # Several ranks have to be told how many ids they exchange; one GPU alone need not wait for anything.
+        fixed_shapes = mesh.device.type == "cuda" and mesh.world_size == 1
+        self.map = RowMap(table.rows, args, parts, mesh.device, fixed_shapes=fixed_shapes)
+        self.history = RowHistory(self.map)
+        #: What ``Found.tally`` counts, over all ranks and all lookups that the model has come to.
         self.tally = torch.zeros(3, dtype=torch.int64, device=mesh.device)
 
-    def __call__(self, ids: Tensor, met: Tensor | None) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, ids: Tensor, met: Tensor | None, *, min_count: int | None = None, ahead: bool = False
+    ) -> tuple[Tensor, Change]:
         """Look up ids of this rank; all ranks do so at once.
 
         Args:
             ids: [n] int64.
             met: [n] bool, those that get a row, an id of another rank included; None gives out none.
+            min_count: In place of the configured one.
+            ahead: Whether a checkpoint may be taken before the model comes to this lookup.
 
         Returns:
-            The row of each id [n], and the rows that have a new id, the same on every rank.
+            The row of each id [n], and what ``apply`` takes.
         """
         ranks = self.mesh.world_size
-        asked, inverse = ids.unique(return_inverse=True)
-        counts = torch.zeros_like(asked)
-        if met is not None and self.mesh.tensor.rank == 0:  # tensor ranks hold the same tokens: they count once
-            counts = counts.index_add(0, inverse, met.long())
-        owner = bucket_of(asked) % ranks
+        if ranks == 1:
+            found = self.map.look_up(ids, met, min_count=min_count, ahead=ahead)
+            return found.rows, Change(rows=found.changed, places=found.places, evicted=found.evicted, tally=found.tally)
+        if met is not None and self.mesh.tensor.rank:  # tensor ranks hold the same tokens: they count once
+            met = torch.zeros_like(met)
+        owner = part_of(ids) % ranks
         order = owner.argsort(stable=True)
-        questions, sizes = self.mesh.exchange(
-            torch.stack([asked, counts], 1)[order], torch.bincount(owner, minlength=ranks).tolist()
-        )
-        rows, changed, tally = self._answer(*questions.unbind(1), admit=met is not None)
-        answers, _ = self.mesh.exchange(rows, sizes)
-        news = torch.cat([tally, changed])
+        asked = torch.stack([ids, torch.zeros_like(ids) if met is None else met.long()], 1)
+        questions, sizes = self.mesh.exchange(asked[order], torch.bincount(owner, minlength=ranks).tolist())
+        wanted, flags = questions.unbind(1)
+        found = self.map.look_up(wanted, None if met is None else flags > 0, min_count=min_count, ahead=ahead)
+        answers, _ = self.mesh.exchange(found.rows, sizes)
+        news = torch.cat([found.tally, found.changed])
         news, sizes = self.mesh.exchange(news.repeat(ranks), [news.numel()] * ranks)
-        parts = news.split(sizes)
-        changed = torch.cat([part[2:] for part in parts])
-        self.tally[0] += changed.numel()
-        self.tally[1:] += torch.stack([part[:2] for part in parts]).sum(0)
-        return torch.empty_like(asked).index_copy(0, order, answers)[inverse], changed
+        tallies, changed = zip(*((part[:3], part[3:]) for part in news.split(sizes)), strict=True)
+        change = Change(
+            rows=torch.cat(changed), places=found.places, evicted=found.evicted, tally=torch.stack(tallies).sum(0)
+        )
+        return torch.empty_like(ids).index_copy(0, order, answers), change
 
-    def _answer(self, ids: Tensor, counts: Tensor, *, admit: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the rows of ids of this rank's buckets [n] after ``counts`` [n] of them were met, those with a new
-        id, and the sums of what ``_Bucket.admit`` counts.
+    def apply(self, change: Change, step: int) -> None:
+        """Count ``change``, which the model comes to in ``step``."""
+        self.tally += change.tally
+        self.history.note(step, change.places, change.evicted)
+        if self.map.overwritten:
+            self.map.forget()
+
+    def holders(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the ids that have one of ``rows`` [n], for which all ranks ask at once, and their number.
+
+        Returns:
+            Ids [n], arbitrary behind those, and the number [].
         """
-        bucket, rows, changed, tally = bucket_of(ids), torch.empty_like(ids), [ids[:0]], ids.new_zeros(2)
-        for number, owned in self.buckets.items():
-            mine = bucket == number
-            if admit:
-                met = mine & (counts > 0)
-                each, inverse = ids[met].unique(return_inverse=True)
-                fresh, counted = owned.admit(each, torch.zeros_like(each).index_add(0, inverse, counts[met]))
-                changed.append(fresh)
-                tally += counted
-            rows[mine] = owned.rows(ids[mine])
-        return rows, torch.cat(changed), tally
+        ids, there = facts = self.map.holders(rows)
+        if self.mesh.world_size > 1:
+            torch.distributed.all_reduce(facts)
+        order = there.argsort(descending=True, stable=True)
+        return ids[order], there.sum()
+
+    def held(self, part: int, since: int = 0) -> Held:
+        """Return what of ``part`` was trained or lost after step ``since``, in host memory; all ranks ask at once.
+
+        Raises:
+            ValueError: if more was lost since then than is remembered.
+        """
+        held: Held = self.mesh.on_main(lambda: self._held(part, since), rank=part % self.mesh.world_size)
+        return held
+
+    def _held(self, part: int, since: int) -> Held:
+        size, number = self.map.sets * WAYS, self.map.parts.index(part)
+        places = torch.arange(number * size, (number + 1) * size, device=self.mesh.device)
+        ids, steps = self.map.ids[places], self.history.steps[places]
+        lost = self.history.evicted_since(number, since)
+        some = (ids < BLOCKED) & (steps > since)
+        return Held(
+            ids=ids[some].cpu(),
+            rows=self.map.row_of(places[some]).cpu(),
+            steps=steps[some].cpu(),
+            evicted=lost[~torch.isin(lost, ids)].unique().cpu(),
+        )
 
     def state(self) -> dict[str, Tensor]:
-        """Return this rank's part of the map, by names that no number of ranks changes."""
-        own = {f"{number}/{name}": x for number, owned in self.buckets.items() for name, x in owned.state().items()}
-        return own | {"tally": self.tally}
+        """Return this rank's part of the map, by names that no number of ranks changes; loading writes into it."""
+        return self.map.state() | self.history.state() | {"tally": self.tally}
 
 
 class DynamicTables(ShardedTables):
-    """Sharded tables, of which some have fewer rows than ids.
+    """Sharded tables, of which some give their rows to the ids that training meets.
 
     In training an id of the batch gets a row at its lookup; ids that are only looked at (negatives, a catalogue) and
     those of an evaluation do not. A row that gets another id begins anew, with weights as at first and no past in the
@@ -173,6 +178,8 @@ class DynamicTables(ShardedTables):
     ) -> None:
         super().__init__(tables, embedding, optimizer, mesh)
         self.maps = {table: DynamicRows(table, dynamic, mesh) for table in tables if table.name in dynamic.capacity}
+        #: Changes of the lookups that the model has not come to yet.
+        self._changes: deque[dict[Table, Change]] = deque()
         self._warned: set[str] = set()
 
     def row_maps(self) -> dict[str, Tensor]:
@@ -183,9 +190,8 @@ class DynamicTables(ShardedTables):
         found: dict[str, float] = {}
         for table, rows in self.maps.items():
             given, evicted, without = rows.tally.tolist()
-            used = (given - evicted) / (table.rows - BUCKETS)
             found |= {
-                f"rows_in_use/{table.name}": used,
+                f"rows_in_use/{table.name}": (given - evicted) / rows.map.usable,
                 f"evictions/{table.name}": float(evicted),
                 f"ids_without_row/{table.name}": float(without),
             }
@@ -195,30 +201,71 @@ class DynamicTables(ShardedTables):
                 self._warned.add(table.name)
         return found
 
-    def forward(self, features: KeyedJaggedTensor) -> dict[str, Tensor]:
+    def request(self, features: KeyedJaggedTensor, *, ahead: bool = False) -> dict[str, KeyedJaggedTensor]:
         names, sizes = [*features.keys()], [*features.length_per_key()]
         values = dict(zip(names, features.values().split(sizes), strict=True))
+        changes: dict[Table, Change] = {}
         for table, rows in self.maps.items():
             present = [name for name in table.features if name in values]
             parts = [values[name] for name in present]
-            met = torch.cat([torch.full_like(x, not n.startswith(POOL)) for n, x in zip(present, parts, strict=True)])
-            found, changed = rows(torch.cat(parts), met > 0 if self.training else None)
+            met = [
+                torch.full_like(x, not n.startswith(POOL), dtype=torch.bool)
+                for n, x in zip(present, parts, strict=True)
+            ]
+            found, changes[table] = rows(torch.cat(parts), torch.cat(met) if self.training else None, ahead=ahead)
             values |= dict(zip(present, found.split([x.numel() for x in parts]), strict=True))
-            self.renew(table, changed)
+        if self.training:
+            self._changes.append(changes)
         lengths = features.lengths().view(len(names), -1)
-        return super().forward(keyed_features(names, torch.cat([*values.values()]), lengths, sizes))
+        return super().request(keyed_features(names, torch.cat([*values.values()]), lengths, sizes))
+
+    def begin(self) -> None:
+        if not self.training:
+            return
+        for table, change in self._changes.popleft().items():
+            self.maps[table].apply(change, self.step)
+            self.renew(table, change.rows)
+
+    @torch.no_grad()
+    def adopt(self, table: Table, ids: Tensor) -> Tensor:
+        """Give rows to ``ids`` [n] of this rank as if a batch had met them, however seldom; all ranks do so at once.
+
+        Returns:
+            Their rows [n], with fresh weights where they are new; ids that found no place share those from
+            ``maps[table].map.usable`` on.
+        """
+        rows, change = self.maps[table](ids, torch.ones_like(ids, dtype=torch.bool), min_count=1)
+        self.maps[table].apply(change, self.step)
+        self.renew(table, change.rows)
+        return rows
 
     @torch.no_grad()
     def renew(self, table: Table, rows: Tensor) -> None:
-        """Give ``rows`` [n] of ``table`` new weights, and forget what the optimizer knows of them."""
-        for shard in self._shards.get(table.name, []):
+        """Give ``rows`` [n] of ``table`` new weights, and forget what the optimizer knows of them; -1 is no row."""
+        fresh = self._fresh[table.name]
+        fixed_shapes = self.maps[table].map.fixed_shapes
+        for shard in self._weights[table.name].local_shards():
             (row, column), (count, width) = shard.metadata.shard_offsets, shard.metadata.shard_sizes
-            own = rows[(rows >= row) & (rows < row + count)]
-            fresh = nn.functional.pad(self._fresh[table.name], (0, column + width))[:, column : column + width]
-            shard.tensor[own - row] = fresh[own % len(fresh)]
-        for shard in self._moments.get(table.name, []):
+            places, some = _within(rows, row, count, fixed_shapes=fixed_shapes)
+            weights = nn.functional.pad(fresh, (0, column + width))[
+                (places + row) % len(fresh), column : column + width
+            ]
+            shard.tensor[places] = weights if some is None else torch.where(some, weights, shard.tensor[places])
+        for shard in (shard for moment in self._moments[table.name] for shard in moment.local_shards()):
             row, count = shard.metadata.shard_offsets[0], shard.metadata.shard_sizes[0]
-            shard.tensor[rows[(rows >= row) & (rows < row + count)] - row] = 0
+            places, some = _within(rows, row, count, fixed_shapes=fixed_shapes)
+            shard.tensor[places] = 0 if some is None else torch.where(some, 0, shard.tensor[places])
+
+    @torch.no_grad()
+    def read(self, table: Table, rows: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return the weights of ``rows`` [n] of ``table`` and their moments; all ranks ask at once for the same.
+
+        Returns:
+            Weights [n, width] and moments [n, width], or [n] where there is one number a row, on the device.
+        """
+        rows = rows.to(self.maps[table].mesh.device)
+        weights, *moments = (_gathered(x, rows) for x in (self._weights[table.name], *self._moments[table.name]))
+        return weights[:, : table.width], [x[:, : table.width] if x.dim() > 1 else x for x in moments]
 
     @cached_property
     def _fresh(self) -> dict[str, Tensor]:
@@ -226,16 +273,45 @@ class DynamicTables(ShardedTables):
         return {t.name: t.initial_rows(0, min(t.rows, 4096)).to(rows.mesh.device) for t, rows in self.maps.items()}
 
     @cached_property
-    def _shards(self) -> dict[str, list[Any]]:
-        """This rank's parts of the tables' weights."""
+    def _weights(self) -> dict[str, ShardedTensor]:
+        """The weights of each table."""
         weights = (item for c in self.collections.values() for item in c.state_dict().items())
-        return {name.split(".")[-2]: weight.local_shards() for name, weight in weights}
+        return {name.split(".")[-2]: weight for name, weight in weights}
 
     @cached_property
-    def _moments(self) -> dict[str, list[Any]]:
-        """This rank's parts of what the optimizer keeps of each row."""
-        found: dict[str, list[Any]] = {}
+    def _moments(self) -> dict[str, list[ShardedTensor]]:
+        """What the optimizer keeps of the rows of each table."""
+        found: dict[str, list[ShardedTensor]] = {name: [] for name in self._weights}
         for collection in self.collections.values():
             for name, moments in collection.fused_optimizer.state_dict()["state"].items():
-                found[name.split(".")[-2]] = [shard for x in moments.values() for shard in x.local_shards()]
+                found[name.split(".")[-2]] = [*moments.values()]
         return found
+
+
+def _gathered(whole: ShardedTensor, rows: Tensor) -> Tensor:
+    """Return ``rows`` [n] of ``whole`` from the ranks that have them."""
+    out = torch.zeros(len(rows), *whole.size()[1:], device=rows.device)
+    for shard in whole.local_shards():
+        first, count = shard.metadata.shard_offsets[0], shard.metadata.shard_sizes[0]
+        here = ((rows >= first) & (rows < first + count)).nonzero().squeeze(1)
+        part = shard.tensor[rows[here] - first]
+        if part.dim() == 1:
+            out[here] = part
+        else:
+            column = shard.metadata.shard_offsets[1]
+            out[here, column : column + part.shape[1]] = part
+    torch.distributed.all_reduce(out)
+    return out
+
+
+def _within(rows: Tensor, first: int, count: int, *, fixed_shapes: bool) -> tuple[Tensor, Tensor | None]:
+    """Return where those of ``rows`` [n] are that lie in [first, first + count), from ``first``.
+
+    With fixed shapes they are repeated up to [n], and whether there is any is said besides, for then it is [n] zeros.
+    """
+    inside = (rows >= first) & (rows < first + count)
+    if not fixed_shapes:
+        return rows[inside] - first, None
+    number, order = inside.sum(), inside.int().argsort(descending=True, stable=True)
+    chosen = rows[order][torch.arange(len(rows), device=rows.device) % number.clamp(min=1)]
+    return torch.where(number > 0, chosen - first, 0), number > 0

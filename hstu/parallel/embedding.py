@@ -70,7 +70,9 @@ class ShardedTables(Embeddings):
             self.collections[width] = _shard(collection, sharder, plan.plan[width], mesh)
             for name, placed in plan.plan[width].items():
                 self.layout[name] = f"{placed.sharding_type} {placed.compute_kernel}"
-        self._answer: Callable[[dict[str, KeyedJaggedTensor]], dict[str, Any]] = self._look_up
+        self._answer: Callable[[KeyedJaggedTensor], dict[str, Any]] = self._look_up
+        #: Number of the step that is being taken, from 1.
+        self.step = 0
         self.shards = nn.ModuleDict(self.collections)
         self.fill()
 
@@ -103,25 +105,39 @@ class ShardedTables(Embeddings):
     def forward(self, features: KeyedJaggedTensor) -> dict[str, Tensor]:
         """Look up every feature: name -> [ids of the feature, width]."""
         found: dict[str, Tensor] = self.replicated(features)
+        for rows in self._answer(features).values():
+            found |= {name: jagged.values()[:, : self.widths[name]] for name, jagged in rows.items()}
+        return found
+
+    def request(self, features: KeyedJaggedTensor, *, ahead: bool = False) -> dict[str, KeyedJaggedTensor]:
+        """Return what each collection looks up for ``features``, by width.
+
+        Args:
+            features: Ids.
+            ahead: Whether other batches are computed before this one.
+        """
         place, chosen = {name: index for index, name in enumerate(features.keys())}, {}
         for width in self.collections:
             # TorchRec fixes the order of features by the first batch and would not notice another one.
             wanted = [place[name] for name in self._features[width]]
             chosen[width] = features if wanted == list(range(len(place))) else features.permute(wanted)
-        for rows in self._answer(chosen).values():
-            found |= {name: jagged.values()[:, : self.widths[name]] for name, jagged in rows.items()}
-        return found
+        return chosen
+
+    def begin(self) -> None:
+        """Make the tables ready for the rows of the oldest request that was not begun."""
 
     @contextmanager
-    def answered_by(self, answer: Callable[[dict[str, KeyedJaggedTensor]], dict[str, Any]]) -> Iterator[None]:
-        """Inside, ``answer`` stands for the collections: from what each of them looks up to its rows."""
+    def answered_by(self, answer: Callable[[KeyedJaggedTensor], dict[str, Any]]) -> Iterator[None]:
+        """Inside, ``answer`` stands for the collections: from all features to the rows of each collection."""
         before, self._answer = self._answer, answer
         try:
             yield
         finally:
             self._answer = before
 
-    def _look_up(self, chosen: dict[str, KeyedJaggedTensor]) -> dict[str, Any]:
+    def _look_up(self, features: KeyedJaggedTensor) -> dict[str, Any]:
+        chosen = self.request(features)
+        self.begin()
         return {width: self.collections[width](ids) for width, ids in chosen.items()}
 
     @torch.no_grad()

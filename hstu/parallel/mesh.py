@@ -200,11 +200,11 @@ class Mesh:
     def _token_group(self, values: Tensor) -> dist.ProcessGroup:
         return self.tokens.group if values.is_cuda else self.token_host_group
 
-    def broadcast(self, value: Any) -> Any:
-        """Return rank 0's ``value`` (a small picklable object) on every rank."""
+    def broadcast(self, value: Any, *, rank: int = 0) -> Any:
+        """Return the ``value`` of ``rank`` (a picklable object) on every rank."""
         box = [value]
         if self.world_size > 1:
-            dist.broadcast_object_list(box, src=0, group=self.host_group)
+            dist.broadcast_object_list(box, src=rank, group=self.host_group)
         return box[0]
 
     def share(self, make: Callable[[], Tensor], size: int) -> Tensor:
@@ -216,15 +216,15 @@ class Mesh:
             dist.broadcast(values, 0, group=self.host_group)
         return values
 
-    def on_main(self, action: Callable[[], Any]) -> Any:
-        """Run ``action`` on rank 0 while the others wait; its result, or its exception, reaches every rank."""
+    def on_main(self, action: Callable[[], Any], *, rank: int = 0) -> Any:
+        """Run ``action`` on ``rank`` while the others wait; its result, or its exception, reaches every rank."""
         outcome: Any = None
-        if self.is_main:
+        if self.rank == rank:
             try:
                 outcome = action()
             except Exception as error:
                 outcome = _Failure(error)
-        outcome = self.broadcast(outcome)
+        outcome = self.broadcast(outcome, rank=rank)
         if isinstance(outcome, _Failure):
             raise outcome.error
         return outcome

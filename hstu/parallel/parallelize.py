@@ -54,6 +54,9 @@ def parallelize(model: RankingModel | RetrievalModel, mesh: Mesh, config: Config
     model.embeddings = tables
     if isinstance(model, RetrievalModel):
         model.sampler.gather = mesh.gather
+        for table, rows in tables.maps.items() if isinstance(tables, DynamicTables) else ():
+            if table.name == model.item:
+                model.sampler.num_rows, model.sampler.holders = rows.map.usable, rows.holders
     if mesh.context.size > 1:
         context = ContextParallel(mesh.context)
         model.hold = context.hold

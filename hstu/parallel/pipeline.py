@@ -109,8 +109,8 @@ class LookupPipeline(TrainPipelineSparseDist):
     def _looked_up(self, batch: Batch) -> dict[str, KeyedJaggedTensor]:
         seen: list[dict[str, KeyedJaggedTensor]] = []
 
-        def note(chosen: dict[str, KeyedJaggedTensor]) -> Any:
-            seen.append(chosen)
+        def note(features: KeyedJaggedTensor) -> Any:
+            seen.append(self.tables.request(features, ahead=True))
             raise _LookedUp
 
         try:
@@ -123,9 +123,10 @@ class LookupPipeline(TrainPipelineSparseDist):
         return chosen
 
     def _forward(self, known: Any) -> tuple[Any, Any]:
+        self.tables.begin()
         found = dict(zip(self._model.widths, self._model(known), strict=True))
         assert self._compute is not None
-        with self.tables.answered_by(lambda chosen: found):
+        with self.tables.answered_by(lambda features: found):
             return self._compute(known.batch)
 
     def _backward(self, losses: Tensor | None) -> None:

@@ -65,6 +65,8 @@ def model_identity(config: Config) -> dict[str, Any]:
         "DynamicEmbeddingArgs.capacity": config.dynamic_embedding.capacity,
         "DynamicEmbeddingArgs.evict_strategy": config.dynamic_embedding.evict_strategy,
     }
+    if config.dynamic_embedding.capacity:
+        identity["DynamicEmbeddingArgs.min_count"] = config.dynamic_embedding.min_count
     if config.ranking is not None:
         head = ("prediction_head_arch", "prediction_head_act_type", "num_tasks")
         identity |= {f"RankingArgs.{name}": getattr(config.ranking, name) for name in head}

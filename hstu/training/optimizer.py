@@ -80,6 +80,7 @@ class Optimizer:
         for group in self.dense.param_groups:
             group["lr"] = group["max_lr"] * (sparse if group.get("sparse") else dense)
         self.parallel.tables.set_learning_rate(self.args.sparse_learning_rate * sparse)
+        self.parallel.tables.step = step + 1
         return self.args.learning_rate * dense
 
     def step(self) -> None:

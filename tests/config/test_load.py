@@ -429,3 +429,13 @@ def test_a_default_is_the_documented_one(
 ) -> None:
     owner = getattr(load_config(task, [write(tmp_path, TEXTS[task])], lines).config, member)  # type: ignore[arg-type]
     assert {name: getattr(owner, name) for name in fields} == fields
+
+
+def test_dynamic_tables_of_the_reference(tmp_path: Path) -> None:
+    lines = ["table_name = 'item_id'", "item_vocab_size_or_capacity = 5000", "evict_strategy = 'LFU'"]
+    lines += ["item_vocab_gpu_capacity_ratio = 0.5", "caching = True"]
+    loaded = load_config("ranking", [write(tmp_path, RANKING)], [f"DynamicEmbeddingArgs.{line}" for line in lines])
+    args = loaded.config.dynamic_embedding
+    assert (args.capacity, args.evict_strategy, len(loaded.notes)) == ({"item_id": 5000}, "lfu", 4)
+    with pytest.raises(ConfigError, match=r"table_name = 'item_id': .* go together"):
+        load_config("ranking", [write(tmp_path, RANKING)], [f"DynamicEmbeddingArgs.{lines[0]}"])

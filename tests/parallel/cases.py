@@ -139,7 +139,13 @@ CASES = {
         Case(
             "retrieval-adam-dynamic",
             "retrieval",
-            (*IN_BATCH, *BOTH, *dynamic("distance_lfu", item_id=70)),
+            (*IN_BATCH, *BOTH, *dynamic("lfu", item_id=70)),
+            plain_steps=0,
+        ),
+        Case(
+            "retrieval-adam-dynamic-uniform",
+            "retrieval",
+            (*dynamic(item_id=100), "DynamicEmbeddingArgs.min_count=2", *PIPELINED),
             plain_steps=0,
         ),
         Case("retrieval-adam-pipelined", "retrieval", (*PIPELINED, *BOTH, *IN_BATCH, *sharding("table_wise"))),

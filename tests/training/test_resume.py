@@ -31,6 +31,9 @@ VARIANTS = {
     "accumulated": ("ranking", "TrainerArgs.gradient_accumulation_steps=2", "TrainerArgs.train_batch_size=16",
                     "OptimizerArgs.sparse_max_gradient=0.01", "OptimizerArgs.sparse_lr_schedule='linear'"),
     "dynamic": ("ranking", "DynamicEmbeddingArgs.capacity={'item_id': 67}", "TrainerArgs.train_batch_size=4"),
+    "dynamic-pipelined": ("retrieval", "DynamicEmbeddingArgs.capacity={'item_id': 67}",
+                          "TrainerArgs.train_batch_size=4", "DynamicEmbeddingArgs.min_count=2",
+                          "TrainerArgs.pipeline_type='native'"),
     "distributed-optimizer": ("ranking", "OptimizerArgs.use_distributed_optimizer=True"),
 }  # fmt: skip
 TWO_RANKS = ("retrieval", "dynamic", "distributed-optimizer")
@@ -138,12 +141,12 @@ def test_each_part_of_the_state_matters(data: Path, unbroken: Any, tmp_path: Pat
     assert worst(losses(tmp_path), losses(unbroken("adam"))) > 1e-5
 
 
-@pytest.mark.parametrize("part", ["ids", "last_access_iter", "lookups"])
+@pytest.mark.parametrize("part", ["ids", "scores", "clock"])
 def test_each_part_of_a_row_map_matters(data: Path, unbroken: Any, tmp_path: Path, part: str) -> None:
     def forget(run: Trainer, checkpoint: Path) -> None:
         for name, value in run.parallel.tables.row_maps().items():
-            if name.endswith(part):
-                value.fill_(torch.iinfo(torch.int64).max if part == "ids" else 0)
+            if name.endswith(f"/{part}"):
+                value[value < torch.iinfo(value.dtype).max] = torch.iinfo(torch.int64).max if part == "ids" else 0
 
     broken_run(data, tmp_path, "dynamic", forget)
     assert worst(losses(tmp_path), losses(unbroken("dynamic"))) > 1e-5
