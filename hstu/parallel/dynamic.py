@@ -227,17 +227,28 @@ class DynamicTables(ShardedTables):
             self.renew(table, change.rows)
 
     @torch.no_grad()
-    def adopt(self, table: Table, ids: Tensor) -> Tensor:
-        """Give rows to ``ids`` [n] of this rank as if a batch had met them, however seldom; all ranks do so at once.
+    def restore(self, table: Table, ids: Tensor, scores: Tensor, clock: Tensor) -> Tensor:
+        """Give rows of ``table``, which nobody has yet, to what another map held; see ``RowMap.restore``.
+
+        Args:
+            table: The table.
+            ids: [n] int64 in host memory, the same on every rank.
+            scores: What they had there, [n].
+            clock: Of that map.
 
         Returns:
-            Their rows [n], with fresh weights where they are new; ids that found no place share those from
-            ``maps[table].map.usable`` on.
+            The row of each, [n] int64 in host memory; -1 where there was no room.
         """
-        rows, change = self.maps[table](ids, torch.ones_like(ids, dtype=torch.bool), min_count=1)
-        self.maps[table].apply(change, self.step)
-        self.renew(table, change.rows)
-        return rows
+        rows, mesh = self.maps[table], self.maps[table].mesh
+        mine = (part_of(ids) % mesh.world_size == mesh.rank).nonzero().squeeze(1)
+        places = rows.map.restore(*(x.to(mesh.device) for x in (ids[mine], scores[mine], clock)))
+        found = torch.full_like(ids, -1)
+        found[mine] = torch.where(places < rows.map.size, rows.map.row_of(places), -1).cpu()
+        if mesh.world_size > 1:
+            torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, group=mesh.host_group)
+        rows.history.steps[places] = 1  # all that a new run holds is new since its step 0
+        rows.tally[0] = (found >= 0).sum()
+        return found
 
     @torch.no_grad()
     def renew(self, table: Table, rows: Tensor) -> None:

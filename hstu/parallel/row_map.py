@@ -26,6 +26,7 @@ BLOCKED = FREE - 1
 """Where there is no row, for sets are of one size."""
 _NEVER = torch.iinfo(torch.int32).max  # the score of a blocked place
 _MOST = 255  # that the sketch counts
+_RESTORED = 64  # parts in which ids of another map come, so that they spread over their sets
 _AGEING = 4  # counters of the sketch that are halved for one id that is counted
 _GOLDEN = -7046029254386353131  # 2**64 / golden ratio, as int64: Fibonacci hashing
 
@@ -133,6 +134,28 @@ class RowMap:
                 places = self._after(ids, places)
         rows = torch.where(places < self.size, self.row_of(places), self.usable + part_of(ids))
         return Found(rows=rows, places=places, changed=changed, evicted=evicted, tally=tally)
+
+    def restore(self, ids: Tensor, scores: Tensor, clock: Tensor) -> Tensor:
+        """Fill a map that holds nothing with ids that another one held; where room is short, low scores stay out.
+
+        Args:
+            ids: Of these parts, [n] int64, each once.
+            scores: What they had there, [n] int32.
+            clock: Of that map, [1] int32.
+
+        Returns:
+            Where each is held, [n]; one beyond the last place if nowhere.
+        """
+        order = scores.argsort(descending=True, stable=True)
+        for block in ids[order].split(max(1, self.size // _RESTORED)):
+            new, before = block.sort().values, -1
+            while len(new) and len(new) != before:  # again with who found both sets as full as they were before
+                self._admit(new, torch.ones_like(new), 0, ahead=False)
+                new, before = new[self._find(new) == self.size], len(new)
+        places = self._find(ids)
+        self.scores[places] = torch.where(places < self.size, scores, -1)
+        self.clock.copy_(clock)
+        return places
 
     def forget(self) -> None:
         """Give up what was before the oldest lookup ahead."""
@@ -343,8 +366,8 @@ class RowHistory:
         return by_part(whole, self.parts)
 
 
-def held_rows(state: dict[str, Tensor], rows: int) -> tuple[Tensor, Tensor]:
-    """Return the ids in the ``state`` of a map, as a checkpoint has it, and the row of each: [n] and [n] int64.
+def held_rows(state: dict[str, Tensor], rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the ids in the ``state`` of a map, as a checkpoint has it, the row and the score of each, [n] all.
 
     Args:
         state: Of all parts.
@@ -353,7 +376,8 @@ def held_rows(state: dict[str, Tensor], rows: int) -> tuple[Tensor, Tensor]:
     whole = RowMap(rows, DynamicEmbeddingArgs(), range(PARTS), torch.device("cpu"), fixed_shapes=False)
     ids = torch.cat([state[f"{part}/ids"] for part in range(PARTS)])
     places = (ids < BLOCKED).nonzero().squeeze(1)
-    return ids[places], whole.row_of(places)
+    scores = torch.cat([state[f"{part}/scores"] for part in range(PARTS)])
+    return ids[places], whole.row_of(places), scores[places]
 
 
 def by_part(whole: dict[str, Tensor], parts: range) -> dict[str, Tensor]:

@@ -17,7 +17,10 @@ from torch import Tensor
 
 from hstu.data.vocabulary import Vocabularies, places_of
 from hstu.models import Encoder
+from hstu.models.embedding import Table
 from hstu.parallel import Mesh, Parallelized
+from hstu.parallel.dynamic import DynamicTables
+from hstu.parallel.row_map import PARTS, held_rows
 from hstu.training.checkpoint_files import CheckpointError, Progress, find_checkpoint, is_complete, read_marker
 from hstu.training.optimizer import Optimizer
 from hstu.training.saved_tensors import SavedTensors
@@ -117,15 +120,14 @@ def open_source(path: Path, mesh: Mesh, identity: dict[str, Any], here: Vocabula
 
 
 def _require_same_model(path: Path, marker: dict[str, Any], identity: dict[str, Any]) -> None:
-    for where, model in (("there", marker["model"]), ("here", identity)):
-        if model["DynamicEmbeddingArgs.capacity"]:
-            raise CheckpointError(f"{_FIELD} = {str(path)!r}: DynamicEmbeddingArgs.capacity is set {where}: rows of "
-                                  "dynamic tables are not matched yet; train such a model from the start")  # fmt: skip
+    both_dynamic = all(model.get("DynamicEmbeddingArgs.capacity") for model in (marker["model"], identity))
     multiclass = identity.get("RankingArgs.num_tasks") == 1 and identity["RankingArgs.prediction_head_arch"][-1] > 1
     for name, value in identity.items():
         other = marker["model"].get(name)
-        if name.startswith("OptimizerArgs.") or name == "DynamicEmbeddingArgs.capacity":
-            continue  # whose state begins anew; whose rows are matched
+        if name.startswith("OptimizerArgs."):
+            continue  # whose state begins anew
+        if name.startswith("DynamicEmbeddingArgs.") and not (both_dynamic and name.endswith(".evict_strategy")):
+            continue  # rows are matched, and scores go with them
         if name == "RankingArgs.prediction_head_arch" and multiclass and other is not None:
             value, other = value[:-1], other[:-1]  # classes are matched
         if other != value:
@@ -166,6 +168,9 @@ class _Initializer:
         self.saved = SavedTensors(source.path)
         self.dense_kind, self.table_kind = _kinds(identity)
         self.old_dense_kind, self.old_table_kind = _kinds(source.marker["model"])
+        #: Of tables whose rows go to the ids that training meets: the row there of each row here, and counts.
+        self._dynamic: dict[str, Tensor] = {}
+        self._held: dict[str, dict[str, int]] = {}
         model: Encoder = parallel.model
         #: Dense weight -> feature whose ids its rows stand for.
         self.row_weights = dict(model.row_weights)
@@ -193,6 +198,7 @@ class _Initializer:
         for name, ids in source.ids.items():
             kept = int((ids >= 0).sum())
             rows[name] = {"kept": kept, "new": len(ids) - kept, "left_out": source.known[name] - kept}
+            rows[name] |= self._held.get(name, {})
         kinds = {
             "dense weights": (self.old_dense_kind, self.dense_kind),
             "tables": (self.old_table_kind, self.table_kind),
@@ -268,7 +274,50 @@ class _Initializer:
                 yield full.split(".")[-2], weight, moments.get(full, {})
 
     def _origin(self, feature: str, rows: int, key: str) -> Tensor:
-        return self.source.rows(feature, rows, self.saved.shapes[key][0])
+        """Return the row there of each of ``rows`` rows here, [rows] int64; -1: none."""
+        there, tables = self.saved.shapes[key][0], self.parallel.tables
+        is_table = key == self._weight_there(feature)
+        own = next((t for t in tables.maps if t.name == feature), None) if isinstance(tables, DynamicTables) else None
+        was_dynamic = f"row_maps/{feature}/clock" in self.saved.shapes
+        if not is_table or not (was_dynamic or own):
+            return self.source.rows(feature, rows, there)
+        if feature not in self._dynamic:
+            self._dynamic[feature] = self._dynamic_origin(feature, rows, there, own, was_dynamic)
+        return self._dynamic[feature]
+
+    def _dynamic_origin(self, feature: str, rows: int, there: int, own: Table | None, was_dynamic: bool) -> Tensor:
+        """Return what ``_origin`` does where rows went to the ids that training met, here or there."""
+        known, ids = self.source.known[feature], self.source.ids[feature]
+        old, old_rows = torch.arange(there), torch.arange(there)
+        scores, clock = torch.zeros(there, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+        if was_dynamic:
+            begin = f"row_maps/{feature}/"
+            state = {key.removeprefix(begin): key for key in self.saved.shapes if key.startswith(begin)}
+            wanted = {name: key for name, key in state.items() if name.endswith(("/ids", "/scores"))}
+            held = held_rows({name: self.saved.whole(key) for name, key in wanted.items()}, there)
+            (old, old_rows, scores), clock = held, self.saved.whole(state["clock"])
+        # The id behind the last one, if there is a row for it, stands for unknown values.
+        here_of = torch.full((max(known, there) + 1,), -1)
+        here_of[known] = len(ids)
+        here_of[ids[ids >= 0]] = (ids >= 0).nonzero().squeeze(1)
+        new = here_of[old]
+        some = (new >= 0) & ((new < rows) | torch.tensor(own is not None))
+        new, old_rows, scores = new[some], old_rows[some], scores[some]
+        origin, at = torch.full((rows,), -1), new
+        if own is not None:
+            assert isinstance(self.parallel.tables, DynamicTables)
+            if not was_dynamic and len(new) > own.rows - PARTS:
+                raise CheckpointError(
+                    f"{_FIELD} = {str(self.source.path)!r}: {feature!r} has {len(new):,} rows there to be kept, and "
+                    f"DynamicEmbeddingArgs.capacity gives {own.rows:,} here: which to keep is not known; raise it"
+                )
+            at = self.parallel.tables.restore(own, new, scores, clock)
+        origin[at[at >= 0]] = old_rows[at >= 0]
+        if own is not None and was_dynamic:  # rows of those without one
+            origin[-PARTS:] = torch.arange(there - PARTS, there)
+        kept = int(((at >= 0) & (new < len(ids))).sum())
+        self._held[feature] = {"kept": kept, "left_out": int((old < known).sum()) - kept}
+        return origin
 
     def _weight_there(self, table: str) -> str:
         """Return the name of the weight of ``table`` in the checkpoint, sharded or whole."""

@@ -14,6 +14,7 @@ import torch
 
 from hstu.data import write_dataset
 from hstu.parallel import Mesh
+from hstu.parallel.row_map import WAYS
 from hstu.training.checkpoint_files import CheckpointError
 from hstu.training.init_from import find_source
 from hstu.training.saved_tensors import SavedTensors
@@ -42,6 +43,8 @@ VARIANTS = {
     "adagrad": ("ranking", *CLASSES, "OptimizerArgs.sparse_optimizer_str='rowwise_adagrad'",
                 "OptimizerArgs.optimizer_str='sgd'", "OptimizerArgs.sgd_momentum=0.9"),
 }  # fmt: skip
+VARIANTS["dynamic"] = (*VARIANTS["row-wise"], "DynamicEmbeddingArgs.capacity={'item_id': 600, 'segment': 40}")
+SMALL = "DynamicEmbeddingArgs.capacity={'item_id': 67}"
 NEW = {"item_id": [1000, 1001, 1002], "segment": [77], "action": [9]}
 
 
@@ -109,10 +112,12 @@ def test_the_next_steps_are_those_of_the_unbroken_run(
         run.start_from(find_source(str(source / "checkpoints" / "latest"), tmp_path))
         before = run._score("test", 0)["metrics"]
         run.train()
-    assert before == pytest.approx(json.loads((source / "eval.json").read_text())["metrics"], abs=1e-6)
+    if variant != "dynamic":  # where items without a row share those of their numbers
+        assert before == pytest.approx(json.loads((source / "eval.json").read_text())["metrics"], abs=1e-6)
     assert worst(losses(tmp_path), continued(home, variant)) < 1e-5
     (record,) = records(tmp_path, "init")
-    assert record["rows"]["item_id"] == {"kept": 120, "new": 0, "left_out": 0} and not record["optimizer_state_anew"]
+    kept = 108 if variant == "dynamic" else 120  # the items that training met
+    assert record["rows"]["item_id"] == {"kept": kept, "new": 0, "left_out": 0} and not record["optimizer_state_anew"]
     assert record["checkpoint_step"] == STEPS and record["checkpoint"].endswith("step_000000004")
 
 
@@ -192,6 +197,66 @@ def test_known_ids_keep_their_rows_and_new_ones_are_fresh(home: Path, sources: A
         for row, original in enumerate(values["action"].tolist()):
             wanted = head[row] if original == 9 else saved.whole("dense/head.layers.2.weight")[original]
             assert torch.equal(new_head[row], wanted)
+
+
+def rows_by_original(run: Trainer) -> dict[int, tuple[torch.Tensor, int]]:
+    """Of each item that has a row in a dynamic table: the row, and its score."""
+    (table,) = run.parallel.tables.maps  # type: ignore[attr-defined]
+    known, weight = run.parallel.tables.maps[table].map, rows_of(run, "item_id")["weight"]  # type: ignore[attr-defined]
+    ids = torch.arange(run.checkpointer.vocabularies["item_id"]["size"])
+    places = known._find(ids)
+    originals = run.dataset.vocabulary("item_id")
+    return {
+        int(originals[i]): (weight[known.row_of(place)].clone(), int(known.scores[place]))
+        for i, place in zip(ids.tolist(), places, strict=True)
+        if place < known.size
+    }
+
+
+@pytest.mark.parametrize("strategy", ["lru", "lfu"])
+def test_ids_that_had_one_of_few_rows_keep_it(home: Path, tmp_path: Path, mesh: Mesh, strategy: str) -> None:
+    lines = (
+        *SAME,
+        *CLASSES,
+        SMALL,
+        f"DynamicEmbeddingArgs.evict_strategy={strategy!r}",
+        "TrainerArgs.max_train_iters=3",
+    )
+    with trainer(home / "one", tmp_path / "source", "ranking", *lines, mesh=mesh) as run:
+        run.train()
+        wanted = rows_by_original(run)
+        spare = rows_of(run, "item_id")["weight"][-16:].clone()
+        clock = run.parallel.tables.row_maps()["item_id/clock"].clone()
+    assert 40 < len(wanted) <= 51
+    with trainer(home / "other", tmp_path / "run", "ranking", *lines, mesh=mesh) as run:
+        run.start_from(find_source(str(tmp_path / "source"), tmp_path / "run"))
+        found = rows_by_original(run)
+        assert run.started_from is not None
+        ((_, rows),) = run.parallel.tables.maps.items()  # type: ignore[attr-defined]
+        sets = rows.map._sets(torch.arange(120))
+        lowest = rows.map.scores[:-1].view(-1, WAYS)[sets].flatten(1).amin(1)
+        full = dict(zip(run.dataset.vocabulary("item_id").tolist(), lowest.tolist(), strict=True))
+        counts = run.started_from["rows"]["item_id"]
+        assert counts == {"kept": len(found), "new": 0, "left_out": len(wanted) - len(found)}
+        assert torch.equal(run.parallel.tables.row_maps()["item_id/clock"], clock)
+        assert torch.equal(rows_of(run, "item_id")["weight"][-16:], spare)
+        run.train()
+    # Its sets are others, and of those too full the ids with the lowest scores stay out.
+    assert 40 < len(found) and found.keys() <= wanted.keys()
+    assert all(torch.equal(row, wanted[item][0]) and score == wanted[item][1] for item, (row, score) in found.items())
+    assert all(full[item] >= wanted[item][1] for item in wanted.keys() - found.keys())
+
+
+def test_a_table_may_become_dynamic_or_cease_to_be(home: Path, sources: Any, tmp_path: Path, mesh: Mesh) -> None:
+    for there, here in (("dynamic", "row-wise"), ("row-wise", "dynamic")):
+        path = tmp_path / here
+        with start(home / "other", path, here, sources(there), "TrainerArgs.max_train_iters=3", mesh=mesh) as run:
+            run.start_from(find_source(str(sources(there) / "checkpoints" / "latest"), path))
+            run.train()
+        assert worst(losses(path), continued(home, there)) < 1e-5
+    with start(home / "other", tmp_path / "few", "row-wise", sources("row-wise"), SMALL, mesh=mesh) as run:
+        with pytest.raises(CheckpointError, match="'item_id' has 120 rows there .*capacity gives 67"):
+            run.start_from(find_source(str(sources("row-wise")), tmp_path / "few"))
 
 
 def test_ids_that_are_gone_are_counted(home: Path, sources: Any, tmp_path: Path, mesh: Mesh) -> None:
@@ -289,8 +354,8 @@ def test_what_is_no_source_is_refused(home: Path, sources: Any, tmp_path: Path) 
 
 @pytest.mark.slow
 def test_two_ranks_start_from_one_and_one_from_two(home: Path, sources: Any, tmp_path: Path, mesh: Mesh) -> None:
-    source, names = sources("mixed"), ("mixed", "row-wise")
-    sources("row-wise")
+    source, names = sources("mixed"), ("mixed", "row-wise", "dynamic")
+    sources("row-wise"), sources("dynamic")
     worker = Path(__file__).with_name("init_from_worker.py")
     done = run(torchrun_command(2, worker, str(home), str(tmp_path), *names), timeout=200, cwd=tmp_path)
     assert done.code == 0, done.err[-4000:]
