@@ -15,7 +15,8 @@
 #SBATCH --signal=TERM@180
 #SBATCH --requeue
 set -euo pipefail
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export NODES=$SLURM_JOB_NUM_NODES HEAD=$head JOB=$SLURM_JOB_ID
+nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+export NODES=$SLURM_JOB_NUM_NODES HEAD=${nodes%%$'\n'*} JOB=$SLURM_JOB_ID
 export OMP_NUM_THREADS=$((SLURM_CPUS_PER_TASK / 8))
-exec srun --kill-on-bad-exit=1 bash examples/launch_torchrun.sh "$@"
+# Since Slurm 22.05 srun does not take the CPUs of a task from sbatch.
+exec srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" bash examples/launch_torchrun.sh "$@"

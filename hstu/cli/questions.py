@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hstu.data.cleaning import clean_ids, require_columns
 from hstu.data.files import FileFormat
-from hstu.data.reader import SequenceDataset
+from hstu.data.reader import Histories, SequenceDataset
 from hstu.data.request_files import HistoryColumns, find_ids, find_users, read_frame, read_histories
 from hstu.data.requests import Requests
 from hstu.data.splits import Split
@@ -40,7 +40,7 @@ class Questions:
         score_names: Columns of a ranking run's scores.
     """
 
-    dataset: SequenceDataset
+    dataset: Histories
     split: Split
     users: pa.Array
     vocabulary: pa.Array
@@ -105,7 +105,7 @@ def ask(args: argparse.Namespace, trainer: Trainer) -> Questions:
         if args.candidates is not None:
             rows, items = read_candidates(args.candidates, columns, originals, known, file_format(args, "candidates_"))
         asked = Requests(histories, rows, items, parse_time(args.request_time))
-        dataset: SequenceDataset = asked
+        dataset: Histories = asked
         split, users_of = asked.split, rows
     else:
         for flag in ("candidates", "request_time"):

@@ -60,6 +60,7 @@ def main(task: Literal["ranking", "retrieval"]) -> None:
 def _run(task: Literal["ranking", "retrieval"], mesh: Any) -> None:
     from hstu.training.checkpoint_files import find_checkpoint
     from hstu.training.init_from import find_source
+    from hstu.training.logging import check_loggers
     from hstu.training.run_directory import RunDirectory, configure_logging
     from hstu.training.trainer import Trainer
 
@@ -73,6 +74,7 @@ def _run(task: Literal["ranking", "retrieval"], mesh: Any) -> None:
     if training and started and FLAGS.resume == "never" and not restarted:
         raise ValueError(f"--run-dir = {str(run.path)!r}: holds a run, and --resume=never; choose another directory")
     if training:
+        check_loggers(loaded.config.trainer.loggers)
         mesh.on_main(run.lock)
     choice = FLAGS.checkpoint or ("latest" if training else "best")
     checkpoint = mesh.on_main(lambda: find_checkpoint(run.checkpoints, "latest")) if restarted else None

@@ -43,6 +43,10 @@ class TrainerArgs(Args):
     enable_balanced_shuffler: bool = True
     #: Where curves go beside metrics.jsonl: "tensorboard", "wandb".
     loggers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
+    #: "wandb": the project of the run and the group that it belongs to; the entity is that of the login, or
+    #: WANDB_ENTITY.
+    wandb_project: str = "hstu"
+    wandb_group: str | None = None
     #: A loss that is not a number: "stop" the run, or "skip" the step, which then moves no weight or moment; the
     #: eleventh in a row stops the run.
     nonfinite_loss: Literal["stop", "skip"] = "stop"

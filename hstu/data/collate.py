@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from hstu.data.batch import Batch, KeyedJaggedTensor, keyed_features
-from hstu.data.reader import SequenceDataset, Sequences
+from hstu.data.reader import Histories, Sequences
 from hstu.data.schema import unknown_id
 from hstu.data.splits import Split
 
@@ -56,9 +56,7 @@ class Collator:
         """Events of the longest sample: history and what is predicted after it."""
         return self.max_history + max(1, self.max_candidates)
 
-    def __call__(
-        self, dataset: SequenceDataset, split: Split, rows: np.ndarray, sample_ids: np.ndarray, step: int
-    ) -> Batch:
+    def __call__(self, dataset: Histories, split: Split, rows: np.ndarray, sample_ids: np.ndarray, step: int) -> Batch:
         """Collate samples ``rows`` [B] of ``split``; none makes one sample without events, never a batch of none."""
         training = split.name == "train"
         users = split.users[rows]
@@ -84,9 +82,7 @@ class Collator:
             whole_history=_whole_history(dataset, split, rows) if training and self.whole_history else None,
         )
 
-    def visible(
-        self, dataset: SequenceDataset, split: Split, rows: np.ndarray
-    ) -> tuple[Sequences, np.ndarray, np.ndarray]:
+    def visible(self, dataset: Histories, split: Split, rows: np.ndarray) -> tuple[Sequences, np.ndarray, np.ndarray]:
         """Return the events that samples ``rows`` [B] of ``split`` may see and those to be predicted.
 
         Returns:
@@ -107,7 +103,7 @@ class Collator:
 
     def _gather(
         self,
-        dataset: SequenceDataset,
+        dataset: Histories,
         users: np.ndarray,
         stop: np.ndarray,
         own: np.ndarray,
@@ -151,7 +147,7 @@ class Collator:
 
     def _labels(
         self,
-        dataset: SequenceDataset,
+        dataset: Histories,
         events: Sequences,
         candidates: np.ndarray,
         is_target: np.ndarray,
@@ -176,13 +172,13 @@ class Collator:
             mask &= is_target
         return mask, events.actions[mask]
 
-    def _left_out(self, dataset: SequenceDataset, events: Sequences) -> np.ndarray:
+    def _left_out(self, dataset: Histories, events: Sequences) -> np.ndarray:
         assert dataset.schema.action is not None and events.actions is not None, "ids of actions come from actions"
         table = np.zeros(dataset.schema.action.vocab_size or 0, dtype=bool)
         table[list(self.actions_without_loss)] = True
         return table[events.actions]
 
-    def _contexts(self, dataset: SequenceDataset, events: Sequences, drawn_for: np.ndarray | None) -> list[np.ndarray]:
+    def _contexts(self, dataset: Histories, events: Sequences, drawn_for: np.ndarray | None) -> list[np.ndarray]:
         """Return the ids of each context, those replaced that are drawn for samples ``drawn_for`` or were never met."""
         found = [events.contexts[name] for name in self.contexts]
         if self.unknown_rate == 0:
@@ -198,7 +194,7 @@ class Collator:
         return found
 
     def _features(
-        self, dataset: SequenceDataset, events: Sequences, candidates: np.ndarray, drawn_for: np.ndarray | None
+        self, dataset: Histories, events: Sequences, candidates: np.ndarray, drawn_for: np.ndarray | None
     ) -> KeyedJaggedTensor:
         names, values, lengths = [*self.contexts], self._contexts(dataset, events, drawn_for), []
         for name in self.contexts:
@@ -223,7 +219,7 @@ class Collator:
         )
 
 
-def _whole_history(dataset: SequenceDataset, split: Split, rows: np.ndarray) -> torch.Tensor:
+def _whole_history(dataset: Histories, split: Split, rows: np.ndarray) -> torch.Tensor:
     """Return all that training knows of the users of samples ``rows``: place of the sample and item of each, [2, H]."""
     known = (split.stop if split.known is None else split.known)[rows]
     events = dataset.gather(split.users[rows], np.zeros_like(known), known)

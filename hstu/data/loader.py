@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from hstu.data.batch import Batch
 from hstu.data.collate import Collator
-from hstu.data.reader import SequenceDataset
+from hstu.data.reader import Histories
 from hstu.data.splits import Split
 
 _Place = TypeVar("_Place")
@@ -44,7 +44,7 @@ class BatchLoader:
             one by one.
     """
 
-    dataset: SequenceDataset
+    dataset: Histories
     split: Split
     collate: Collator
     batch_size: int

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -31,6 +32,21 @@ class Sequences:
     items: np.ndarray
     actions: np.ndarray | None
     times: np.ndarray | None
+
+
+class Histories(Protocol):
+    """What samples are read from: a data set, or requests to one.
+
+    Attributes:
+        schema: Its features.
+        lengths: Number of events of each row, int64 [U].
+    """
+
+    schema: Schema
+    lengths: np.ndarray
+
+    def gather(self, users: np.ndarray, start: np.ndarray, stop: np.ndarray) -> Sequences:
+        """Events ``[start_b, stop_b)`` of each row; see ``SequenceDataset.gather``."""
 
 
 class SequenceDataset:

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from hstu.data.reader import SequenceDataset, Sequences
+from hstu.data.reader import Histories, Sequences
 from hstu.data.splits import Split
 
 
-class Requests(SequenceDataset):
+class Requests:
     """A view of a data set in which row r is the whole history of ``users[r]`` and one event more.
 
     That event is what evaluation holds out: a retrieval model does not look at its item, a ranking model scores
@@ -27,9 +27,9 @@ class Requests(SequenceDataset):
     """
 
     def __init__(
-        self, dataset: SequenceDataset, users: np.ndarray, items: np.ndarray | None = None, time: int | None = None
+        self, dataset: Histories, users: np.ndarray, items: np.ndarray | None = None, time: int | None = None
     ) -> None:
-        self.path, self.schema, self._dataset, self._users = dataset.path, dataset.schema, dataset, users
+        self.schema, self._dataset, self._users = dataset.schema, dataset, users
         self._items = np.zeros_like(users) if items is None else items
         self._history = dataset.lengths[users]
         self.lengths = self._history + 1
@@ -45,11 +45,6 @@ class Requests(SequenceDataset):
                 )
             if time is not None:
                 self._times[:] = time
-
-    @property
-    def num_events(self) -> int:
-        """Number of events of all histories, and of what is asked for."""
-        return int(self.lengths.sum())
 
     @property
     def split(self) -> Split:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hstu.data.collate import Collator
-from hstu.data.reader import SequenceDataset
+from hstu.data.reader import Histories, SequenceDataset
 from hstu.data.schema import unknown_id
 from hstu.data.splits import Split
 
@@ -22,7 +22,7 @@ REPEATS_MATTER = (
 _EVENTS_AT_ONCE = 1 << 22
 
 
-def seen_before(dataset: SequenceDataset, split: Split, rows: Tensor) -> tuple[Tensor, Tensor]:
+def seen_before(dataset: Histories, split: Split, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Return everything before the target of samples ``rows`` [Q]: (place in ``rows``, item id), both [S] int64."""
     samples = rows.cpu().numpy()
     events = dataset.gather(split.users[samples], np.zeros_like(samples), split.stop[samples] - 1)

@@ -1,8 +1,9 @@
-"""Any HuggingFace encoder or decoder as a backbone: token vectors in, hidden states out, under the one mask."""
+"""HuggingFace encoders and decoders as backbones: token vectors in, hidden states out, under the one mask."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,12 @@ from hstu.layers.positions import token_positions
 from hstu.layers.tokens import Tokens
 from hstu.layers.visibility import Visibility
 
+# What the library's configs call the widths that NetworkArgs gives.
+_HIDDEN = ("hidden_size", "embedding_size", "input_embedding_size", "word_embed_proj_dim")
+_HEADS = ("num_attention_heads", "num_key_value_heads")
+_HEAD_WIDTH = ("head_dim", "d_head", "rotary_dim")
+_FFN = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size", "ffn_dim", "ffn_hidden_size",
+        "n_inner", "d_inner")  # fmt: skip
 _DROPOUTS = (
     "hidden_dropout_prob",
     "attention_probs_dropout_prob",
@@ -21,7 +28,19 @@ _DROPOUTS = (
     "attn_pdrop",
     "dropout",
 )
+_OWN_PARTS = {"attn_config", "ffn_config", "esmfold_config"}  # of one model, unlike a vision or audio config
+_SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+
 _PROBED = 4  # tokens of the check that the mask is obeyed
+_NOTICED = 1e-5  # share of the largest output that is a change and not rounding
+
+# How a model takes who reads whom, ``seen`` [b, n, n] bool; the first form that it obeys is used.
+_FORMS: tuple[Callable[[Tensor, Tensor], dict[str, Tensor]], ...] = (
+    lambda seen, x: {"attention_mask": seen[:, None]},
+    lambda seen, x: {"attention_mask": x.new_zeros(seen[:, None].shape).masked_fill(~seen[:, None], _least(x))},
+    lambda seen, x: {"attention_mask": seen},
+    lambda seen, x: {"perm_mask": (~seen).to(x.dtype)},
+)
 
 
 class HuggingFaceBlock(nn.Module):
@@ -37,6 +56,7 @@ class HuggingFaceBlock(nn.Module):
         max_tokens: Tokens of the longest sample.
         dropout: Of a model type.
         visibility: Who reads whom.
+        with_candidates: Whether samples may have candidates, which stand at one position.
 
     Raises:
         ValueError: transformers is missing, the model does not fit, or it does not obey the mask.
@@ -53,40 +73,66 @@ class HuggingFaceBlock(nn.Module):
         max_tokens: int,
         dropout: float,
         visibility: Visibility,
+        with_candidates: bool = True,
     ) -> None:
         super().__init__()
-        shape = dict(hidden_size=hidden_size, num_hidden_layers=num_layers, num_attention_heads=num_heads)
-        self.model = _build(name, shape, ffn_size, max_tokens, dropout)
+        shape = dict.fromkeys(_HIDDEN, hidden_size) | dict.fromkeys(_HEADS, num_heads) | dict.fromkeys(_FFN, ffn_size)
+        shape |= dict.fromkeys(_HEAD_WIDTH, hidden_size // num_heads)
+        shape |= dict(num_hidden_layers=num_layers, max_position_embeddings=max(max_tokens, _PROBED))
+        with _one_line("cannot be built"):
+            self.model = _build(name, shape, dropout)
         self.visibility = visibility
-        config = self.model.config
+        config, taken = self.model.config, inspect.signature(self.model.forward).parameters
+        if "inputs_embeds" not in taken:
+            raise ValueError("takes no inputs_embeds; use another architecture")
+        self.takes_positions = "position_ids" in taken
+        if with_candidates and not self.takes_positions:
+            raise ValueError("takes no position_ids, so that candidates cannot stand at one position; use another "
+                             "architecture, or DatasetArgs.max_num_candidates = 0")  # fmt: skip
         if config.hidden_size != hidden_size:
             raise ValueError(f"has hidden_size {config.hidden_size}; set NetworkArgs.hidden_size to that")
-        if getattr(config, "max_position_embeddings", max_tokens) < max_tokens:
-            raise ValueError(f"has {config.max_position_embeddings} positions; a sample can have {max_tokens}")
-        self._check_mask(hidden_size)
+        positions = getattr(config, "max_position_embeddings", None)
+        if isinstance(positions, int) and 0 < positions < max_tokens:
+            raise ValueError(f"has {positions} positions; a sample can have {max_tokens}")
+        self.options = {name: False for name in ("use_cache", "use_mems") if name in taken}
+        self.form = self._find_form(hidden_size)
 
     def forward(self, tokens: Tokens) -> Tensor:
         """Map the stream's values [T, D] to hidden states [T, D]."""
         x, positions = tokens.values, token_positions(tokens)
-        buckets = self.visibility.buckets(tokens)
-        if not buckets:  # no tokens, but the graph reaches every weight
-            return x + 0.0 * sum(p.sum() for p in self.parameters())
-        parts = [
-            self._run(bucket.pad(x), bucket.seen, bucket.pad(positions)).flatten(0, 1)[bucket.places]
-            for bucket in buckets
-        ]
-        order = torch.cat([bucket.tokens for bucket in buckets])
-        out = torch.cat(parts)
-        return torch.empty_like(out).index_copy(0, order, out)
-
-    def _run(self, x: Tensor, seen: Tensor, positions: Tensor) -> Tensor:
-        out: Tensor = self.model(
-            inputs_embeds=x, attention_mask=seen[:, None], position_ids=positions, use_cache=False
-        ).last_hidden_state
+        # So that the graph reaches every weight: without tokens, or one that no token is routed to.
+        out = 0.0 * x + 0.0 * sum(p.sum() for p in self.parameters())
+        for bucket in self.visibility.buckets(tokens):
+            hidden = self._run(bucket.pad(x), bucket.seen, bucket.pad(positions)).flatten(0, 1)
+            out = out.index_add(0, bucket.tokens, hidden[bucket.places].to(out.dtype))
         return out
 
+    def _run(self, x: Tensor, seen: Tensor, positions: Tensor) -> Tensor:
+        arguments = dict(self.form(seen, x), inputs_embeds=x, **self.options)
+        if self.takes_positions:
+            arguments["position_ids"] = positions
+        out: Tensor = self.model(**arguments).last_hidden_state
+        return out
+
+    def _find_form(self, hidden_size: int) -> Callable[[Tensor, Tensor], dict[str, Tensor]]:
+        """Return the form of mask that the model obeys."""
+        failed: Exception | None = None
+        ran = False
+        for form in _FORMS:
+            self.form = form
+            try:
+                if self._obeys(hidden_size):
+                    return form
+                ran = True
+            except Exception as error:  # whatever the code of a model makes of a mask that it does not know
+                failed = failed or error
+        if ran or failed is None:
+            raise ValueError("does not obey the attention mask of this model; use another architecture")
+        with _one_line("cannot be run"):
+            raise failed
+
     @torch.no_grad()
-    def _check_mask(self, hidden_size: int) -> None:
+    def _obeys(self, hidden_size: int) -> bool:
         """Hide token 2 of 4 from all others, and see who reads it, and who reads the first and the last."""
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(1, _PROBED, hidden_size, generator=generator)
@@ -95,44 +141,75 @@ class HuggingFaceBlock(nn.Module):
         seen[0, [0, 1, 3], 2] = False
         was_training = self.training
         self.eval()
-        positions = torch.arange(_PROBED)[None]
-        before, readers = self._run(x, seen, positions), []
-        for j in range(_PROBED):
-            changed = x.clone()
-            changed[0, j] = torch.randn(hidden_size, generator=generator)
-            readers.append((self._run(changed, seen, positions) != before)[0].any(-1).tolist())
-        self.train(was_training)
-        if [list(row) for row in zip(*readers, strict=True)] != seen[0].tolist():
-            raise ValueError("does not obey the attention mask of this model; use another architecture")
+        try:
+            positions = torch.arange(_PROBED)[None]
+            before, readers = self._run(x, seen, positions), []
+            for j in range(_PROBED):
+                changed = x.clone()
+                changed[0, j] = torch.randn(hidden_size, generator=generator)
+                change = (self._run(changed, seen, positions) - before)[0].abs().amax(-1)
+                readers.append((change > _NOTICED * before.abs().max()).tolist())
+        finally:
+            self.train(was_training)
+        return before.shape == x.shape and [list(row) for row in zip(*readers, strict=True)] == seen[0].tolist()
 
 
-def _build(name: str, shape: dict[str, int], ffn_size: int, max_tokens: int, dropout: float) -> Any:
+def _least(x: Tensor) -> float:
+    return torch.finfo(x.dtype).min
+
+
+class _one_line:  # noqa: N801 (a context manager)
+    """Turns whatever a model's code raises inside into a ``ValueError`` of one line."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, Exception):
+            reason = " ".join(str(error).split()) or kind.__name__  # type: ignore[union-attr]
+            reason = reason if len(reason) < 200 else f"{reason[:200]}..."
+            raise ValueError(f"{self.what}: {reason}") from None
+
+
+def _build(name: str, shape: dict[str, int], dropout: float) -> Any:
     try:
-        from transformers import AutoConfig, AutoModel
+        from transformers import CONFIG_MAPPING, AutoConfig, AutoModel
     except ImportError:
-        raise ValueError("needs the transformers library: pip install 'hstu[hf]'") from None
-    try:
-        if Path(name).is_dir():
-            config = AutoConfig.from_pretrained(name, local_files_only=True)
-        else:
-            none = dict(bos_token_id=None, eos_token_id=None, pad_token_id=None)
-            config = AutoConfig.for_model(name, **shape, **none, vocab_size=1)
-            for field, value in (
-                ("intermediate_size", ffn_size),
-                ("max_position_embeddings", max(max_tokens, _PROBED)),
-            ):
-                if hasattr(config, field):
-                    setattr(config, field, value)
-            for field in _DROPOUTS:
-                if hasattr(config, field):
-                    setattr(config, field, dropout)
-        model = AutoModel.from_config(config, attn_implementation="sdpa")
-    except (ValueError, KeyError, OSError) as error:
-        raise ValueError(f"cannot be built: {str(error).splitlines()[0]}") from None
-    missing = {"inputs_embeds", "position_ids"} - set(inspect.signature(model.forward).parameters)
-    if missing:
-        raise ValueError(f"takes no {' and no '.join(sorted(missing))}; use another architecture")
+        raise ValueError("it needs the transformers library: pip install 'hstu[hf]'") from None
+    if Path(name).is_dir():
+        config = AutoConfig.from_pretrained(name, local_files_only=True)
+    elif name in CONFIG_MAPPING:
+        config = _shaped(CONFIG_MAPPING[name], shape, dropout)
+    else:
+        raise ValueError(f"the library has no model type {name!r}, and there is no such directory")
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError("it is an encoder and a decoder; use a model that is one of them")
+    if set(config.sub_configs) - _OWN_PARTS:
+        text = config.get_text_config().model_type
+        raise ValueError(f"it has parts of other kinds; use its text model{f', hf:{text}' if text != name else ''}")
+    if getattr(config, "attention_type", None) == "block_sparse":  # which has a mask of its own for long sequences
+        config.attention_type = "original_full"
+    if getattr(AutoModel._model_mapping[type(config)], "_is_stateful", False):
+        raise ValueError("it keeps a state from token to token, which no mask cuts")
+    model = AutoModel.from_config(config)
     model.set_input_embeddings(nn.Identity())  # never called: tokens come as vectors
     if getattr(model, "pooler", None) is not None:
         model.pooler = None
     return model
+
+
+def _shaped(kind: Any, shape: dict[str, int], dropout: float) -> Any:
+    """Return a config of class ``kind`` with those of ``shape`` that it has, and no vocabulary."""
+    known = set(kind().to_dict()) | set(kind.attribute_map)
+    if "qk_rope_head_dim" in known:  # of which head_dim is another name
+        shape = {name: size for name, size in shape.items() if name != "head_dim"}
+    chosen: dict[str, Any] = {name: size for name, size in shape.items() if name in known}
+    chosen |= {name: dropout for name in _DROPOUTS if name in known}
+    none = dict.fromkeys(_SPECIAL)
+    try:
+        return kind(**chosen, **none, vocab_size=1)
+    except Exception:  # some want a number
+        return kind(**chosen, **dict.fromkeys(none, 0), vocab_size=1)

@@ -14,12 +14,13 @@ from hstu.layers.transformer import TransformerBlock, TransformerConfig
 from hstu.layers.visibility import Visibility
 
 
-def make_backbone(network: NetworkArgs, max_tokens: int) -> nn.Module:
+def make_backbone(network: NetworkArgs, max_tokens: int, *, with_candidates: bool = True) -> nn.Module:
     """Return the module from ``Tokens`` to hidden states [T, D] that ``network`` describes.
 
     Args:
         network: The knobs.
         max_tokens: Tokens of the longest sample.
+        with_candidates: Whether samples may have candidates.
 
     Raises:
         ConfigError: for a backbone that does not exist, or a HuggingFace model that cannot be built.
@@ -31,7 +32,7 @@ def make_backbone(network: NetworkArgs, max_tokens: int) -> nn.Module:
     if network.backbone == "gru":
         return GRUBlock(network.hidden_size, network.num_layers, network.hidden_dropout)
     if network.is_hugging_face:
-        return _hugging_face(network, max_tokens)
+        return _hugging_face(network, max_tokens, with_candidates)
     if network.backbone in ("sasrec", "bert"):
         return TransformerBlock(_transformer_config(network), network.num_layers)
     raise network.error("backbone", "is a name that no module goes by")
@@ -90,7 +91,7 @@ def _transformer_config(network: NetworkArgs) -> TransformerConfig:
     )
 
 
-def _hugging_face(network: NetworkArgs, max_tokens: int) -> nn.Module:
+def _hugging_face(network: NetworkArgs, max_tokens: int, with_candidates: bool) -> nn.Module:
     try:
         return HuggingFaceBlock(
             network.backbone.removeprefix(HUGGING_FACE),
@@ -101,6 +102,7 @@ def _hugging_face(network: NetworkArgs, max_tokens: int) -> nn.Module:
             max_tokens=max_tokens,
             dropout=network.hidden_dropout,
             visibility=_visibility(network),
+            with_candidates=with_candidates,
         )
     except ValueError as error:
         raise network.error("backbone", str(error)) from None

@@ -224,7 +224,7 @@ class Encoder(nn.Module):
         #: Chooses the rows of a stream that are held here; ``parallelize`` sets it.
         self.hold: Callable[[Stream], Stream] = lambda stream: stream
         self._laid_out: tuple[Tensor, Stream] | None = None
-        self.backbone = make_backbone(network, inputs.max_tokens)
+        self.backbone = make_backbone(network, inputs.max_tokens, with_candidates=config.dataset.max_num_candidates > 0)
         norm = network.output_norm
         eps = config.retrieval.l2_norm_eps if config.retrieval and norm == "l2" else network.norm_epsilon
         self.postprocess = Postprocess(network.hidden_size, norm, eps, last_token=config.task == "retrieval")

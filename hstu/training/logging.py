@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import logging
 import sys
 import time
+import uuid
 from types import TracebackType
 from typing import Any
 
 from tqdm import tqdm
 
-from hstu.config import ConfigError
+from hstu.config import Config, ConfigError
 from hstu.quiet import warn_only
+from hstu.training.checkpoint_files import write_atomically
 from hstu.training.run_directory import RunDirectory
 
 logger = logging.getLogger(__name__)
@@ -23,12 +26,14 @@ class RunLogger:
 
     Args:
         run: Where files go.
-        loggers: ``"tensorboard"``, ``"wandb"``.
+        config: The run; ``TrainerArgs.loggers`` says where curves go.
         first_step: Where training starts.
         total_steps: Where it ends.
     """
 
-    def __init__(self, run: RunDirectory, loggers: tuple[str, ...], first_step: int, total_steps: int) -> None:
+    def __init__(self, run: RunDirectory, config: Config, first_step: int, total_steps: int) -> None:
+        loggers = config.trainer.loggers
+        check_loggers(loggers)
         self.run, self.total_steps, self.first_step = run, total_steps, first_step
         self.started = time.perf_counter()
         self.bar = (
@@ -43,7 +48,7 @@ class RunLogger:
 
             self.tensorboard = SummaryWriter(str(run.path / "tensorboard"), purge_step=first_step + 1)
         if "wandb" in loggers:
-            self.wandb = _start_wandb(run)
+            self.wandb = _start_wandb(run, config)
 
     def __enter__(self) -> RunLogger:
         return self
@@ -121,7 +126,24 @@ def check_loggers(loggers: tuple[str, ...]) -> None:
         raise ConfigError("TrainerArgs.loggers", "asks for 'wandb': install it with pip install 'hstu[wandb]'")
 
 
-def _start_wandb(run: RunDirectory) -> Any:
+def _start_wandb(run: RunDirectory, config: Config) -> Any:
+    """Start a run of Weights & Biases, or go on with the one that this run directory has had."""
     import wandb
 
-    return wandb.init(dir=str(run.path), name=run.path.name, resume="allow")
+    note = run.path / "wandb_id"
+    if not note.is_file():
+        write_atomically(note, uuid.uuid4().hex)
+    try:
+        return wandb.init(
+            dir=str(run.path),
+            id=note.read_text(),
+            name=run.path.name,
+            resume="allow",
+            project=config.trainer.wandb_project,
+            group=config.trainer.wandb_group,
+            config={name: value for name, value in dataclasses.asdict(config).items() if value is not None},
+        )
+    except wandb.Error as error:
+        reason = " ".join(str(error).split())
+        message = f"asks for 'wandb', which cannot start ({reason}); run wandb login, or set WANDB_MODE=offline"
+        raise ConfigError("TrainerArgs.loggers", message) from None

@@ -41,6 +41,8 @@ class Meter:
         self.sums = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
         self.labels = self.sequences = self.tokens = self.batches = self.skipped = 0
         self.flops = self.waited = 0.0
+        #: Of the dense weights, before clipping, in the last step since the last line that was not skipped.
+        self.gradient_norm: float | None = None
         self.start()
 
     def start(self) -> None:
@@ -113,6 +115,8 @@ class Meter:
             "data_wait_share": waited / self.mesh.tokens.size / seconds,
             "memory_gib": self._memory() / 2**30,
         }
+        if self.gradient_norm is not None:
+            record["gradient_norm"] = self.gradient_norm
         if self.peak:
             record["mfu"] = flops / seconds / self.mesh.world_size / self.peak
         if self.skipped:

@@ -83,11 +83,12 @@ class Optimizer:
         self.parallel.tables.step = step + 1
         return self.args.learning_rate * dense
 
-    def step(self) -> None:
-        """Average gradients over ranks, clip them and step the dense weights."""
+    def step(self) -> float:
+        """Average gradients over ranks, clip them and step the dense weights; return their norm before clipping."""
         self.parallel.dense.reduce_gradients()
         with cuda_means_cpu():
-            self.megatron.step()
+            _, norm, _ = self.megatron.step()  # which takes it in any case
+        return float(norm)
 
     def state(self) -> dict[str, Tensor]:
         """Return the dense optimizer's tensors as ``<parameter>.<name>``, whole, whatever the number of ranks.

@@ -72,7 +72,7 @@ class Stepper:
             # A rank without a sample got a stand-in, whose user is -1.
             self.meter.add(loss, int((batch.users >= 0).sum()), self.model.num_tokens(batch), work)
         else:
-            self.optimizer.step()
+            self.meter.gradient_norm = self.optimizer.step()
             self.skipped_in_a_row = 0
             progress.dense_steps += 1
         progress.step += 1
@@ -100,6 +100,7 @@ class Stepper:
         """
 
         def compute(own: Batch) -> tuple[torch.Tensor | None, tuple[LossSum, bool | None]]:
+            assert _size(own) == _size(batch), "the pipeline computes another batch than the one that was counted"
             loss = self.model(own)
             broken = ~loss.total.detach().isfinite()
             facts = torch.stack([torch.full_like(broken, labels, dtype=torch.float64), broken.double()])
@@ -136,3 +137,8 @@ class Stepper:
     def _original_users(self, rows: torch.Tensor) -> list[str]:
         originals = self.dataset.vocabulary(self.dataset.schema.user.name)
         return [str(originals[row]) for row in dict.fromkeys(rows.tolist()) if row >= 0]
+
+
+def _size(batch: Batch) -> tuple[int, int, int, int]:
+    """Return what tells batches apart without asking the device."""
+    return batch.step, batch.users.numel(), batch.labels.numel(), batch.label_mask.numel()

@@ -24,10 +24,10 @@ from hstu.quiet import warn_only
 from hstu.training.checkpoint import Checkpointer, model_identity
 from hstu.training.checkpoint_files import Progress, find_checkpoint, read_marker, supersede
 from hstu.training.evaluate import best_possible, decide_filter_seen, evaluate, improves
-from hstu.training.hardware import present_gpu
+from hstu.training.hardware import present_peak
 from hstu.training.init_from import in_words, initialize, open_source
 from hstu.training.interrupt import StopRequest
-from hstu.training.logging import RunLogger, check_loggers, format_metrics
+from hstu.training.logging import RunLogger, format_metrics
 from hstu.training.meter import Meter, not_finite
 from hstu.training.optimizer import Optimizer
 from hstu.training.plot import draw_curves, sketch_curves
@@ -67,7 +67,6 @@ class Trainer:
         config, self.filtering = self._resolved(config, dataset, mesh, splits["valid"])
         self.config, self.dataset, self.mesh, self.run = config, dataset, mesh, run
         args = config.trainer
-        check_loggers(args.loggers)
         self.progress, self.resumed_at = Progress(), -1  # the last step whose checkpoints here are this run's
         self.started_from: dict[str, Any] | None = None
         without_loss = dataset.action_ids(config.dataset.actions_without_loss)
@@ -114,8 +113,7 @@ class Trainer:
             vocabularies,
             args.keep_last_checkpoints,
         )
-        gpu = present_gpu()
-        self.meter = Meter(mesh, None if gpu is None else gpu.peak(config.network.dtype_str))
+        self.meter = Meter(mesh, present_peak(config.network.dtype_str))
         self.stepper = Stepper(self.parallel, self.optimizer, self.meter, config, dataset)
         mesh.set_timeout(2 * args.hang_timeout_seconds)  # the watchdog speaks first
         torch.manual_seed(args.seed + mesh.tokens.rank)  # ranks with the same tokens drop the same of them
@@ -341,7 +339,7 @@ class Trainer:
     def _logger(self) -> RunLogger | _Silent:
         if not self.mesh.is_main:
             return _Silent()
-        return RunLogger(self.run, self.config.trainer.loggers, self.progress.step, self.total_steps)
+        return RunLogger(self.run, self.config, self.progress.step, self.total_steps)
 
     def _total_steps(self) -> int:
         """Return the steps at the end: those taken, and those that the rest of the last epoch needs."""

@@ -13,12 +13,15 @@ import torch
 from hstu.config import Config, ConfigError
 from hstu.data import SequenceDataset
 from hstu.layers.huggingface import HuggingFaceBlock
+from hstu.layers.visibility import Visibility
 from hstu.models import build_model
+from tests.layers.streams import make_tokens
 from tests.models.test_backbones import FULL, learnt, planted_chain
 from tests.models.test_masked import assert_evaluation_is_prediction
 from tests.models.test_models import LENGTHS, RANKING, assert_rows_see_only_what_is_before_them, batch_of, build
 from tests.samples import make_config, make_dataset
 
+ROOT = Path(__file__).resolve().parents[2]
 needs_transformers = pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None, reason="transformers is an extra: pip install 'hstu[hf]'"
 )
@@ -27,6 +30,9 @@ needs_transformers = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> SequenceDataset:
     return make_dataset(tmp_path_factory.mktemp("data") / "small", LENGTHS, num_items=30)
+
+
+SHAPE = ("NetworkArgs.hidden_size=16", "NetworkArgs.num_attention_heads=2", "NetworkArgs.ffn_hidden_size=64")
 
 
 def config_of(name: str, task: str = "retrieval", *lines: str) -> Config:
@@ -44,6 +50,77 @@ def test_rows_see_only_what_is_before_them(dataset: SequenceDataset, name: str, 
     model.embeddings.weights["item"].data.normal_()
     for split in ("train", "test"):
         assert_rows_see_only_what_is_before_them(model, batch_of(dataset, config, split, [0, 2, 3]))
+
+
+# Of each family one: what its configs call their widths, and how it takes a mask.
+KINDS = ["albert", "electra", "roberta", "gemma2", "qwen3", "xlnet"]
+
+
+@needs_transformers
+@pytest.mark.parametrize("name", KINDS)
+def test_a_type_takes_its_shape_from_the_config_and_obeys_the_mask(dataset: SequenceDataset, name: str) -> None:
+    config = config_of(name, "retrieval", *SHAPE)
+    model: Any = build(dataset, config, spread=False)
+    weights = sum(p.numel() for p in model.backbone.parameters())
+    assert 2 * 4 * 16 * 16 * (0.5 if name == "albert" else 1) < weights < 20_000  # albert has one layer's weights
+    model.embeddings.weights["item"].data.normal_()
+    batch = batch_of(dataset, config, "train", [0, 2, 3])
+    assert_rows_see_only_what_is_before_them(model, batch)
+    model(batch).total.backward()
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())
+
+
+@needs_transformers
+def test_a_model_that_tells_positions_by_their_order_takes_no_candidates(dataset: SequenceDataset) -> None:
+    with pytest.raises(ConfigError, match="takes no position_ids, so that candidates cannot stand at one position"):
+        build_model(config_of("xlnet", "ranking", *SHAPE, *RANKING["candidates"]), dataset.schema)
+
+
+@needs_transformers
+@pytest.mark.slow
+def test_every_causal_and_masked_type_works_or_is_refused_in_one_line() -> None:
+    """The types that work are those that docs/backbones.md names."""
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    names = {*modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES}
+    shape = dict(hidden_size=16, num_layers=2, num_heads=2, ffn_size=64, max_tokens=33, dropout=0.0)
+    works, tokens = set(), make_tokens((7, 0, 1, 12), width=16)
+    for name in sorted(names):
+        try:
+            for causal in (True, False):
+                options = dict(visibility=Visibility(causal=causal), with_candidates=False)
+                block = HuggingFaceBlock(name, **shape, **options)  # type: ignore[arg-type]
+        except ValueError as error:
+            assert "\n" not in str(error) and len(str(error)) < 300, name
+            continue
+        out = block(tokens)
+        out.sum().backward()
+        assert out.shape == (20, 16) and bool(out.isfinite().all()), name
+        assert all(p.grad is not None for p in block.parameters() if p.requires_grad), name
+        works.add(name)
+    documented = set((ROOT / "docs" / "backbones.md").read_text().split("<!-- types -->")[1].split())
+    if transformers.__version__ == "5.23.0":
+        assert {name.strip("`,") for name in documented} == works
+    assert {"gpt2", "bert", "xlnet", "mistral", "qwen2", "qwen3", "gemma", "albert", "electra"} <= works
+
+
+REFUSED = [
+    ("bart", "is an encoder and a decoder"),
+    ("mamba", "keeps a state from token to token"),
+    ("gemma3", "hf:gemma3_text"),
+    ("ctrl", "does not obey the attention mask"),
+    ("reformer", "axial_pos_embds"),
+]
+
+
+@needs_transformers
+@pytest.mark.parametrize(("name", "reason"), REFUSED)
+def test_what_cannot_work_is_refused_in_one_line(dataset: SequenceDataset, name: str, reason: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        build_model(config_of(name, "retrieval", *SHAPE), dataset.schema)
+    assert reason in str(caught.value) and "\n" not in str(caught.value)
+    assert str(caught.value).startswith(f"NetworkArgs.backbone = 'hf:{name}': ")
 
 
 @needs_transformers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,15 @@ def test_the_same_records_as_without(data: Path, tmp_path: Path, variant: str, m
     assert records(tmp_path / "native") == records(tmp_path / "plain")
     assert records(tmp_path / "native", "eval") == records(tmp_path / "plain", "eval")
     assert max(ahead) >= 1 and ahead[-1] == 0, "batches were in flight"
+
+
+def test_a_pipeline_that_computes_another_step_is_caught(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tee = itertools.tee
+    monkeypatch.setattr(itertools, "tee", lambda source: (lambda a, b: (a, itertools.islice(b, 1, None)))(*tee(source)))
+    with trainer(data, tmp_path, "ranking", *LIMITS, *NATIVE) as run, pytest.raises(AssertionError, match="another"):
+        run.train()
 
 
 def test_a_resumed_run_goes_on_the_same(data: Path, tmp_path: Path) -> None:

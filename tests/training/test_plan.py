@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -231,6 +232,32 @@ def test_command(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("name", ["launch_torchrun.sh", "launch_slurm.sh"])
 def test_launch_files_parse(name: str) -> None:
     assert subprocess.run(["bash", "-n", str(ROOT / "examples" / name)], timeout=10).returncode == 0
+
+
+SRUN = """#!/usr/bin/env bash
+printf '%s\\n' "$@" > srun.args
+printf '%s %s %s %s\\n' "$NODES" "$HEAD" "$JOB" "$OMP_NUM_THREADS" > srun.env
+"""
+SCONTROL = """#!/usr/bin/env bash
+[[ "$*" == "show hostnames node[3-4]" ]] || exit 9
+printf 'node3\\nnode4\\n'
+"""
+
+
+def test_the_slurm_file_gives_each_node_its_cpus_and_its_head(tmp_path: Path) -> None:
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    slurm = {"SLURM_JOB_NODELIST": "node[3-4]", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "77",
+             "SLURM_CPUS_PER_TASK": "64", "PATH": f"{tmp_path}:{os.environ['PATH']}"}  # fmt: skip
+    command = ["bash", str(ROOT / "examples" / "launch_slurm.sh"), "retrieval", "--run-dir", "a b"]
+    done = subprocess.run(command, env=os.environ | slurm, cwd=tmp_path, timeout=10, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "srun.args").read_text().splitlines() == [
+        "--kill-on-bad-exit=1", "--cpus-per-task=64", "bash", "examples/launch_torchrun.sh", "retrieval", "--run-dir",
+        "a b",
+    ]  # fmt: skip
+    assert (tmp_path / "srun.env").read_text() == "2 node3 77 8\n"
 
 
 @pytest.mark.slow
