@@ -375,11 +375,13 @@ def test_the_shipped_configs_are_all_there() -> None:
 
 # Fields for which None or -1 is a value of its own, or is decided by the data (and then written by the trainer).
 NOTHING = {
-    "TrainerArgs": {"max_train_iters", "max_epochs", "max_eval_iters", "ckpt_save_interval", "init_from", "wandb_group"},
+    "TrainerArgs": {"max_train_iters", "max_epochs", "max_eval_iters", "ckpt_save_interval", "init_from",
+                    "wandb_group"},
     "DatasetArgs": {"dataset_path", "contextual_feature_names", "temporal_cuts", "train_stride", "history_start",
                     "history_end"},
     "NetworkArgs": {"max_attn_len", "num_position_buckets", "scaling_seqlen"},
     "RetrievalArgs": {"num_negatives", "filter_seen"},
+    "DynamicEmbeddingArgs": {"ttl"},
 }  # fmt: skip
 
 

@@ -242,7 +242,7 @@ def test_ids_that_had_one_of_few_rows_keep_it(home: Path, tmp_path: Path, mesh: 
         assert torch.equal(rows_of(run, "item_id")["weight"][-16:], spare)
         run.train()
     # Its sets are others, and of those too full the ids with the lowest scores stay out.
-    assert 40 < len(found) and found.keys() <= wanted.keys()
+    assert len(found) > 40 and found.keys() <= wanted.keys()
     assert all(torch.equal(row, wanted[item][0]) and score == wanted[item][1] for item, (row, score) in found.items())
     assert all(full[item] >= wanted[item][1] for item in wanted.keys() - found.keys())
 
