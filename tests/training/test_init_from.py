@@ -254,9 +254,9 @@ def test_a_table_may_become_dynamic_or_cease_to_be(home: Path, sources: Any, tmp
             run.start_from(find_source(str(sources(there) / "checkpoints" / "latest"), path))
             run.train()
         assert worst(losses(path), continued(home, there)) < 1e-5
-    with start(home / "other", tmp_path / "few", "row-wise", sources("row-wise"), SMALL, mesh=mesh) as run:
-        with pytest.raises(CheckpointError, match="'item_id' has 120 rows there .*capacity gives 67"):
-            run.start_from(find_source(str(sources("row-wise")), tmp_path / "few"))
+    refusal = pytest.raises(CheckpointError, match="'item_id' has 120 rows there .*capacity gives 67")
+    with start(home / "other", tmp_path / "few", "row-wise", sources("row-wise"), SMALL, mesh=mesh) as run, refusal:
+        run.start_from(find_source(str(sources("row-wise")), tmp_path / "few"))
 
 
 def test_ids_that_are_gone_are_counted(home: Path, sources: Any, tmp_path: Path, mesh: Mesh) -> None:
