@@ -188,6 +188,7 @@ def _answers(
         logger.info("%d of %d %s have no history to go by and get no answer", silent, len(questions.split), who)
     if fewer:
         reason = "they have seen the rest (RetrievalArgs.filter_seen = True)" if filter_seen else "there are no more"
+        reason += ", untrained ones left out" if args.trained_only else ""
         logger.info("%d of %d %s get fewer than %d items, %d of them none: %s",
                     fewer, answered, who, args.top_k, without, reason)  # fmt: skip
 
