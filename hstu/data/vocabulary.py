@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from hstu.data.schema import CATEGORY, SCHEMA_FILE, VOCABULARY_DIR, Schema
 
+BITS = "bits: "  # begins the identity of bit masks
 _BLOCK = 1 << 20  # values hashed at once
 
 
@@ -82,15 +83,18 @@ class Vocabularies:
         return action is not None and action.name == feature and action.action_type == "bitmask"
 
     def identity(self, feature: str) -> str | None:
-        """Return what tells the vocabulary of ``feature`` from others: None if its ids stand for themselves.
+        """Return what tells the vocabulary of ``feature`` from others.
+
+        Ids that are bit masks stand for themselves: it says the names of the bits, and is None if they have none.
 
         Data sets of versions that kept none have their files read.
 
         Raises:
             ValueError: If there is no vocabulary, or it cannot be read.
         """
-        if self.stands_for_itself(feature):
-            return None
+        action = self.schema.action
+        if action is not None and self.stands_for_itself(feature):
+            return None if action.bits is None else f"{BITS}{', '.join(action.bits)}"
         known = self.schema.vocabularies.get(feature)
         return identity_of(self._blocks(feature)) if known is None else known
 

@@ -15,7 +15,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from hstu.data.vocabulary import Vocabularies, places_of
+from hstu.data.vocabulary import BITS, Vocabularies, places_of
 from hstu.models import Encoder
 from hstu.models.embedding import Table
 from hstu.parallel import Mesh, Parallelized
@@ -138,10 +138,14 @@ def _require_same_model(path: Path, marker: dict[str, Any], identity: dict[str, 
 def _match(name: str, there: dict[str, Any], own: dict[str, Any], here: Vocabularies, path: Path) -> Tensor:
     """Return the id there of each id here, [ids here] int64; -1 where it is not known there."""
     size, known = own["size"], there["size"]
-    if (own["identity"] is None) != (there["identity"] is None):
+    same, masks = own["identity"] == there["identity"], [_is_mask(entry) for entry in (own, there)]
+    if masks[0] != masks[1]:
         raise CheckpointError(f"{_FIELD} = {str(path)!r}: is of another model: of {name!r}, ids are bit masks either "
                               "here or there, but not in both; use the same --action_type")  # fmt: skip
-    if own["identity"] == there["identity"]:  # of bit masks too, which stand for themselves
+    if all(masks) and None not in (own["identity"], there["identity"]) and not same:
+        raise CheckpointError(f"{_FIELD} = {str(path)!r}: is of another model: {name!r} has {there['identity']} there "
+                              f"and {own['identity']} here; use the same ones in the same order")  # fmt: skip
+    if same or all(masks):  # which stand for themselves
         ids = torch.arange(size)
         return torch.where(ids < known, ids, -1)
     identities = {name: there["identity"]}
@@ -151,6 +155,10 @@ def _match(name: str, there: dict[str, Any], own: dict[str, Any], here: Vocabula
                               "its run directory any more; give the path of the whole run directory")  # fmt: skip
     values, old = (pl.Series(pl.from_arrow(v.originals(name))) for v in (here, kept))
     return torch.from_numpy(places_of(values, old).fill_null(-1).to_numpy().copy())
+
+
+def _is_mask(entry: dict[str, Any]) -> bool:
+    return entry["identity"] is None or entry["identity"].startswith(BITS)
 
 
 class _Initializer:

@@ -91,7 +91,11 @@ def keep_vocabularies(vocabularies: Vocabularies, record: Record, run: Path) -> 
     Raises:
         ValueError: If one of them is damaged, or cannot be written.
     """
-    identities = {name: entry["identity"] for name, entry in record.items() if entry["embedded"] and entry["identity"]}
+    identities = {
+        name: entry["identity"]
+        for name, entry in record.items()
+        if entry["embedded"] and not vocabularies.stands_for_itself(name)
+    }
     if kept_vocabularies(run, identities) is not None:
         return
     partial = run / f".{VOCABULARY_DIR}.partial"

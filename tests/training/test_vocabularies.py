@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,27 @@ def test_items_of_other_categories_may_be_scored_and_not_trained_on(home: Path, 
         assert (run.model.categories.ids[0, :2].numpy() == source.categories["cluster"][:2]).all()  # type: ignore[union-attr]
         with pytest.raises(CheckpointError, match="another vocabulary of 'category:cluster'"):
             run.resume(latest)
+
+
+def test_bits_of_other_names_are_refused(tmp_path: Path, mesh: Mesh) -> None:
+    source = tiny(40)
+    for bits in ("click,buy", "buy,click"):
+        action = replace(source.schema.action, vocab_size=4, bits=tuple(bits.split(",")))  # type: ignore[type-var]
+        features = tuple(action if f.role == "action" else f for f in source.schema.features)
+        schema = replace(source.schema, features=features, best_possible=None)
+        write_dataset(replace(source, schema=schema), tmp_path / bits)
+    lines = (*LINES, "RankingArgs.prediction_head_arch=[16, 2]", "RankingArgs.num_tasks=2")
+    with trainer(tmp_path / "click,buy", tmp_path / "run", "ranking", *lines, mesh=mesh) as run:
+        run.train()
+    latest = tmp_path / "run" / "checkpoints" / "latest"
+    with trainer(tmp_path / "buy,click", tmp_path / "new", "ranking", *lines, mesh=mesh) as run:
+        with pytest.raises(CheckpointError, match="another vocabulary of 'action'"):
+            run.evaluate(latest)
+        with pytest.raises(CheckpointError, match="'action' has bits: click, buy there and bits: buy, click here"):
+            run.start_from(latest)
+    with trainer(tmp_path / "click,buy", tmp_path / "new", "ranking", *lines, mesh=mesh) as run:
+        run.start_from(latest)
+    assert run.started_from is not None and run.started_from["rows"]["action"] == {"kept": 4, "new": 0, "left_out": 0}
 
 
 def test_a_checkpoint_of_before_is_compared_by_sizes(home: Path, tmp_path: Path, mesh: Mesh) -> None:
