@@ -2,9 +2,10 @@
 
     python benchmarks/attention.py [--quick] [--widths 64 128 256] [--lengths 256 1024 4096 16384]
 
-Needs torch and triton alone. Every kernel is compared with the float64 reference on odd shapes; only then head
-width x length x batch are swept, jagged and full, bias on and off. TFLOP/s count visible pairs only: two products
-forward, five backward. Prints a table and writes benchmarks/results/attention.json.
+Needs torch and triton alone. Every kernel is compared with the float64 reference on odd shapes, twice, with the same
+bits; only then head width x length x batch are swept, ragged and full, HSTU without and with the relative bias, and
+softmax attention. TFLOP/s count visible pairs only: two products forward, five backward. Prints a table and writes
+benchmarks/results/attention.json.
 
 On a machine without a GPU, TRITON_INTERPRET=1 runs the comparison alone, on short sequences; nothing is measured.
 """
@@ -25,8 +26,7 @@ import torch
 import triton
 from torch import Tensor
 
-from hstu.ops import RelativeBias, hstu_attention, lengths_to_offsets
-from hstu.ops.attention.mask import Mask
+from hstu.ops import Layout, Mask, RelativeBias, hstu_attention, lengths_to_offsets, softmax_attention
 from hstu.ops.flops import attention_flops, visible_pairs
 
 HEADS, BATCH, BUCKETS = 4, 32, 128
@@ -38,88 +38,77 @@ Options = dict[str, Any]
 
 
 def odd_problem(width: int, seed: int, *, dtype: torch.dtype, rich: bool) -> tuple[list[Tensor], Options]:
-    """Sequences of very unequal lengths with every option on, or none."""
+    """q, k, v and both tables for sequences of very unequal lengths with every option on, or none."""
     rng = torch.Generator().manual_seed(seed)
     lengths = torch.tensor(ODD_LENGTHS)
     total, longest = int(lengths.sum()), max(ODD_LENGTHS)
-    qkv = [torch.randn(total, 2, width, generator=rng, dtype=torch.float64).to(DEVICE, dtype) for _ in range(3)]
-    options: Options = dict(offsets=lengths_to_offsets(lengths).to(DEVICE), max_seqlen=longest, scaling_seqlen=256.0)
-    if rich:
-        part = max(longest // 10, 4)
-        options |= dict(
-            num_context=(lengths // 4).clamp(max=5).to(DEVICE),
-            num_candidates=(lengths // 3).to(DEVICE),
-            candidate_group_size=3,
-            max_attn_len=4 * part,
-            segments=torch.cat([torch.arange(n) // part for n in ODD_LENGTHS]).int().to(DEVICE),
-            is_memory=torch.cat([torch.arange(n) % part == part - 1 for n in ODD_LENGTHS]).to(DEVICE),
-            bias=RelativeBias(
-                position=torch.randn(2 * longest - 1, generator=rng).to(DEVICE),
-                time=torch.randn(BUCKETS + 1, generator=rng).to(DEVICE),
-                timestamps=torch.exp(torch.rand(total, generator=rng) * 12).long().cumsum(0).to(DEVICE),
-                query_time="next",
-            ),
-        )
-    return qkv, options
+    tensors = [torch.randn(total, 2, width, generator=rng, dtype=torch.float64).to(DEVICE, dtype) for _ in range(3)]
+    offsets, part = lengths_to_offsets(lengths).to(DEVICE), max(longest // 10, 4)
+    if not rich:
+        return tensors, dict(layout=Layout(offsets, max_seqlen=longest), mask=Mask())
+    tensors += [torch.randn(n, generator=rng).to(DEVICE) for n in (2 * longest - 1, BUCKETS + 1)]
+    layout = Layout(
+        offsets,
+        max_seqlen=longest,
+        num_context=(lengths // 4).clamp(max=5).to(DEVICE),
+        num_candidates=(lengths // 3).to(DEVICE),
+        segments=torch.cat([torch.arange(n) // part for n in ODD_LENGTHS]).int().to(DEVICE),
+        is_memory=torch.cat([torch.arange(n) % part == part - 1 for n in ODD_LENGTHS]).to(DEVICE),
+        timestamps=torch.exp(torch.rand(total, generator=rng) * 12).long().cumsum(0).to(DEVICE),
+    )
+    return tensors, dict(layout=layout, mask=Mask(candidate_group_size=3, max_attn_len=4 * part))
 
 
-def run(qkv: list[Tensor], options: Options, backend: str, dtype: torch.dtype) -> dict[str, Tensor]:
+def attend(kind: str, tensors: list[Tensor], options: Options, backend: str) -> Tensor:
+    if kind == "softmax":
+        return softmax_attention(*tensors[:3], **options, backend=backend)
+    bias = RelativeBias(position=tensors[3], time=tensors[4], query_time="next") if len(tensors) > 3 else None
+    return hstu_attention(*tensors[:3], **options, bias=bias, scaling_seqlen=256.0, backend=backend)
+
+
+def run(kind: str, tensors: list[Tensor], options: Options, backend: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """Output and every gradient, all floating tensors in ``dtype``."""
-    leaves = [x.detach().to(dtype).requires_grad_() for x in qkv]
-    names = ["q", "k", "v"]
-    options = dict(options)
-    bias = options.get("bias")
-    if bias is not None:
-        # The tables stay in float32 with low precision, as parameters do.
-        wide = torch.promote_types(dtype, torch.float32)
-        tables = [t.detach().to(wide).requires_grad_() for t in (bias.position, bias.time)]
-        options["bias"] = RelativeBias(
-            position=tables[0], time=tables[1], timestamps=bias.timestamps, query_time=bias.query_time
-        )
-        leaves, names = leaves + tables, [*names, "position", "time"]
-    out = hstu_attention(*leaves[:3], **options, backend=backend)
+    # The tables stay in float32 with low precision, as parameters do.
+    wide = torch.promote_types(dtype, torch.float32)
+    leaves = [x.detach().to(dtype if n < 3 else wide).requires_grad_() for n, x in enumerate(tensors)]
+    out = attend(kind, leaves, options, backend)
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
     out.backward(grad.to(DEVICE, dtype))
-    return {"out": out.detach()} | {f"d_{n}": x.grad for n, x in zip(names, leaves, strict=True)}
-
-
-def comparisons(widths: list[int]) -> list[tuple[int, torch.dtype, bool]]:
-    """Head width, type and whether the backward is to be deterministic."""
-    low = [torch.float16] if INTERPRETED else [torch.bfloat16, torch.float16]
-    some = [width for width in (25, 64, 256) if width in widths]
-    return (
-        [(width, dtype, False) for width in widths for dtype in low]
-        + [(width, torch.float32, False) for width in some]
-        + [(width, low[0], True) for width in some]
-    )
+    names = ("q", "k", "v", "position", "time")
+    return {"out": out.detach()} | {f"d_{n}": x.grad for n, x in zip(names, leaves, strict=False) if x.grad is not None}
 
 
 def check_correctness(widths: list[int]) -> None:
     """|x - ref64| at most twice (forward) or three times (backward) the error of the plain computation."""
-    for width, dtype, deterministic in comparisons(widths):
-        torch.use_deterministic_algorithms(deterministic, warn_only=True)
-        for rich in (False, True):
-            qkv, options = odd_problem(width, width, dtype=dtype, rich=rich)
-            exact = run(qkv, options, "reference", torch.float64)
-            plain = run(qkv, options, "reference", dtype)
-            kernel = run(qkv, options, "triton", dtype)
+    low = [torch.float16] if INTERPRETED else [torch.bfloat16, torch.float16]
+    wide = [(width, torch.float32) for width in (25, 64, 256) if width in widths]
+    compared = 0
+    for width, dtype in [(width, dtype) for width in widths for dtype in low] + wide:
+        for kind, rich in (("hstu", False), ("hstu", True), ("softmax", False), ("softmax", True)):
+            tensors, options = odd_problem(width, width, dtype=dtype, rich=rich)
+            exact = run(kind, tensors, options, "reference", torch.float64)
+            plain = run(kind, tensors, options, "reference", dtype)
+            kernel, again = (run(kind, tensors, options, "triton", dtype) for _ in range(2))
             for key, truth in exact.items():
                 allowed = (2 if key == "out" else 3) * (plain[key].double() - truth).abs().max()
                 error = (kernel[key].double() - truth).abs().max()
                 if not error <= allowed + 1e-6 * truth.abs().max():
-                    sys.exit(f"wrong: width {width} {dtype} rich {rich} {key}: {error:.2e} > {allowed:.2e}")
-    torch.use_deterministic_algorithms(False)
-    print("correct: every kernel against the float64 reference", flush=True)
+                    sys.exit(f"wrong: {kind} width {width} {dtype} rich {rich} {key}: {error:.2e} > {allowed:.2e}")
+                if not torch.equal(kernel[key], again[key]):
+                    sys.exit(f"not the same twice: {kind} width {width} {dtype} rich {rich} {key}")
+                compared += 1
+    print(f"correct: {compared} comparisons with the float64 reference, twice the same bits", flush=True)
 
 
 def check_no_sync() -> None:
     """A step must not wait for the device."""
-    qkv, options = odd_problem(64, 0, dtype=torch.bfloat16, rich=True)
-    run(qkv, options, "triton", torch.bfloat16)
-    leaves = [x.detach().requires_grad_() for x in qkv]
-    torch.cuda.set_sync_debug_mode("error")
-    hstu_attention(*leaves, **options, backend="triton").sum().backward()
-    torch.cuda.set_sync_debug_mode("default")
+    for kind in ("hstu", "softmax"):
+        tensors, options = odd_problem(64, 0, dtype=torch.bfloat16, rich=True)
+        run(kind, tensors, options, "triton", torch.bfloat16)
+        leaves = [x.detach().requires_grad_() for x in tensors]
+        torch.cuda.set_sync_debug_mode("error")
+        attend(kind, leaves, options, "triton").sum().backward()
+        torch.cuda.set_sync_debug_mode("default")
     print("no device synchronisation in a forward and backward", flush=True)
 
 
@@ -136,8 +125,8 @@ def milliseconds(step: Callable[[], Any], rounds: int) -> float:
     return statistics.median(begin.elapsed_time(end) for begin, end in events)
 
 
-def measure(width: int, longest: int, *, ragged: bool, bias: bool, rounds: int) -> dict[str, Any]:
-    """One row of the sweep."""
+def measure(width: int, longest: int, *, ragged: bool, kind: str, rounds: int) -> dict[str, Any]:
+    """One row of the sweep; ``kind``: hstu, bias or softmax."""
     batch = max(1, min(BATCH, TOKENS // longest))
     rng = torch.Generator().manual_seed(0)
     lengths = torch.full((batch,), longest)
@@ -145,30 +134,28 @@ def measure(width: int, longest: int, *, ragged: bool, bias: bool, rounds: int) 
         raw = torch.exp(torch.randn(batch, generator=rng) * 0.9)
         lengths = (raw * longest / 4 / raw.mean()).round().long().clamp(1, longest)
     total = int(lengths.sum())
-    q, k, v, grad = (torch.randn(total, HEADS, width, dtype=torch.bfloat16, device="cuda") for _ in range(4))
-    for x in (q, k, v):
+    *tensors, grad = (torch.randn(total, HEADS, width, dtype=torch.bfloat16, device="cuda") for _ in range(4))
+    if kind == "bias":
+        tensors += [torch.zeros(n, device="cuda") for n in (2 * longest - 1, BUCKETS + 1)]
+    for x in tensors:
         x.requires_grad_()
-    options: Options = dict(offsets=lengths_to_offsets(lengths).cuda(), max_seqlen=longest, scaling_seqlen=longest)
-    if bias:
-        options["bias"] = RelativeBias(
-            position=torch.zeros(2 * longest - 1, device="cuda", requires_grad=True),
-            time=torch.zeros(BUCKETS + 1, device="cuda", requires_grad=True),
-            timestamps=torch.exp(torch.rand(total, generator=rng) * 12).long().cumsum(0).cuda(),
-        )
-    work = attention_flops(int(visible_pairs(lengths, Mask()).sum()), HEADS, width, width)
+    times = torch.exp(torch.rand(total, generator=rng) * 12).long().cumsum(0).cuda()
+    layout = Layout(lengths_to_offsets(lengths).cuda(), max_seqlen=longest, timestamps=times)
+    options: Options = dict(layout=layout, mask=Mask())
+    name = "softmax" if kind == "softmax" else "hstu"
+    work = attention_flops(int(visible_pairs(Layout(lengths_to_offsets(lengths)), Mask()).sum()), HEADS, width, width)
     with torch.no_grad():
-        forward = milliseconds(lambda: hstu_attention(q, k, v, **options, backend="triton"), rounds)
-    out = hstu_attention(q, k, v, **options, backend="triton")
-    tables = [options["bias"].position, options["bias"].time] if bias else []
+        forward = milliseconds(lambda: attend(name, tensors, options, "triton"), rounds)
+    out = attend(name, tensors, options, "triton")
     # Not Tensor.backward, which would add to the gradients of the step before.
-    backward = milliseconds(lambda: torch.autograd.grad(out, [q, k, v, *tables], grad, retain_graph=True), rounds)
+    backward = milliseconds(lambda: torch.autograd.grad(out, tensors, grad, retain_graph=True), rounds)
     return {
         "width": width,
         "longest": longest,
         "batch": batch,
         "tokens": total,
         "ragged": ragged,
-        "bias": bias,
+        "kind": kind,
         "forward_ms": round(forward, 4),
         "backward_ms": round(backward, 4),
         "forward_tflops": round(work.forward / forward / 1e9, 1),
@@ -193,16 +180,16 @@ def main() -> None:
     widths, lengths = ([64, 128], [1024, 4096]) if arguments.quick else (arguments.widths, arguments.lengths)
     check_correctness([25, 64] if arguments.quick else [25, 32, 50, 64, 128, 256])
     check_no_sync()
-    print(f"{'width':>5} {'longest':>7} {'ragged':>6} {'bias':>5} {'fwd':>7} {'bwd':>7} {'both':>7}  TFLOP/s")
+    print(f"{'width':>5} {'longest':>7} {'ragged':>6} {'kind':>7} {'fwd':>7} {'bwd':>7} {'both':>7}  TFLOP/s")
     rows = []
     for width in widths:
         for longest in lengths:
             for ragged in (False, True):
-                for bias in (False, True):
-                    row = measure(width, longest, ragged=ragged, bias=bias, rounds=arguments.rounds)
+                for kind in ("hstu", "bias", "softmax"):
+                    row = measure(width, longest, ragged=ragged, kind=kind, rounds=arguments.rounds)
                     rows.append(row)
                     print(
-                        f"{width:5} {longest:7} {ragged!s:>6} {bias!s:>5} {row['forward_tflops']:7.1f} "
+                        f"{width:5} {longest:7} {ragged!s:>6} {kind:>7} {row['forward_tflops']:7.1f} "
                         f"{row['backward_tflops']:7.1f} {row['both_tflops']:7.1f}",
                         flush=True,
                     )

@@ -1,4 +1,4 @@
-"""Memory of a rank against the number of context ranks: forward and backward pass of an HSTU block.
+"""Memory of a rank against the number of context ranks: forward and backward pass of a stack of HSTU layers.
 
     python benchmarks/context_parallel.py [--samples 12] [--length 1000] [--layers 6] [--write]
 
@@ -24,10 +24,9 @@ RESULTS = Path(__file__).parent / "results" / "context_parallel.json"
 
 def measure(args: argparse.Namespace) -> dict[str, float]:
     """Return tokens and peak memory of this rank."""
-    from hstu.config import NetworkArgs
-    from hstu.layers.hstu import HSTUBlock, HSTUConfig, hstu_preset
+    from hstu.layers.hstu import HSTUConfig, HSTUStack, hstu_preset
     from hstu.layers.tokens import Stream, Tokens
-    from hstu.ops import lengths_to_offsets
+    from hstu.ops import Layout, lengths_to_offsets
     from hstu.parallel import Mesh
     from hstu.parallel.context import ContextParallel, attend_across_ranks
 
@@ -37,27 +36,28 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
                         scaling_seqlen=float(args.length), **hstu_preset("production"))  # fmt: skip
     with Mesh.create() as mesh:
         context = ContextParallel(mesh.with_degrees(mesh.world_size, 1).context)
-        block = HSTUBlock(config, args.layers)
-        network = NetworkArgs(num_layers=1, hidden_size=width, num_attention_heads=4, kv_channels=64)
-        attend_across_ranks(block, context, network)
+        stack = HSTUStack(config, args.layers)
+        attend_across_ranks(stack, context)
 
         def run(length: int) -> int:
             total = args.samples * length
             none = torch.zeros(args.samples, dtype=torch.int64)
-            stream = context.hold(
-                Stream(offsets=lengths_to_offsets(none + length), num_context=none, num_candidates=none,
-                       timestamps=torch.zeros(total, dtype=torch.int64), event_rows=torch.arange(total),
-                       tokens_per_event=1)
-            )  # fmt: skip
-            values = torch.zeros(stream.num_held, width, requires_grad=True)
-            block(Tokens(**vars(stream), values=values)).sum().backward()
-            return stream.num_held
+            stream = context.shard(
+                Stream(
+                    layout=Layout(lengths_to_offsets(none + length), timestamps=torch.zeros(total, dtype=torch.int64)),
+                    event_rows=torch.arange(total),
+                    tokens_per_event=1,
+                )
+            )
+            values = torch.zeros(stream.num_local, width, requires_grad=True)
+            stack(Tokens(**vars(stream), values=values)).sum().backward()
+            return stream.num_local
 
         run(8)  # gradients of the weights, communication buffers, libraries
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         tokens = run(args.length)
         grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-        rows = mesh.gather(torch.tensor([[tokens, grown / 1024]], dtype=torch.float64))
+        rows = mesh.tokens.gather(torch.tensor([[tokens, grown / 1024]], dtype=torch.float64))
     return {"tokens": float(rows[:, 0].max()), "peak_mib": float(rows[:, 1].max())}
 
 

@@ -16,6 +16,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -23,11 +24,11 @@ import torch
 from record import write_record
 from torch import Tensor
 
-from hstu.ops import RelativeBias, hstu_attention, lengths_to_offsets
+from hstu.ops import Layout, RelativeBias, hstu_attention, lengths_to_offsets
 from hstu.ops.attention.bias import BUCKET_LOG_WIDTH
 
 BATCH, LONGEST, HEADS, WIDTH, BUCKETS = 32, 200, 2, 32, 128
-STEPS_OF_A_TURN = 4
+STEPS_IN_A_ROW = 4
 
 
 def lognormal_lengths(batch: int, longest: int, seed: int) -> Tensor:
@@ -45,17 +46,16 @@ class Problem:
     def __init__(self, lengths: Tensor, dtype: torch.dtype, seed: int = 0) -> None:
         rng = torch.Generator().manual_seed(seed)
         total = int(lengths.sum())
-        self.offsets = lengths_to_offsets(lengths)
         self.longest = int(lengths.max())
         self.qkv = [torch.randn(total, HEADS, WIDTH, generator=rng).to(dtype) for _ in range(3)]
         self.grad = torch.randn(total, HEADS, WIDTH, generator=rng).to(dtype)
         self.position = torch.randn(2 * LONGEST - 1, generator=rng).mul(0.1).to(dtype)
         self.time = torch.randn(BUCKETS + 1, generator=rng).mul(0.1).to(dtype)
         gaps = torch.exp(torch.rand(total, generator=rng) * 12).long()
-        self.timestamps = gaps.cumsum(0)
+        self.layout = Layout(lengths_to_offsets(lengths), timestamps=gaps.cumsum(0))
         place = torch.arange(self.longest)
         self.valid = place < lengths[:, None]
-        self.padded_times = self.pad(self.timestamps)
+        self.padded_times = self.pad(gaps.cumsum(0))
 
     def pad(self, values: Tensor) -> Tensor:
         dense = values.new_zeros(*self.valid.shape, *values.shape[1:])
@@ -66,10 +66,9 @@ class Problem:
         return [x.clone().requires_grad_() for x in (*self.qkv, self.position, self.time)]
 
     def jagged(self, q: Tensor, k: Tensor, v: Tensor, position: Tensor, time: Tensor) -> Tensor:
-        bias = RelativeBias(position=position, time=time, timestamps=self.timestamps)
-        return hstu_attention(
-            q, k, v, self.offsets, max_seqlen=self.longest, scaling_seqlen=LONGEST, alpha=1.0, bias=bias
-        )
+        bias = RelativeBias(position=position, time=time)
+        layout = replace(self.layout)  # of a new batch each time: what a model's layers share is paid in full
+        return hstu_attention(q, k, v, layout, scaling_seqlen=LONGEST, alpha=1.0, bias=bias)
 
     def dense(self, q: Tensor, k: Tensor, v: Tensor, position: Tensor, time: Tensor) -> Tensor:
         """The usual padded layer: [B, N, N] bias, [B, H, N, N] scores, one multiplication by the mask."""
@@ -98,9 +97,9 @@ class Problem:
 
 
 def seconds_each(problem: Problem, rounds: int) -> list[tuple[float, float]]:
-    """Median elapsed and processor seconds of a step, jagged and dense, taken in turns of a few steps each.
+    """Median elapsed and processor seconds of a step, jagged and dense, taken alternately, a few steps each.
 
-    The first step of a turn finds the caches full of the other side's data and is not counted.
+    The first of these steps finds the caches full of the other side's data and is not counted.
     """
     jagged, dense = problem.leaves(), problem.leaves()
     padded = [problem.pad(x.detach()).requires_grad_() for x in dense[:3]]
@@ -113,7 +112,7 @@ def seconds_each(problem: Problem, rounds: int) -> list[tuple[float, float]]:
     for _ in range(rounds):
         for step, record in zip(steps, times, strict=True):
             step()
-            for _ in range(STEPS_OF_A_TURN):
+            for _ in range(STEPS_IN_A_ROW):
                 begin = time.perf_counter(), time.process_time()
                 step()
                 record.append((time.perf_counter() - begin[0], time.process_time() - begin[1]))

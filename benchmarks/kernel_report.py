@@ -1,9 +1,11 @@
 """Compile every shipped attention kernel for GPUs that need not be there, and say what the compiler made.
 
-    python benchmarks/kernel_report.py [--arch 80 90] [--widths 32 64 128 256] [--out report.json]
+    python benchmarks/kernel_report.py [--arch 80 90 100] [--widths 32 64 128 256] [--out report.json]
 
-Per kernel, head width and option set: registers a thread, spilled bytes, shared memory, tensor-core
-instructions (HGMMA is wgmma on sm_90, HMMA mma.sync on sm_80). This says nothing about speed.
+Per kernel, head width and option set: registers a thread, spilled bytes, shared memory, tensor-core instructions
+(HGMMA is wgmma on sm_90, HMMA mma.sync on sm_80), loads by descriptor (TMA), and of the hottest loop, that of tiles
+without a mask, the instructions of a warp in one turn, and of all warps for 64 scores. This is no measurement of
+speed; it explains one, and guides work where there is no device.
 """
 
 from __future__ import annotations
@@ -15,32 +17,23 @@ import re
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from unittest import mock
 
+import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from null_driver import null_driver
 
-from hstu.ops.attention.triton import tiles
-from hstu.ops.attention.triton.backward import attention_backward_columns, attention_backward_rows
-from hstu.ops.attention.triton.config import MAX_REGISTERS, Kernel, TileConfig, is_rich, padded_width, tile_config
-from hstu.ops.attention.triton.forward import attention_forward
+from hstu.ops import Layout, Mask, RelativeBias
+from hstu.ops.attention.triton import config, hstu, launch
+from hstu.ops.attention.triton.config import Kernel, TileConfig
 
-KERNELS: dict[Kernel, Any] = {
-    "forward": attention_forward,
-    "backward_columns": attention_backward_columns,
-    "backward_rows": attention_backward_rows,
-}
-OPTIONS = {
-    "causal": tiles.CAUSAL.value,
-    "bias": tiles.CAUSAL.value | tiles.POSITION.value | tiles.TIME.value,
-    "candidates": tiles.CAUSAL.value | tiles.CANDIDATES.value | tiles.CONTEXT.value,
-    "all": (1 << 10) - 1,
-}
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
+KERNELS: tuple[Kernel, ...] = ("forward", "columns", "rows")
+OPTIONS = ("causal", "bias", "candidates", "all")
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -58,99 +51,91 @@ class Report:
     shared_bytes: int
     hgmma: int
     hmma: int
+    tma: int
+    loop: int  # instructions of a warp in one turn of the hottest loop
+    loop_a_part: float  # of all warps, for 64 scores
 
 
-def signature(kernel: Any, dtype: str) -> dict[str, str]:
-    """Types of a kernel's arguments, as a call with tensors of ``dtype`` has them."""
-    types = {"alpha": "fp32", "scale": "fp32"}
-    types |= dict.fromkeys(("Q", "K", "V", "OUT", "DO", "DK", "DV_OUT"), f"*{dtype}")
-    types |= dict.fromkeys(("POSITION_TABLE", "TIME_TABLE"), "*fp32")
-    types |= dict.fromkeys(("D_POSITION", "D_TIME"), "*fp32")
-    types["DQ"] = "*fp32" if kernel is attention_backward_columns else f"*{dtype}"
-    types |= {"UNIT": "*fp64", "SEGMENT": "*i32", "IS_MEMORY": "*u8", "THRESHOLDS": "*i32"}
-    types |= dict.fromkeys(("OFFSETS", "ORDER", "NUM_CONTEXT", "NUM_CANDIDATES", "READERS", "KEYS"), "*i64")
-    result = {}
-    for parameter in kernel.params:
-        result[parameter.name] = "constexpr" if parameter.is_constexpr else types.get(parameter.name, "i32")
-    return result
+def arguments_of(options: str, width: int, dtype: torch.dtype, heads: int = 4) -> tuple[list[torch.Tensor], dict]:
+    """A small problem with these options: q, k, v and both tables, and the other arguments."""
+    length, samples = 256, 2
+    total = length * samples
+    some = torch.ones(samples, dtype=torch.int64)
+    rich = options == "all"
+    marked = dict(num_context=some, num_candidates=some) if options in ("candidates", "all") else {}
+    layout = Layout(
+        torch.arange(samples + 1) * length,
+        segments=torch.zeros(total, dtype=torch.int32) if rich else None,
+        is_memory=torch.zeros(total, dtype=torch.bool) if rich else None,
+        timestamps=torch.arange(total),
+        **marked,
+    )
+    mask = Mask(context="full", max_attn_len=64, candidate_group_size=2) if rich else Mask()
+    tensors = [torch.zeros(total, heads, width, dtype=dtype, requires_grad=True) for _ in "qkv"]
+    tables = [torch.zeros(n, requires_grad=True) for n in (2 * length - 1, 129)]
+    bias = RelativeBias(position=tables[0], time=tables[1]) if options in ("bias", "all") else None
+    return [*tensors, *tables], dict(layout=layout, mask=mask, bias=bias, scaling_seqlen=1.0)
 
 
 def compile_kernel(
-    name: Kernel,
-    width: int,
-    options: str,
-    arch: int,
-    *,
-    dtype: str = "bf16",
-    config: TileConfig | None = None,
+    name: Kernel, width: int, options: str, arch: int, *, dtype: str = "bf16", tile: TileConfig | None = None
 ) -> Report:
-    """Compile one kernel ahead of time and read the result."""
-    kernel = KERNELS[name]
-    padded = padded_width(width)
-    flags = OPTIONS[options]
-    element_size = 4 if dtype == "fp32" else 2
-    config = config or tile_config(
-        name, padded, element_size, uneven=width != padded, rich=is_rich(flags), hopper=arch >= 90
-    )
-    constants: dict[str, Any] = {
-        "FLAGS": flags,
-        "DQK": width,
-        "DV": width,
-        "BLOCK_DQK": padded,
-        "BLOCK_DV": padded,
-        "BLOCK_M": config.rows,
-        "BLOCK_N": config.columns,
-        "FAST": dtype == "bf16",
-        "PRECISION": "ieee",
-        "NEED_POSITION": bool(flags & tiles.POSITION.value),
-        "NEED_TIME": bool(flags & tiles.TIME.value),
-        "ATOMIC_DQ": config.atomic_dq,
-        "FIXED": False,
-    }
-    types = signature(kernel, dtype)
-    # Rows of 16-byte multiples: what the allocator and widths that are multiples of 8 give.
-    aligned = [
-        place
-        for place, (argument, kind) in enumerate(types.items())
-        if kind.startswith("*") or (width % 16 == 0 and argument.endswith(("_token", "_head")))
-    ]
-    source = ASTSource(
-        fn=kernel,
-        signature=types,
-        constexprs={argument: constants[argument] for argument, kind in types.items() if kind == "constexpr"},
-        attrs={(place,): [["tt.divisibility", 16]] for place in aligned},
-    )
-    compiled = triton.compile(
-        source,
-        target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": config.warps, "num_stages": config.stages, "maxnreg": MAX_REGISTERS},
-    )
-    registers, spilled, sass = read_cubin(compiled.asm["cubin"])
+    """Compile one kernel ahead of time, with its default tile or ``tile``, and read the result."""
+    tensors, arguments = arguments_of(options, width, DTYPES[dtype])
+    chosen: dict[str, TileConfig] = {}
+    default = config.tile_config
+
+    def pick(kernel: Kernel, *place: object, **options: object) -> TileConfig:
+        chosen[kernel] = tile if tile is not None and kernel == name else default(kernel, *place, **options)
+        return chosen[kernel]
+
+    with null_driver(arch) as compiled, mock.patch.object(launch, "tile_config", pick), torch.no_grad():
+        q, k, v = tensors[:3]
+        bias = arguments["bias"] or RelativeBias()
+        tables, into = (bias.position, bias.time), tuple(torch.empty_like(x) for x in (q, k, v))
+        attention = hstu.TritonAttention(
+            arguments["layout"], arguments["mask"], scaling_seqlen=1.0, alpha=1.0, bias=bias, keys=arguments["layout"]
+        )
+        if name == "forward":
+            attention.forward(q, k, v, *tables)
+        elif name == "columns":
+            attention.columns(v, (q, k, v), tables, into[1:])
+        else:
+            attention.rows(v, (q, k, v), tables, into[0], tuple(t is not None for t in tables))
+    files = next(f for f in compiled if any(key.startswith("attention_") for key in f))
+    own = chosen[name]
+    registers, spilled, sass = read_cubin(Path(next(p for key, p in files.items() if key.endswith(".cubin"))))
+    ptx = Path(next(p for key, p in files.items() if key.endswith(".ptx"))).read_text()
+    metadata = json.loads(Path(next(p for key, p in files.items() if key.endswith(".json"))).read_text())
+    loop = hottest_loop(sass)
     return Report(
         kernel=name,
         options=options,
         dtype=dtype,
         arch=arch,
         width=width,
-        tile=f"{config.rows}x{config.columns}",
-        warps=config.warps,
-        stages=config.stages,
+        tile=f"{own.rows}x{own.columns}",
+        warps=own.warps,
+        stages=own.stages,
         registers=registers,
         spilled_bytes=spilled,
-        shared_bytes=compiled.metadata.shared,
+        shared_bytes=metadata["shared"],
         hgmma=len(re.findall(r"\bHGMMA", sass)),
         hmma=len(re.findall(r"\bHMMA", sass)),
+        tma=ptx.count("cp.async.bulk.tensor"),
+        loop=loop,
+        loop_a_part=round(loop * own.warps * 64 / (own.rows * own.columns), 1),
     )
 
 
-def read_cubin(cubin: bytes) -> tuple[int, int, str]:
+def read_cubin(path: Path) -> tuple[int, int, str]:
     """Registers a thread, bytes of local memory (spills) and the disassembly."""
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "kernel.cubin")
-        Path(path).write_bytes(cubin)
+        own = os.path.join(folder, "kernel.cubin")
+        Path(own).write_bytes(path.read_bytes())
         usage, sass = (
-            subprocess.run([tools / "cuobjdump", flag, path], capture_output=True, text=True, check=True).stdout
+            subprocess.run([tools / "cuobjdump", flag, own], capture_output=True, text=True, check=True).stdout
             for flag in ("-res-usage", "-sass")
         )
     found = re.search(r"REG:(\d+)\s+STACK:(\d+)\s+SHARED:\d+\s+LOCAL:(\d+)", usage)
@@ -158,15 +143,33 @@ def read_cubin(cubin: bytes) -> tuple[int, int, str]:
     return int(found[1]), int(found[2]) + int(found[3]), sass
 
 
+def hottest_loop(sass: str) -> int:
+    """Instructions of the shortest loop that multiplies on tensor cores: that of tiles without a mask."""
+    instructions: list[str] = []
+    place: dict[int, int] = {}
+    for address, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", sass):
+        place[int(address, 16)] = len(instructions)
+        instructions.append(text)
+    sizes = []
+    for at, text in enumerate(instructions):
+        target = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
+        first = place.get(int(target[1], 16), at + 1) if target else at + 1
+        if first <= at and any("MMA" in own for own in instructions[first : at + 1]):
+            sizes.append(at + 1 - first)
+    return min(sizes, default=0)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90])
+    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100])
     parser.add_argument("--widths", type=int, nargs="+", default=[25, 32, 50, 64, 128, 256])
     parser.add_argument("--options", nargs="+", choices=OPTIONS, default=list(OPTIONS))
     parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS))
-    parser.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], default="bf16")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="bf16")
+    parser.add_argument("--tile", type=int, nargs=4, help="rows columns warps stages, in place of the default")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
+    tile = TileConfig(*arguments.tile) if arguments.tile else None
     jobs = [
         (kernel, width, options, arch)
         for arch in arguments.arch
@@ -174,20 +177,14 @@ def main() -> None:
         for width in arguments.widths
         for options in arguments.options
     ]
-    print(
-        f"{'kernel':17} {'options':10} {'arch':>4} {'width':>5} {'tile':>7} {'warps':>5} {'stages':>6} "
-        f"{'regs':>4} {'spill':>5} {'shared':>7} {'HGMMA':>5} {'HMMA':>5}"
-    )
+    names = "kernel options arch width tile warps stages registers spilled_bytes shared_bytes hgmma hmma tma"
+    columns = [*names.split(), "loop", "loop_a_part"]
+    print(*(f"{c.removesuffix('_bytes'):>10}" for c in columns))
     reports = []
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for report in pool.map(lambda job: compile_kernel(*job, dtype=arguments.dtype), jobs):
-            reports.append(report)
-            print(
-                f"{report.kernel:17} {report.options:10} {report.arch:4} {report.width:5} {report.tile:>7} "
-                f"{report.warps:5} {report.stages:6} {report.registers:4} {report.spilled_bytes:5} "
-                f"{report.shared_bytes:7} {report.hgmma:5} {report.hmma:5}",
-                flush=True,
-            )
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        for started in [pool.submit(compile_kernel, *job, dtype=arguments.dtype, tile=tile) for job in jobs]:
+            reports.append(started.result())
+            print(*(f"{getattr(reports[-1], c)!s:>10}" for c in columns), flush=True)
     if arguments.out:
         content = {"triton": triton.__version__, "rows": [asdict(report) for report in reports]}
         arguments.out.write_text(json.dumps(content, indent=1) + "\n")

@@ -3,8 +3,8 @@
     python benchmarks/mol_topk.py [--items 5000] [--users 3000] [--steps 150] [--k 100] [--threads 2]
 
 Trains a small model on planted data first, for recall means nothing of random weights: the share of the exact k best
-items that are found. Seconds are those of all users' answers, users' vectors included; exact and approximate take
-turns. Prints a table and writes benchmarks/results/mol_topk.json.
+items that are found. Seconds are those of all users' answers, users' vectors included; exact and approximate
+alternate. Prints a table and writes benchmarks/results/mol_topk.json.
 """
 
 from __future__ import annotations

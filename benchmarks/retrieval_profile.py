@@ -28,7 +28,7 @@ from torch.profiler import ProfilerActivity, profile
 from hstu.config import Config
 from hstu.data import SequenceDataset
 from hstu.data.batch import Batch
-from hstu.ops.attention.mask import Mask
+from hstu.ops import Layout, Mask, lengths_to_offsets
 from hstu.ops.flops import attention_flops, linear_flops, visible_pairs
 from hstu.parallel import Mesh
 from hstu.training.run_directory import RunDirectory
@@ -85,7 +85,7 @@ def floors(config: Config, batch: Batch, touched: int) -> dict[str, tuple[float,
     lengths, labels = batch.lengths(batch.item), batch.labels.numel()
     tokens, width = int(lengths.sum()), network.hidden_size
     heads, channels = network.num_attention_heads, network.kv_channels
-    pairs = int(visible_pairs(lengths, Mask()).sum())
+    pairs = int(visible_pairs(Layout(lengths_to_offsets(lengths)), Mask()).sum())
     inner, layers, count = heads * channels, network.num_layers, retrieval.num_negatives
     attention = attention_flops(pairs, heads, channels, channels).total * layers
     products = (linear_flops(tokens, width, 4 * inner) + linear_flops(tokens, inner, width)).total * layers

@@ -8,7 +8,7 @@ negatives) on a generated log of mean length 9 with 12,000 items; also the forme
 its batches inside the measured time; the padded side (``padded.py``) gets them ready-made. Both take an AdamW step on
 dense weights; of the item table ours moves the rows that were looked up, the padded side all. First the loss and the
 gradient of the item table are compared at the same weights and negatives. Tokens are events; ``ratio`` is of tokens
-per second, rounds taken in turns. Prints a table and writes benchmarks/results/retrieval_speed.json.
+per second, rounds taken alternately. Prints a table and writes benchmarks/results/retrieval_speed.json.
 """
 
 from __future__ import annotations
@@ -155,11 +155,11 @@ class Padded:
 def tokens_per_second(sides: dict[str, Ours | Padded], rounds: int) -> dict[str, dict[str, float]]:
     """Medians over rounds, by elapsed and by processor time; the first round is not counted."""
     rates: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
-    for turn in range(rounds + 1):
+    for number in range(rounds + 1):
         for name, side in sides.items():
             begin = time.perf_counter(), time.process_time()
             events = side.round()
-            if turn:
+            if number:
                 spent = time.perf_counter() - begin[0], time.process_time() - begin[1]
                 rates[name].append((events / spent[0], events / spent[1]))
     medians = {name: [statistics.median(kind) for kind in zip(*record, strict=True)] for name, record in rates.items()}

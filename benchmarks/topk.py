@@ -3,7 +3,7 @@
     python benchmarks/topk.py [--items 1000000] [--users 1000] [--k 100] [--threads 2] [--rounds 5]
 
 Both sides get the same vectors and must find the same items. Elapsed and processor time are medians of rounds
-taken in turns; ``ratio`` is plain over chunked. Memory is what a process of its own needs beyond the vectors, for
+taken alternately; ``ratio`` is plain over chunked. Memory is what a process of its own needs beyond the vectors, for
 several sizes. Prints tables and writes benchmarks/results/topk.json.
 """
 
@@ -57,11 +57,11 @@ def check(queries: Tensor, catalogue: Tensor, k: int) -> None:
 
 def seconds_each(queries: Tensor, catalogue: Tensor, k: int, rounds: int) -> dict[str, dict[str, float]]:
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in SIDES}
-    for turn in range(rounds + 1):
+    for number in range(rounds + 1):
         for name, side in SIDES.items():
             begin = time.perf_counter(), time.process_time()
             side(queries, catalogue, k)
-            if turn:
+            if number:
                 times[name].append((time.perf_counter() - begin[0], time.process_time() - begin[1]))
     medians = {name: [statistics.median(kind) for kind in zip(*record, strict=True)] for name, record in times.items()}
     return {name: {"seconds": round(s, 3), "cpu_seconds": round(c, 3)} for name, (s, c) in medians.items()}

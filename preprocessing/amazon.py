@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import polars as pl
 
-from hstu.data.stream import StreamOptions
+from hstu.data.log_encoder import EncodingOptions
 from preprocessing.layout import Field, Layout, seconds
 from preprocessing.published import Published
 from preprocessing.raw_files import Archive
@@ -40,7 +40,7 @@ def _published(
             )
         ),
         columns=(pl.col("user"), pl.col("item"), pl.col("rating").alias("action"), pl.col("timestamp").alias("time")),
-        options=StreamOptions(filter_once=filter_once),
+        options=EncodingOptions(filter_once=filter_once),
         filters={"min_user_events": 5, "min_item_events": 5},
         log_counts={"events": ratings},
         counts=counts,

@@ -18,7 +18,7 @@ from __future__ import annotations
 import polars as pl
 
 from hstu.data.interactions import USER
-from hstu.data.stream import StreamOptions
+from hstu.data.log_encoder import EncodingOptions
 from preprocessing.layout import Field, Layout, milliseconds
 from preprocessing.published import Known, Published, UsersFile
 from preprocessing.raw_files import Archive
@@ -131,7 +131,7 @@ def _published(
         ),
         action_name="action",
         action_bits=len(EVENTS),
-        options=StreamOptions(ticks_per_second=1000, bit_names=tuple(EVENTS), absent_context=UNKNOWN),
+        options=EncodingOptions(ticks_per_second=1000, bit_names=tuple(EVENTS), absent_context=UNKNOWN),
         log_counts=log_counts,
         lengths=lengths or {},
     )

@@ -12,8 +12,8 @@ from typing import Any
 import polars as pl
 
 from hstu.data.interactions import InteractionSpec
+from hstu.data.log_encoder import EncodingOptions, encode_log
 from hstu.data.schema import Schema
-from hstu.data.stream import StreamOptions, encode_stream
 from hstu.data.writer import writing
 from preprocessing.layout import Layout, ahead, whole_lines
 from preprocessing.progress import Progress
@@ -68,7 +68,7 @@ class Published:
     users: UsersFile | None = None
     action_name: str = "rating"
     action_bits: int = 0
-    options: StreamOptions = StreamOptions()
+    options: EncodingOptions = EncodingOptions()
     filters: Counts = field(default_factory=dict)
     log_counts: Known
     counts: Known = field(default_factory=dict)
@@ -119,7 +119,7 @@ def make_published(
     reader = _Reader(name, known, raw, progress, check_counts)
     with writing(directory) as writer:
         progress.work = writer.work
-        schema = encode_stream(
+        schema = encode_log(
             reader.blocks(),
             spec,
             replace(known.options, action_bits=known.action_bits or 1),

@@ -25,6 +25,7 @@ logger = logging.getLogger("hstu.cli")
 def run_on_mesh(action: Callable[[Mesh], None]) -> int:
     """Join the ranks and run ``action``; a user's mistake ends in one line and exit code 2."""
     from hstu.parallel import Mesh
+    from hstu.parallel.mistakes import is_first_to_tell, is_told
     from hstu.training.meter import TrainingError
     from hstu.training.run_directory import configure_logging
 
@@ -38,11 +39,11 @@ def run_on_mesh(action: Callable[[Mesh], None]) -> int:
             return 130
         except (ValueError, TrainingError) as error:
             logger.debug("traceback", exc_info=True)
-            if mesh.is_first_to_tell(str(error)):  # what all ranks find is printed once
+            if is_first_to_tell(str(error)):  # what all ranks find is printed once
                 print(f"error{'' if mesh.is_main else f' on rank {mesh.rank}'}: {error}", file=sys.stderr)
             return 2
         except Exception:
-            if mesh.is_told():
+            if is_told():
                 logger.debug("traceback, after another rank's mistake", exc_info=True)
                 return 1
             print(f"rank {mesh.rank} of {mesh.world_size} failed:\n{traceback.format_exc()}", file=sys.stderr, end="")

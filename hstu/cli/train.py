@@ -64,12 +64,12 @@ def _run(task: Literal["ranking", "retrieval"], mesh: Any) -> None:
     from hstu.training.run_directory import RunDirectory, configure_logging
     from hstu.training.trainer import Trainer
 
-    run = RunDirectory(mesh.broadcast(_run_path()))
+    run = RunDirectory(mesh.world.broadcast(_run_path()))
     loaded = _load(task, run)
     path = find_dataset(loaded.config.dataset, run)
     dataset = open_dataset(path, mesh)
     training = FLAGS.mode == "train"
-    started = mesh.broadcast(run.has_run())
+    started = mesh.world.broadcast(run.has_run())
     restarted = training and mesh.on_main(run.has_begun)  # which has obeyed --resume and --checkpoint before
     if training and started and FLAGS.resume == "never" and not restarted:
         raise ValueError(f"--run-dir = {str(run.path)!r}: holds a run, and --resume=never; choose another directory")
@@ -108,7 +108,7 @@ def _run(task: Literal["ranking", "retrieval"], mesh: Any) -> None:
                 "TrainerArgs.init_from = %r: not used again, for the run has a checkpoint of its own", init_from
             )
     record = {"command": sys.argv, "dataset": dataset_record(loaded.config.dataset, path)}
-    record["started_from"] = trainer.started_from or mesh.broadcast(run.started_from())
+    record["started_from"] = trainer.started_from or mesh.world.broadcast(run.started_from())
     loaded = replace(loaded, config=trainer.config)  # with the values that the data set decides
     mesh.on_main(lambda: run.describe(loaded, environment.describe() | record))
     trainer.train()

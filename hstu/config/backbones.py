@@ -76,7 +76,9 @@ def check_backbone(network: NetworkArgs) -> None:
         if network.num_attention_heads % network.num_query_groups:
             raise network.error("num_query_groups", f"must divide num_attention_heads = {network.num_attention_heads}")
         if network.kv_channels % 2:
-            raise network.error("kv_channels", "rotary positions turn pairs of channels; use an even number for llama")
+            raise network.error(
+                "kv_channels", "rotary positions rotate pairs of channels; use an even number for llama"
+            )
 
 
 def swiglu_size(hidden_size: int) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +15,8 @@ silence_known_notices()
 
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor  # noqa: E402
 from torchrec.streamable import Pipelineable  # noqa: E402
+
+T = TypeVar("T")
 
 POOL = "__pool__"
 """Feature of item ids that no sample owns: negatives, or the whole catalogue."""
@@ -49,6 +53,7 @@ class Batch(Pipelineable):
     sample_ids: Tensor
     step: int
     whole_history: Tensor | None = None
+    _kept: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def num_samples(self) -> int:
@@ -63,6 +68,20 @@ class Batch(Pipelineable):
         """Return the number of ids of ``feature`` in each sample, [B] int64."""
         return self.features[feature].lengths()
 
+    def keep(self, key: Hashable, make: Callable[[], T]) -> T:
+        """Return what ``make`` gives, made once: whatever follows from the ids, lengths and times of the samples.
+
+        Batches from ``with_labels`` and ``with_pool`` share it, other copies start afresh.
+        """
+        if key not in self._kept:
+            self._kept[key] = make()
+        result: T = self._kept[key]
+        return result
+
+    def with_labels(self, label_mask: Tensor, labels: Tensor) -> Batch:
+        """Return this batch with the labels of other events."""
+        return self._sharing(replace(self, label_mask=label_mask, labels=labels))
+
     def with_pool(self, ids: Tensor) -> Batch:
         """Return this batch with ``ids`` [P] looked up beside its own features, under ``POOL``.
 
@@ -76,7 +95,7 @@ class Batch(Pipelineable):
         features = keyed_features(
             [*names, POOL], torch.cat([self.features.values(), ids]), torch.cat([lengths, pool]), sizes
         )
-        return replace(self, features=features)
+        return self._sharing(replace(self, features=features))
 
     def only(self, kept: dict[str, Tensor]) -> Batch:
         """Return this batch with only the values of each feature for which ``kept`` [n] bool is true, to look up."""
@@ -101,6 +120,10 @@ class Batch(Pipelineable):
         """Keep the memory alive until ``stream`` is done with it."""
         for value in self._tensors().values():
             value.record_stream(stream)
+
+    def _sharing(self, copy: Batch) -> Batch:
+        object.__setattr__(copy, "_kept", self._kept)
+        return copy
 
     def _tensors(self) -> dict:
         return {name: value for name, value in vars(self).items() if isinstance(value, (Tensor, KeyedJaggedTensor))}

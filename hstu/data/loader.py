@@ -27,7 +27,7 @@ _Place = TypeVar("_Place")
 
 @dataclass(frozen=True, kw_only=True)
 class BatchLoader:
-    """Batches as a function of (seed, epoch, first sample, global batch size) alone, dealt to ranks.
+    """Batches as a function of (seed, epoch, first sample, global batch size) alone, spread over ranks.
 
     The order of an epoch depends on (seed, epoch) only. Nothing has to be saved to resume but the number of
     samples taken; another number of ranks goes on at the same sample. The last batch of an epoch may be
@@ -40,7 +40,7 @@ class BatchLoader:
             (benchmarks/reader.py, workers), more in so many processes, for steps that one reader cannot keep up with.
         pin_memory: Put batches into page-locked memory, from which a GPU copies while it computes.
         micro_batches: Batches of a rank in one step.
-        deal: From the events of each sample [n] and the number of ranks to the samples of each rank; None deals
+        balance: From the events of each sample [n] and the number of ranks to the samples of each rank; None spreads
             one by one.
     """
 
@@ -55,7 +55,7 @@ class BatchLoader:
     shuffle: bool = False
     num_workers: int = 0
     pin_memory: bool = False
-    deal: Callable[[np.ndarray, int], list[np.ndarray]] | None = None
+    balance: Callable[[np.ndarray, int], list[np.ndarray]] | None = None
 
     @property
     def global_batch_size(self) -> int:
@@ -98,11 +98,11 @@ class BatchLoader:
     def _share(self, rows: np.ndarray, micro: int) -> np.ndarray:
         """Return which of the samples ``rows`` of a global batch are in this rank's batch number ``micro``."""
         place, shares = micro * self.world_size + self.rank, self.world_size * self.micro_batches
-        if self.deal is None or shares == 1:
+        if self.balance is None or shares == 1:
             # One by one, so that ranks differ by at most one sample.
             return np.arange(place, rows.size, shares)
         events = np.minimum(self.split.stop[rows], self.collate.max_events)
-        return self.deal(events, shares)[place]
+        return self.balance(events, shares)[place]
 
 
 def _in_order(make: Callable[[_Place], Batch], places: Iterable[_Place], threads: int) -> Iterator[Batch]:

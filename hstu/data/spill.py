@@ -87,7 +87,7 @@ class Log:
     actions: Actions = field(default_factory=Actions)
 
     def spill(self, source: int, block: pl.DataFrame) -> None:
-        """Add events of a file; for the columns see :func:`hstu.data.stream.encode_stream`."""
+        """Add events of a file; for the columns see :func:`hstu.data.log_encoder.encode_log`."""
         columns = {"user": self.users.codes(block["user"]), "item": self.items.codes(block["item"])}
         if "action" in block.columns:
             columns["action"] = self.actions.codes(block["action"])

@@ -1,4 +1,4 @@
-"""Make a data set of a table of interactions that comes in blocks: look at it once, then clean and stream it."""
+"""Make a data set of a table of interactions that comes in blocks: look at it once, then clean and encode it."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ from hstu.data.files import (
     read_table,
 )
 from hstu.data.interactions import InteractionSpec
+from hstu.data.log_encoder import EncodingOptions, encode_log
 from hstu.data.schema import Schema
 from hstu.data.spill import ROW_HASH, Progress
-from hstu.data.stream import StreamOptions, encode_stream
 from hstu.data.writer import DatasetWriter, writing
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def encode(
 ) -> Schema:
     """Encode tables and files and write them; the schema is returned and still to be written.
 
-    See :func:`preprocess_interactions`, and :func:`hstu.data.stream.encode_stream` for ids and order.
+    See :func:`preprocess_interactions`, and :func:`hstu.data.log_encoder.encode_log` for ids and order.
     """
     source: dict[str, str] = {}
     for path in (interactions, users, items):
@@ -144,19 +144,19 @@ def encode_table(
 ) -> Schema:
     """Encode a table with one row per event, or per list of events, and write it; the schema is returned.
 
-    See :func:`hstu.data.stream.encode_stream` for ids and order, and for ``writer``, ``users``, ``items``
+    See :func:`hstu.data.log_encoder.encode_log` for ids and order, and for ``writer``, ``users``, ``items``
     and ``progress``. Every row of the table becomes an event or is refused for a reason that is counted.
 
     Raises:
         ValueError: For bad input, naming column, row, value and remedy.
     """
     cleaner = _Cleaner(table, spec, progress)
-    options = StreamOptions(
+    options = EncodingOptions(
         ticks_per_second=cleaner.ticks_per_second,
         action_bits=cleaner.action_bits,
         bit_names=spec.action_columns if len(spec.action_columns) > 1 else None,
     )
-    schema = encode_stream(
+    schema = encode_log(
         cleaner.blocks(),
         spec,
         options,
@@ -175,7 +175,7 @@ def _to_polars(frame: pl.DataFrame | pd.DataFrame) -> pl.DataFrame:
 
 
 class _Cleaner:
-    """Looks at a table, then gives it block by block as :func:`encode_stream` asks for it."""
+    """Looks at a table, then gives it block by block as :func:`encode_log` asks for it."""
 
     def __init__(self, table: Table, spec: InteractionSpec, progress: Progress) -> None:
         require_names(table.columns, spec.column_names, spec.file)

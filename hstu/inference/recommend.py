@@ -47,7 +47,7 @@ def recommend(
             first, so many of them, as the h-indexer does (https://arxiv.org/abs/2306.04039); None: all, exactly.
     """
     first, vectors = _catalogue_part(model, loader, mesh)
-    gather = mesh.gather if mesh.tokens.size > 1 else None
+    gather = mesh.tokens.gather if mesh.tokens.size > 1 else None
     mixture = model.similarity if num_candidates is not None else None
     assert mixture is None or isinstance(mixture, MixtureOfLogits), "other similarities are exact at this price"
     coarse = vectors if mixture is None else mixture.coarse_items(vectors)
@@ -72,7 +72,7 @@ def user_vectors(model: RetrievalModel, loader: BatchLoader, mesh: Mesh) -> Iter
     model.eval()
     for batch in loader.epoch(0):
         batch = batch.to(mesh.device)
-        yield _joined(mesh, _labelled_samples(model.own_labels(batch)), model.queries(batch))
+        yield _joined(mesh, _labelled_samples(model.local_labels(batch)), model.queries(batch))
 
 
 @torch.no_grad()
@@ -88,7 +88,7 @@ def score_candidates(model: RankingModel, loader: BatchLoader, mesh: Mesh) -> It
         logits = model.logits(batch).double()
         yield _joined(
             mesh,
-            _labelled_samples(model.own_labels(batch)),
+            _labelled_samples(model.local_labels(batch)),
             logits.softmax(1) if model.multiclass else logits.sigmoid(),
         )
 
@@ -131,6 +131,6 @@ def _labelled_samples(batch: Batch) -> Tensor:
 
 def _joined(mesh: Mesh, rows: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """Join the samples of all ranks, in the order of their rows."""
-    rows, values = mesh.gather(rows), mesh.gather(values)
+    rows, values = mesh.tokens.gather(rows), mesh.tokens.gather(values)
     order = rows.argsort()
     return rows[order], values[order]

@@ -1,4 +1,4 @@
-"""A recurrent user model: one state a sample, read by every candidate alike."""
+"""A recurrent user model: one state a sample, from which every candidate takes one step."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from hstu.layers.tokens import Tokens
 from hstu.ops import positions_in_sequence, sequence_ids
 
 
-class GRUBlock(nn.Module):
+class GRUStack(nn.Module):
     """Stacked gated recurrent units (https://arxiv.org/abs/1511.06939): the backbone.
 
-    Context and history are read in order; each candidate takes one step from the state after the history, so
+    Context and history take their steps in order; each candidate takes one step from the state after the history, so
     that candidates do not see each other.
 
     Args:
@@ -33,9 +33,9 @@ class GRUBlock(nn.Module):
             return self._run(tokens.values.to(wide), tokens)
 
     def _run(self, x: Tensor, tokens: Tokens) -> Tensor:
-        total, history = x.shape[0], tokens.offsets.diff() - tokens.num_candidates
-        sequence = sequence_ids(tokens.offsets, total)
-        place = positions_in_sequence(tokens.offsets, total)
+        layout, total, history = tokens.layout, x.shape[0], tokens.layout.history
+        sequence = sequence_ids(layout.offsets, total)
+        place = positions_in_sequence(layout.offsets, total)
         is_history = place < history[sequence]
         # Longest first, as packed sequences want: step after step, without padding.
         rank = history.argsort(descending=True, stable=True).argsort()

@@ -1,23 +1,24 @@
-"""The HSTU layer and block, both published parametrisations in one class."""
+"""The HSTU layer and its stack, both published parametrisations in one class."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hstu.layers.dropout import Dropout
+from hstu.layers.tensor_plan import Columns, Heads, OfAllHeads, PerToken, Rows, TensorPlan, split_parts
 from hstu.layers.tokens import Tokens
-from hstu.ops import LayerOptions, LayerWeights, RelativeBias, hstu_attention, hstu_layer
+from hstu.ops import LayerOptions, LayerWeights, Mask, RelativeBias, hstu_attention, hstu_layer
 
 
 @dataclass(frozen=True, kw_only=True)
 class HSTUConfig:
-    """Shape and parametrisation of the HSTU block.
+    """Shape and parametrisation of HSTU.
 
     Attributes:
         hidden_size: D.
@@ -33,10 +34,8 @@ class HSTUConfig:
         gate: ``"mul"``: u * norm(o). ``"concat"``: [u, o, u * norm(o)].
         position_bias: Add a learned bias by distance.
         time_bias_buckets: Buckets of the learned bias by time difference; 0: none.
-        bias_query_time: Time of the reading row: its own event's or the next event's.
-        context_attention: Whether context tokens also read the history.
-        max_attn_len: Window of attention, in positions.
-        candidate_group_size: Candidates that see each other.
+        bias_query_time: Time of the attending row: its own event's or the next event's.
+        mask: Who attends to whom.
         dropout: On the gated attention output.
         norm_eps: Epsilon of the layer norms.
         recompute_norm: Normalise the input again in the backward instead of keeping the result.
@@ -59,9 +58,7 @@ class HSTUConfig:
     position_bias: bool = False
     time_bias_buckets: int = 0
     bias_query_time: Literal["own", "next"] = "own"
-    context_attention: Literal["causal", "full"] = "causal"
-    max_attn_len: int | None = None
-    candidate_group_size: int = 1
+    mask: Mask = Mask()
     dropout: float = 0.0
     norm_eps: float = 1e-5
     recompute_norm: bool = False
@@ -79,8 +76,8 @@ class HSTULayer(nn.Module):
     def __init__(self, config: HSTUConfig) -> None:
         super().__init__()
         self.config = config
-        #: Attention that spans ranks instead of the plain one; ``parallelize`` sets it.
-        self.attention: Callable[..., Tensor] | None = None
+        #: ``parallelize`` may exchange it for one that spans ranks.
+        self.attention: Callable[..., Tensor] = hstu_attention
         qk, v = config.num_heads * config.qk_channels, config.num_heads * config.value_channels
         self.splits = [v, v, qk, qk]
         self.uvqk = nn.Linear(config.hidden_size, sum(self.splits), bias=config.projection_bias)
@@ -102,7 +99,7 @@ class HSTULayer(nn.Module):
         projected = self.uvqk(self.input_norm(x))
         if self.config.silu_on == "uvqk":
             projected = F.silu(projected)
-        u, v, q, k = projected.split(self.splits, dim=-1)
+        u, v, q, k = split_parts(projected, self.splits)
         if self.config.silu_on == "u":
             u = F.silu(u)
         o = self._attention(q, k, v, tokens)
@@ -112,13 +109,27 @@ class HSTULayer(nn.Module):
         out: Tensor = self.output(self.dropout(gated)) + x
         return out
 
+    def tensor_plan(self) -> TensorPlan:
+        """Spread the heads."""
+        width = self.splits[0]
+        gated = (width,) * (self.output.in_features // width)
+        return {
+            "uvqk": Columns(tuple(self.splits)),
+            "output": Rows(gated),
+            "attention_norm": Heads((width,)),
+            "dropout": Heads(gated),
+            "position_table": OfAllHeads(),
+            "time_table": OfAllHeads(),
+            "input_norm": PerToken(),
+        }
+
     def _is_fused(self, x: Tensor) -> bool:
         """Whether one operation does the layer: on a GPU, and where the backward is to compute again.
 
         It needs whole weights and sequences on this rank. On a CPU it keeps less but takes a quarter longer.
         """
         config = self.config
-        whole = self.attention is None and type(self.uvqk) is nn.Linear
+        whole = self.attention is hstu_attention and type(self.uvqk) is nn.Linear
         recomputes = config.recompute_norm or config.recompute_silu or config.recompute_gate
         assert whole or not recomputes
         return whole and (recomputes or (x.is_cuda and config.backend != "reference"))
@@ -154,52 +165,47 @@ class HSTULayer(nn.Module):
             recompute_gate=config.recompute_gate,
         )
         with torch.autocast(device, enabled=False):
-            return hstu_layer(x, tokens.offsets, weights, options, **self._attention_arguments(tokens))
+            return hstu_layer(
+                x,
+                tokens.layout,
+                weights,
+                options,
+                config.mask,
+                scaling_seqlen=config.scaling_seqlen,
+                alpha=config.alpha,
+                bias=self._bias(),
+                backend=config.backend,
+            )
 
     def _attention(self, q: Tensor, k: Tensor, v: Tensor, tokens: Tokens) -> Tensor:
         config = self.config
-        attend = self.attention or hstu_attention
-        out = attend(
+        out = self.attention(
             q.unflatten(-1, (-1, config.qk_channels)),
             k.unflatten(-1, (-1, config.qk_channels)),
             v.unflatten(-1, (-1, config.value_channels)),
-            tokens.offsets,
-            **self._attention_arguments(tokens),
+            tokens.layout,
+            config.mask,
+            scaling_seqlen=config.scaling_seqlen,
+            alpha=config.alpha,
+            bias=self._bias(),
+            backend=config.backend,
         )
         return out.flatten(-2)
 
-    def _attention_arguments(self, tokens: Tokens) -> dict[str, Any]:
-        config = self.config
-        return dict(
-            max_seqlen=config.max_tokens,
-            scaling_seqlen=config.scaling_seqlen,
-            alpha=config.alpha,
-            num_context=tokens.num_context,
-            num_candidates=tokens.num_candidates,
-            candidate_group_size=config.candidate_group_size,
-            context_attention=config.context_attention,
-            max_attn_len=config.max_attn_len,
-            bias=self._bias(tokens),
-            backend=config.backend,
-        )
-
-    def _bias(self, tokens: Tokens) -> RelativeBias | None:
-        if self.position_table is None and self.time_table is None:
-            return None
-        return RelativeBias(
-            position=self.position_table,
-            time=self.time_table,
-            timestamps=tokens.timestamps,
-            query_time=self.config.bias_query_time,
-        )
+    def _bias(self) -> RelativeBias:
+        return RelativeBias(position=self.position_table, time=self.time_table, query_time=self.config.bias_query_time)
 
 
-class HSTUBlock(nn.Module):
+class HSTUStack(nn.Module):
     """A stack of HSTU layers: the backbone."""
 
     def __init__(self, config: HSTUConfig, num_layers: int) -> None:
         super().__init__()
         self.layers = nn.ModuleList([HSTULayer(config) for _ in range(num_layers)])
+
+    def tensor_plan(self) -> TensorPlan:
+        """What is not in the layers: nothing."""
+        return {}
 
     def forward(self, tokens: Tokens) -> Tensor:
         """Map the stream's values [T, D] to hidden states [T, D]."""

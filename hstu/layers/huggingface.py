@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from hstu.layers.positions import token_positions
 from hstu.layers.tokens import Tokens
-from hstu.layers.visibility import Visibility
+from hstu.ops import Mask
+from hstu.ops.attention.softmax import attention_buckets
 
 # What the library's configs call the widths that NetworkArgs gives.
 _HIDDEN = ("hidden_size", "embedding_size", "input_embedding_size", "word_embed_proj_dim")
@@ -34,7 +35,7 @@ _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 _PROBED = 4  # tokens of the check that the mask is obeyed
 _NOTICED = 1e-5  # share of the largest output that is a change and not rounding
 
-# How a model takes who reads whom, ``seen`` [b, n, n] bool; the first form that it obeys is used.
+# How a model takes who attends to whom, ``seen`` [b, n, n] bool; the first form that it obeys is used.
 _FORMS: tuple[Callable[[Tensor, Tensor], dict[str, Tensor]], ...] = (
     lambda seen, x: {"attention_mask": seen[:, None]},
     lambda seen, x: {"attention_mask": x.new_zeros(seen[:, None].shape).masked_fill(~seen[:, None], _least(x))},
@@ -43,7 +44,7 @@ _FORMS: tuple[Callable[[Tensor, Tensor], dict[str, Tensor]], ...] = (
 )
 
 
-class HuggingFaceBlock(nn.Module):
+class HuggingFaceStack(nn.Module):
     """A model of the transformers library, with its own weights and positions but without its word embeddings.
 
     Args:
@@ -55,7 +56,7 @@ class HuggingFaceBlock(nn.Module):
         ffn_size: Of a model type.
         max_tokens: Tokens of the longest sample.
         dropout: Of a model type.
-        visibility: Who reads whom.
+        mask: Who attends to whom.
         with_candidates: Whether samples may have candidates, which stand at one position.
 
     Raises:
@@ -72,7 +73,7 @@ class HuggingFaceBlock(nn.Module):
         ffn_size: int,
         max_tokens: int,
         dropout: float,
-        visibility: Visibility,
+        mask: Mask,
         with_candidates: bool = True,
     ) -> None:
         super().__init__()
@@ -81,7 +82,7 @@ class HuggingFaceBlock(nn.Module):
         shape |= dict(num_hidden_layers=num_layers, max_position_embeddings=max(max_tokens, _PROBED))
         with _one_line("cannot be built"):
             self.model = _build(name, shape, dropout)
-        self.visibility = visibility
+        self.mask = mask
         config, taken = self.model.config, inspect.signature(self.model.forward).parameters
         if "inputs_embeds" not in taken:
             raise ValueError("takes no inputs_embeds; use another architecture")
@@ -102,9 +103,10 @@ class HuggingFaceBlock(nn.Module):
         x, positions = tokens.values, token_positions(tokens)
         # So that the graph reaches every weight: without tokens, or one that no token is routed to.
         out = 0.0 * x + 0.0 * sum(p.sum() for p in self.parameters())
-        for bucket in self.visibility.buckets(tokens):
-            hidden = self._run(bucket.pad(x), bucket.seen, bucket.pad(positions)).flatten(0, 1)
-            out = out.index_add(0, bucket.tokens, hidden[bucket.places].to(out.dtype))
+        for bucket in attention_buckets(tokens.layout, self.mask, tokens.layout):
+            rows = bucket.queries
+            hidden = self._run(rows.pad(x), bucket.visible, rows.pad(positions)).flatten(0, 1)
+            out = out.index_add(0, rows.tokens, hidden[rows.places].to(out.dtype))
         return out
 
     def _run(self, x: Tensor, seen: Tensor, positions: Tensor) -> Tensor:
@@ -133,25 +135,25 @@ class HuggingFaceBlock(nn.Module):
 
     @torch.no_grad()
     def _obeys(self, hidden_size: int) -> bool:
-        """Hide token 2 of 4 from all others, and see who reads it, and who reads the first and the last."""
+        """Hide token 2 of 4 from all others, and see who attends to it, to the first and to the last."""
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(1, _PROBED, hidden_size, generator=generator)
-        seen = torch.ones(1, _PROBED, _PROBED, dtype=torch.bool)
-        seen = seen.tril() if self.visibility.causal else seen
-        seen[0, [0, 1, 3], 2] = False
+        visible = torch.ones(1, _PROBED, _PROBED, dtype=torch.bool)
+        visible = visible.tril() if self.mask.causal else visible
+        visible[0, [0, 1, 3], 2] = False
         was_training = self.training
         self.eval()
         try:
             positions = torch.arange(_PROBED)[None]
-            before, readers = self._run(x, seen, positions), []
+            before, attending = self._run(x, visible, positions), []
             for j in range(_PROBED):
                 changed = x.clone()
                 changed[0, j] = torch.randn(hidden_size, generator=generator)
-                change = (self._run(changed, seen, positions) - before)[0].abs().amax(-1)
-                readers.append((change > _NOTICED * before.abs().max()).tolist())
+                change = (self._run(changed, visible, positions) - before)[0].abs().amax(-1)
+                attending.append((change > _NOTICED * before.abs().max()).tolist())
         finally:
             self.train(was_training)
-        return before.shape == x.shape and [list(row) for row in zip(*readers, strict=True)] == seen[0].tolist()
+        return before.shape == x.shape and [list(row) for row in zip(*attending, strict=True)] == visible[0].tolist()
 
 
 def _least(x: Tensor) -> float:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 
 from hstu.layers.dropout import Dropout
 from hstu.layers.positions import token_positions
+from hstu.layers.tensor_plan import Columns, PerToken, Rows, TensorPlan, split_parts
 from hstu.layers.tokens import Tokens
-from hstu.layers.visibility import Attention, Visibility, softmax_attention_over
+from hstu.ops import Mask, softmax_attention
 
 ROPE_THETA = 1e4
 
@@ -27,7 +29,7 @@ class LLaMAConfig:
         num_groups: Of keys and values; divides H.
         head_channels: Width of a head, even.
         ffn_size: Inner width of the feed-forward layers.
-        visibility: Who reads whom.
+        mask: Who attends to whom.
         dropout: On what a sublayer adds.
         norm_eps: Epsilon of the norms.
     """
@@ -37,7 +39,7 @@ class LLaMAConfig:
     num_groups: int
     head_channels: int
     ffn_size: int
-    visibility: Visibility = field(default_factory=Visibility)
+    mask: Mask = Mask()
     dropout: float = 0.0
     norm_eps: float = 1e-5
 
@@ -49,9 +51,9 @@ def rotation(positions: Tensor, channels: int) -> tuple[Tensor, Tensor]:
     return angle.cos().float(), angle.sin().float()
 
 
-def rotate(x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn each pair of neighbouring channels of ``x`` [T, H, d] by its angle."""
-    cosine, sine = (part.to(x.dtype) for part in turn)
+def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate each pair of neighbouring channels of ``x`` [T, H, d] by its angle."""
+    cosine, sine = (part.to(x.dtype) for part in rotation)
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([even * cosine - odd * sine, even * sine + odd * cosine], dim=-1).flatten(-2)
 
@@ -67,6 +69,8 @@ class LLaMALayer(nn.Module):
     def __init__(self, config: LLaMAConfig, num_layers: int) -> None:
         super().__init__()
         self.config = config
+        #: ``parallelize`` may exchange it for one that spans ranks.
+        self.attention: Callable[..., Tensor] = softmax_attention
         hidden, channels = config.hidden_size, config.head_channels
         self.splits = [config.num_heads * channels, config.num_groups * channels, config.num_groups * channels]
         self.qkv = nn.Linear(hidden, sum(self.splits), bias=False)
@@ -79,33 +83,48 @@ class LLaMALayer(nn.Module):
         self.ffn_norm = nn.RMSNorm(hidden, config.norm_eps)
         self.dropout = Dropout(config.dropout)
 
-    def forward(self, x: Tensor, attention: Attention, turn: tuple[Tensor, Tensor]) -> Tensor:
-        """Map [T, D] to [T, D]; ``turn`` is the rotation of each token's position."""
-        projected = self.qkv(self.attention_norm(x)).split(self.splits, dim=-1)
+    def forward(self, x: Tensor, tokens: Tokens, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        """Map [T, D] to [T, D]; ``rotary`` is the rotation of each token's position."""
+        projected = split_parts(self.qkv(self.attention_norm(x)), self.splits)
         q, k, v = (part.unflatten(-1, (-1, self.config.head_channels)) for part in projected)
-        attended = attention(rotate(q, turn), rotate(k, turn), v)
+        attended = self.attention(rotate(q, rotary), rotate(k, rotary), v, tokens.layout, self.config.mask)
         x = x + self.dropout(self.wo(attended.flatten(-2)))
         normed = self.ffn_norm(x)
         return x + self.dropout(self.w2(F.silu(self.w1(normed)) * self.w3(normed)))
 
+    def tensor_plan(self) -> TensorPlan:
+        """Spread the heads and the feed-forward channels."""
+        ffn = (self.config.ffn_size,)
+        return {
+            "qkv": Columns(tuple(self.splits)),
+            "wo": Rows((self.splits[0],)),
+            "w1": Columns(ffn),
+            "w3": Columns(ffn),
+            "w2": Rows(ffn),
+            "dropout": PerToken(),
+            "attention_norm": PerToken(),
+            "ffn_norm": PerToken(),
+        }
 
-class LLaMABlock(nn.Module):
+
+class LLaMAStack(nn.Module):
     """A stack of LLaMA layers and a norm: the backbone. All candidates of a sample stand at one position."""
 
     def __init__(self, config: LLaMAConfig, num_layers: int) -> None:
         super().__init__()
         self.config = config
-        #: Makes the attention of a stream; ``parallelize`` may exchange it for one that spans ranks.
-        self.attention_over = softmax_attention_over
         self.layers = nn.ModuleList([LLaMALayer(config, num_layers) for _ in range(num_layers)])
         self.final_norm = nn.RMSNorm(config.hidden_size, config.norm_eps)
 
+    def tensor_plan(self) -> TensorPlan:
+        """What is not in the layers."""
+        return {"final_norm": PerToken()}
+
     def forward(self, tokens: Tokens) -> Tensor:
         """Map the stream's values [T, D] to hidden states [T, D]."""
-        attention = self.attention_over(self.config.visibility, tokens)
-        turn = rotation(token_positions(tokens), self.config.head_channels)
+        rotary = rotation(token_positions(tokens), self.config.head_channels)
         x = tokens.values
         for layer in self.layers:
-            x = layer(x, attention, turn)
+            x = layer(x, tokens, rotary)
         out: Tensor = self.final_norm(x)
         return out

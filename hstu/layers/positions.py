@@ -14,15 +14,15 @@ from hstu.ops import positions_in_sequence, sequence_ids
 
 
 def token_positions(tokens: Stream, *, from_end: bool = False) -> Tensor:
-    """Return p_i = min(i, L_b - m_b) of the rows held, [t] int64: candidates stand at the place after the history.
+    """Return p_i = min(i, L_b - m_b) of the local rows, [t] int64: candidates stand at the place after the history.
 
     ``from_end`` counts the other way, L_b - 1 - i: 0 is the last token.
     """
-    total = tokens.timestamps.shape[0]
-    place, sequence = positions_in_sequence(tokens.offsets, total), sequence_ids(tokens.offsets, total)
+    layout, total = tokens.layout, tokens.timestamps.shape[0]
+    place, sequence = positions_in_sequence(layout.offsets, total), sequence_ids(layout.offsets, total)
     if from_end:
-        return tokens.of_held((tokens.offsets.diff() - 1)[sequence] - place)
-    return tokens.of_held(torch.minimum(place, (tokens.offsets.diff() - tokens.num_candidates)[sequence]))
+        return tokens.of_local((layout.lengths - 1)[sequence] - place)
+    return tokens.of_local(torch.minimum(place, layout.history[sequence]))
 
 
 class PositionEncoder(nn.Module):
@@ -71,12 +71,12 @@ class PositionEncoder(nn.Module):
         return tokens.with_values(self.dropout(values))
 
     def time_buckets(self, tokens: Tokens) -> Tensor:
-        """Return [t] int64, the row of the time table of each token held."""
+        """Return [t] int64, the row of the time table of each local token."""
         assert self.time is not None
-        sequence = sequence_ids(tokens.offsets, tokens.timestamps.shape[0])
+        sequence = sequence_ids(tokens.layout.offsets, tokens.timestamps.shape[0])
         # The largest, not the last: candidates may stand in any order.
-        request = tokens.timestamps.new_zeros(tokens.offsets.numel() - 1)
+        request = tokens.timestamps.new_zeros(tokens.layout.num_samples)
         request = request.scatter_reduce(0, sequence, tokens.timestamps, "amax", include_self=False)
         age = (request[sequence] - tokens.timestamps).double()
         buckets = age.sqrt() if self.time_bucket_fn == "sqrt" else age.log1p()
-        return tokens.of_held(buckets.long().clamp(max=self.time.shape[0] - 1))
+        return tokens.of_local(buckets.long().clamp(max=self.time.shape[0] - 1))

@@ -28,14 +28,14 @@ class Postprocess(nn.Module):
         self.layer_norm = nn.LayerNorm(hidden_size, eps) if norm == "layer_norm" else None
 
     def rows(self, stream: Stream, label_mask: Tensor) -> Tensor:
-        """Return the row of the stream that each labelled event is read from, [L] int64."""
+        """Return the row of the stream whose hidden state stands for each labelled event, [L] int64."""
         rows = stream.event_rows[label_mask]
         return rows + stream.tokens_per_event - 1 if self.last_token else rows
 
     def forward(self, hidden: Tensor, tokens: Tokens, label_mask: Tensor) -> Tensor:
-        """Return [L, D]: the rows of the events where ``label_mask`` [E] is true, of those held."""
+        """Return [L, D]: the rows of the events where ``label_mask`` [E] is true, as far as they are local."""
         places = tokens.places(self.rows(tokens, label_mask))
-        selected = hidden[places if tokens.held is None else places[places >= 0]].float()
+        selected = hidden[places if tokens.local is None else places[places >= 0]].float()
         if self.layer_norm is not None:
             return self.layer_norm(selected)
         return l2_normalize(selected, self.eps) if self.norm == "l2" else selected

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from hstu.layers.mlp import MLP
 from hstu.layers.positions import PositionEncoder
 from hstu.layers.tokens import Stream, Tokens
-from hstu.ops import lengths_to_offsets, positions_in_sequence, sequence_ids
+from hstu.ops import Layout, lengths_to_offsets, positions_in_sequence, sequence_ids
 
 
 class Preprocess(nn.Module):
@@ -25,6 +25,7 @@ class Preprocess(nn.Module):
         layout: ``"interleave"`` (two tokens an event), ``"add"`` (their sum), ``"concat"`` (side by side through a
             matrix; of a candidate, zeros stand beside the item) or ``"item"``.
         positions: Encoder of the finished stream.
+        max_tokens: Bound on the tokens of one sample, for lengths that are not in host memory.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class Preprocess(nn.Module):
         contexts: tuple[str, ...],
         layout: Literal["interleave", "add", "concat", "item"],
         positions: PositionEncoder,
+        max_tokens: int,
     ) -> None:
         super().__init__()
         self.item, self.action, self.contexts, self.layout = item, action, contexts, layout
@@ -48,7 +50,7 @@ class Preprocess(nn.Module):
             }
         )
         self.merge = nn.Linear(2 * hidden_size, hidden_size) if layout == "concat" else None
-        self.positions = positions
+        self.positions, self.max_tokens = positions, max_tokens
 
     @property
     def tokens_per_event(self) -> int:
@@ -80,11 +82,15 @@ class Preprocess(nn.Module):
         if self.action is not None:
             of_event = event_rows[_rows_from(item_offsets[:-1], lengths[self.action], sizes[self.action])]
             rows[self.action] = of_event + 1 if doubled else of_event
-        return Stream(
-            offsets=offsets,
+        layout = Layout(
+            offsets,
+            max_seqlen=None if offsets.device.type == "cpu" else self.max_tokens,
             num_context=num_context,
             num_candidates=num_candidates,
             timestamps=_token_times(timestamps, event_rows, offsets, num_context, total),
+        )
+        return Stream(
+            layout=layout,
             event_rows=event_rows,
             tokens_per_event=self.tokens_per_event,
             feature_rows=rows,
@@ -94,17 +100,17 @@ class Preprocess(nn.Module):
         """Fill the stream and encode positions.
 
         Args:
-            embedded: [n, width] of each feature: of all its values, or of those in the rows that ``stream`` holds.
+            embedded: [n, width] of each feature: of all its values, or of those in the local rows of ``stream``.
             stream: Of the batch.
         """
         # Under autocast a projection ends in bfloat16; the stream keeps the tables' precision.
         values = {n: self.project[n](x).to(x.dtype) if n in self.project else x for n, x in embedded.items()}
         places = {name: stream.places(stream.feature_rows[name]) for name in values}
-        if stream.held is not None:
+        if stream.local is not None:
             places = {name: own[own >= 0] for name, own in places.items()}
         added = None if self.action is None or self.layout == "interleave" else values.pop(self.action)
         x = torch.cat(list(values.values()))
-        x = x.new_zeros(stream.num_held, x.shape[1]).index_copy(0, torch.cat([places[name] for name in values]), x)
+        x = x.new_zeros(stream.num_local, x.shape[1]).index_copy(0, torch.cat([places[name] for name in values]), x)
         if added is not None and self.action is not None:
             x = self._merge(x, added.to(x.dtype), places[self.action], places[self.item])
         encoded: Tokens = self.positions(Tokens(**vars(stream), values=x))

@@ -1,16 +1,18 @@
-"""Transformer blocks with softmax attention: SASRec (causal) and the bidirectional encoder of BERT4Rec."""
+"""Transformers with softmax attention: SASRec (causal) and the bidirectional encoder of BERT4Rec."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hstu.layers.dropout import Dropout
+from hstu.layers.tensor_plan import Columns, PerToken, Rows, TensorPlan
 from hstu.layers.tokens import Tokens
-from hstu.layers.visibility import Attention, Visibility, softmax_attention_over
+from hstu.ops import Mask, softmax_attention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +26,7 @@ class TransformerConfig:
         ffn_size: Inner width of the feed-forward layers.
         activation: Of the feed-forward layers.
         norm: ``"pre"``: x + f(norm(x)), and a norm at the end. ``"post"``: norm(x + f(x)).
-        visibility: Who reads whom.
+        mask: Who attends to whom.
         dropout: On what a sublayer adds.
         norm_eps: Epsilon of the norms.
     """
@@ -35,7 +37,7 @@ class TransformerConfig:
     ffn_size: int
     activation: Literal["relu", "gelu"] = "relu"
     norm: Literal["pre", "post"] = "pre"
-    visibility: Visibility = field(default_factory=Visibility)
+    mask: Mask = Mask()
     dropout: float = 0.0
     norm_eps: float = 1e-5
 
@@ -49,6 +51,8 @@ class TransformerLayer(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
+        #: ``parallelize`` may exchange it for one that spans ranks.
+        self.attention: Callable[..., Tensor] = softmax_attention
         inner = config.num_heads * config.head_channels
         self.qkv = nn.Linear(config.hidden_size, 3 * inner)
         self.output = nn.Linear(inner, config.hidden_size)
@@ -58,18 +62,31 @@ class TransformerLayer(nn.Module):
         self.ffn_norm = nn.LayerNorm(config.hidden_size, config.norm_eps)
         self.dropout = Dropout(config.dropout)
 
-    def forward(self, x: Tensor, attention: Attention) -> Tensor:
-        """Map [T, D] to [T, D]."""
+    def forward(self, x: Tensor, tokens: Tokens) -> Tensor:
+        """Map [T, D] to [T, D]; ``tokens`` gives the sequences, not the values."""
         if self.config.norm == "pre":
-            x = x + self.dropout(self._attend(self.attention_norm(x), attention))
+            x = x + self.dropout(self._attend(self.attention_norm(x), tokens))
             return x + self.dropout(self._feed_forward(self.ffn_norm(x)))
-        x = self.attention_norm(x + self.dropout(self._attend(x, attention)))
+        x = self.attention_norm(x + self.dropout(self._attend(x, tokens)))
         out: Tensor = self.ffn_norm(x + self.dropout(self._feed_forward(x)))
         return out
 
-    def _attend(self, x: Tensor, attention: Attention) -> Tensor:
+    def tensor_plan(self) -> TensorPlan:
+        """Spread the heads and the feed-forward channels."""
+        inner, ffn = self.output.in_features, self.config.ffn_size
+        return {
+            "qkv": Columns((inner,) * 3),
+            "output": Rows((inner,)),
+            "expand": Columns((ffn,)),
+            "contract": Rows((ffn,)),
+            "dropout": PerToken(),
+            "attention_norm": PerToken(),
+            "ffn_norm": PerToken(),
+        }
+
+    def _attend(self, x: Tensor, tokens: Tokens) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, -1, self.config.head_channels)).unbind(1)
-        out: Tensor = self.output(attention(q, k, v).flatten(-2))
+        out: Tensor = self.output(self.attention(q, k, v, tokens.layout, self.config.mask).flatten(-2))
         return out
 
     def _feed_forward(self, x: Tensor) -> Tensor:
@@ -78,21 +95,23 @@ class TransformerLayer(nn.Module):
         return out
 
 
-class TransformerBlock(nn.Module):
+class TransformerStack(nn.Module):
     """A stack of transformer layers: the backbone."""
 
     def __init__(self, config: TransformerConfig, num_layers: int) -> None:
         super().__init__()
         self.config = config
-        #: Makes the attention of a stream; ``parallelize`` may exchange it for one that spans ranks.
-        self.attention_over = softmax_attention_over
         self.layers = nn.ModuleList([TransformerLayer(config) for _ in range(num_layers)])
         self.final_norm = nn.LayerNorm(config.hidden_size, config.norm_eps) if config.norm == "pre" else nn.Identity()
 
+    def tensor_plan(self) -> TensorPlan:
+        """What is not in the layers."""
+        return {"final_norm": PerToken()}
+
     def forward(self, tokens: Tokens) -> Tensor:
         """Map the stream's values [T, D] to hidden states [T, D]."""
-        x, attention = tokens.values, self.attention_over(self.config.visibility, tokens)
+        x = tokens.values
         for layer in self.layers:
-            x = layer(x, attention)
+            x = layer(x, tokens)
         out: Tensor = self.final_norm(x)
         return out

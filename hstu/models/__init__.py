@@ -2,7 +2,8 @@
 
 from hstu.config import Config
 from hstu.data.schema import Schema
-from hstu.models.encoder import Encoder, fit_to_data, make_collator
+from hstu.models.binding import fit_to_data, make_collator
+from hstu.models.encoder import Encoder
 from hstu.models.masked import MaskedRetrievalModel
 from hstu.models.ranking import RankingModel
 from hstu.models.retrieval import RetrievalModel

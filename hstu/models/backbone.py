@@ -6,12 +6,12 @@ from torch import nn
 
 from hstu.config import NetworkArgs
 from hstu.config.backbones import HUGGING_FACE
-from hstu.layers.gru import GRUBlock
-from hstu.layers.hstu import HSTUBlock, HSTUConfig, hstu_preset
-from hstu.layers.huggingface import HuggingFaceBlock
-from hstu.layers.llama import LLaMABlock, LLaMAConfig
-from hstu.layers.transformer import TransformerBlock, TransformerConfig
-from hstu.layers.visibility import Visibility
+from hstu.layers.gru import GRUStack
+from hstu.layers.hstu import HSTUConfig, HSTUStack, hstu_preset
+from hstu.layers.huggingface import HuggingFaceStack
+from hstu.layers.llama import LLaMAConfig, LLaMAStack
+from hstu.layers.transformer import TransformerConfig, TransformerStack
+from hstu.ops import Mask
 
 
 def make_backbone(network: NetworkArgs, max_tokens: int, *, with_candidates: bool = True) -> nn.Module:
@@ -26,20 +26,30 @@ def make_backbone(network: NetworkArgs, max_tokens: int, *, with_candidates: boo
         ConfigError: for a backbone that does not exist, or a HuggingFace model that cannot be built.
     """
     if network.backbone == "hstu":
-        return HSTUBlock(_hstu_config(network, max_tokens), network.num_layers)
+        return HSTUStack(_hstu_config(network, max_tokens), network.num_layers)
     if network.backbone == "llama":
-        return LLaMABlock(_llama_config(network), network.num_layers)
+        return LLaMAStack(_llama_config(network), network.num_layers)
     if network.backbone == "gru":
-        return GRUBlock(network.hidden_size, network.num_layers, network.hidden_dropout)
+        return GRUStack(network.hidden_size, network.num_layers, network.hidden_dropout)
     if network.is_hugging_face:
         return _hugging_face(network, max_tokens, with_candidates)
     if network.backbone in ("sasrec", "bert"):
-        return TransformerBlock(_transformer_config(network), network.num_layers)
+        return TransformerStack(_transformer_config(network), network.num_layers)
     raise network.error("backbone", "is a name that no module goes by")
 
 
+def attention_mask(network: NetworkArgs) -> Mask:
+    """Return who attends to whom in every layer of the backbone."""
+    return Mask(
+        causal=not network.is_masked,
+        context=network.context_attention,
+        max_attn_len=network.max_attn_len,
+        candidate_group_size=network.target_group_size,
+    )
+
+
 def has_position_table(network: NetworkArgs) -> bool:
-    """Whether the backbone reads positions from a table rather than knowing them itself."""
+    """Whether the backbone takes positions from a table rather than knowing them itself."""
     return network.backbone not in ("llama", "gru") and not network.is_hugging_face
 
 
@@ -55,9 +65,7 @@ def _hstu_config(network: NetworkArgs, max_tokens: int) -> HSTUConfig:
         position_bias=network.relative_position_bias,
         time_bias_buckets=network.num_bias_time_buckets if network.relative_time_bias else 0,
         bias_query_time=network.bias_query_time,
-        context_attention=network.context_attention,
-        max_attn_len=network.max_attn_len,
-        candidate_group_size=network.target_group_size,
+        mask=attention_mask(network),
         dropout=network.hidden_dropout,
         norm_eps=network.norm_epsilon,
         recompute_norm=network.recompute_input_layernorm,
@@ -65,15 +73,6 @@ def _hstu_config(network: NetworkArgs, max_tokens: int) -> HSTUConfig:
         recompute_gate=network.recompute_gate,
         backend={"auto": "auto", "pytorch": "reference", "triton": "triton"}[network.kernel_backend],  # type: ignore[arg-type]
         **hstu_preset(network.preset),
-    )
-
-
-def _visibility(network: NetworkArgs) -> Visibility:
-    return Visibility(
-        causal=not network.is_masked,
-        context_attention=network.context_attention,
-        max_attn_len=network.max_attn_len,
-        candidate_group_size=network.target_group_size,
     )
 
 
@@ -85,7 +84,7 @@ def _transformer_config(network: NetworkArgs) -> TransformerConfig:
         ffn_size=network.ffn_hidden_size,
         activation="gelu" if network.backbone == "bert" else "relu",  # Sun et al. 2019; Kang & McAuley 2018
         norm=network.norm_placement,
-        visibility=_visibility(network),
+        mask=attention_mask(network),
         dropout=network.hidden_dropout,
         norm_eps=network.norm_epsilon,
     )
@@ -93,7 +92,7 @@ def _transformer_config(network: NetworkArgs) -> TransformerConfig:
 
 def _hugging_face(network: NetworkArgs, max_tokens: int, with_candidates: bool) -> nn.Module:
     try:
-        return HuggingFaceBlock(
+        return HuggingFaceStack(
             network.backbone.removeprefix(HUGGING_FACE),
             hidden_size=network.hidden_size,
             num_layers=network.num_layers,
@@ -101,7 +100,7 @@ def _hugging_face(network: NetworkArgs, max_tokens: int, with_candidates: bool) 
             ffn_size=network.ffn_hidden_size,
             max_tokens=max_tokens,
             dropout=network.hidden_dropout,
-            visibility=_visibility(network),
+            mask=attention_mask(network),
             with_candidates=with_candidates,
         )
     except ValueError as error:
@@ -115,7 +114,7 @@ def _llama_config(network: NetworkArgs) -> LLaMAConfig:
         num_groups=network.num_query_groups,
         head_channels=network.kv_channels,
         ffn_size=network.ffn_hidden_size,
-        visibility=_visibility(network),
+        mask=attention_mask(network),
         dropout=network.hidden_dropout,
         norm_eps=network.norm_epsilon,
     )

@@ -53,7 +53,7 @@ def action_bits(actions: Tensor, num_tasks: int) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Contest:
+class SampledCandidates:
     """Label tokens, and the pool of items that each is to be told apart from.
 
     Attributes:
@@ -75,7 +75,7 @@ class Contest:
     columns: Tensor | None = None
     log_q: tuple[Tensor, Tensor] | None = None
 
-    def rows(self, start: int, stop: int) -> Contest:
+    def rows(self, start: int, stop: int) -> SampledCandidates:
         """Return the label tokens [start, stop) alone."""
         chosen = slice(start, stop)
         return replace(
@@ -89,7 +89,7 @@ class Contest:
 
 
 def softmax_loss(
-    contest: Contest,
+    sampled: SampledCandidates,
     similarity: DotProduct | MixtureOfLogits,
     *,
     temperature: float,
@@ -103,13 +103,13 @@ def softmax_loss(
     the whole catalogue as pool and no ``columns`` is the full softmax.
 
     Args:
-        contest: Label tokens and pool.
+        sampled: Label tokens and pool.
         similarity: What made its vectors.
         temperature: Divides scores.
         label_smoothing: e; needs the whole catalogue as pool.
         mutual_information_weight: Of the mutual information between gate and item, taken off the loss (MoL).
     """
-    x = contest
+    x = sampled
     if x.query.shape[0] == 0:  # keeps the graph, so that every rank runs the same backward, but moves nothing
         weights = sum((p.sum() for p in similarity.parameters()), x.query.sum() + x.positive.sum() + x.pool.sum())
         return LossSum(total=0.0 * weights, count=0, live_negatives=x.query.new_zeros(()))
@@ -129,7 +129,7 @@ def softmax_loss(
     return LossSum(total=torch.stack(totals).sum(), count=x.query.shape[0], live_negatives=torch.stack(lives).sum())
 
 
-def _dot_rows(x: Contest, temperature: float, smoothing: float) -> tuple[Tensor, Tensor]:
+def _dot_rows(x: SampledCandidates, temperature: float, smoothing: float) -> tuple[Tensor, Tensor]:
     query, positive, pool = x.query, x.positive, x.pool
     if x.log_q is not None:  # one more channel, in which the query is the temperature and an item its -log q
         query = torch.cat([query, torch.full_like(query[:, :1], temperature)], 1)
@@ -146,7 +146,7 @@ def _dot_rows(x: Contest, temperature: float, smoothing: float) -> tuple[Tensor,
 
 
 def _mixture_rows(
-    x: Contest, similarity: MixtureOfLogits, temperature: float, smoothing: float, information_weight: float
+    x: SampledCandidates, similarity: MixtureOfLogits, temperature: float, smoothing: float, information_weight: float
 ) -> tuple[Tensor, Tensor]:
     items, same = x.pool[None], x.pool_ids[None, :] == x.positive_ids[:, None]
     if x.columns is not None:
@@ -165,17 +165,17 @@ def _mixture_rows(
 
 
 def binary_loss(
-    contest: Contest, live: Tensor, similarity: DotProduct | MixtureOfLogits, *, temperature: float
+    sampled: SampledCandidates, live: Tensor, similarity: DotProduct | MixtureOfLogits, *, temperature: float
 ) -> LossSum:
     """Binary cross-entropy of the positive and of one negative (https://arxiv.org/abs/1808.09781, section III-E).
 
     Args:
-        contest: Label tokens, with one column each.
+        sampled: Label tokens, with one column each.
         live: [L] bool, whether there is a negative.
         similarity: What made its vectors.
         temperature: Divides scores.
     """
-    x = contest
+    x = sampled
     assert x.columns is not None and x.columns.shape[1] == 1
     pair = torch.stack([x.positive, x.pool[x.columns[:, 0]]], 1)
     if isinstance(similarity, DotProduct):

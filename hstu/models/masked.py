@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor, nn
 
@@ -35,19 +33,19 @@ class MaskedRetrievalModel(RetrievalModel):
     def training_targets(self, batch: Batch) -> tuple[Batch, Tensor]:
         """Hide each event with ``mask_probability``, or the last one of its sample alone."""
         hidden = self._hidden(batch)
-        return replace(batch, label_mask=hidden, labels=batch.ids(self.item)[hidden]), hidden.nonzero().squeeze(1)
+        return batch.with_labels(hidden, batch.ids(self.item)[hidden]), hidden.nonzero().squeeze(1)
 
-    def reading(self, batch: Batch, targets: Tensor) -> Tensor:
+    def predicting(self, batch: Batch, targets: Tensor) -> Tensor:
         """Return ``targets`` themselves: each is predicted where it is hidden."""
         return torch.zeros_like(batch.label_mask).index_fill(0, targets, True)
 
     def rows(self, embedded: dict[str, Tensor], batch: Batch, targets: Tensor) -> Tensor:
         """Return the hidden rows of ``targets``, whose items nobody sees: [L, D] float32."""
         items, stream = embedded[self.item], self.stream(batch)
-        hidden = self.reading(batch, targets)
-        here = hidden if stream.held is None else hidden[stream.holds(self.item)]
+        hidden = self.predicting(batch, targets)
+        here = hidden if stream.local is None else hidden[stream.is_local(self.item)]
         seen = torch.where(here[:, None], self.mask_token.weight.to(items.dtype), items)
-        return self.encode(embedded | {self.item: seen}, replace(batch, label_mask=hidden))
+        return self.encode(embedded | {self.item: seen}, batch.with_labels(hidden, batch.labels))
 
     def queries(self, batch: Batch) -> Tensor:
         """Return what scores the item after the one labelled event of each sample, [L, ..] float32."""

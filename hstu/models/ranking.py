@@ -45,7 +45,7 @@ class RankingModel(Encoder):
 
     def forward(self, batch: Batch) -> LossSum:
         """Return the loss of the labelled events."""
-        return ranking_loss(self.logits(batch), self.own_labels(batch).labels, multiclass=self.multiclass)
+        return ranking_loss(self.logits(batch), self.local_labels(batch).labels, multiclass=self.multiclass)
 
 
 def check_actions(config: Config, schema: Schema) -> None:

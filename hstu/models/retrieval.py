@@ -13,7 +13,7 @@ from hstu.data.schema import Schema
 from hstu.layers.mlp import initialize
 from hstu.layers.similarity import DotProduct, MixtureOfLogits
 from hstu.models.encoder import Encoder
-from hstu.models.losses import Contest, LossSum, binary_loss, softmax_loss
+from hstu.models.losses import LossSum, SampledCandidates, binary_loss, softmax_loss
 from hstu.models.negatives import NegativeSampler, other_item
 from hstu.ops import lengths_to_offsets, positions_in_sequence, sequence_ids
 
@@ -39,7 +39,7 @@ class RetrievalModel(Encoder):
     def forward(self, batch: Batch) -> LossSum:
         """Return the loss of the labelled events."""
         full, targets = self.training_targets(batch)
-        batch = self.only_held(full, self.reading(full, targets))
+        batch = self.only_local(full, self.predicting(full, targets))
         keys, live = self.keys(batch), None
         if self.args.loss == "bce":
             drawn, live = self._other_item(batch, keys)
@@ -49,7 +49,7 @@ class RetrievalModel(Encoder):
             pool_ids = self.sampler.pool(batch.labels, batch.step)
             columns = self.sampler.columns(keys, self.sampler.drawable(pool_ids, batch.step))
         embedded, positive, pool = self._look_up_all(batch, targets, pool_ids)
-        contest = Contest(
+        sampled = SampledCandidates(
             query=self.query_vectors(self.rows(embedded, full, targets)),
             positive=self.item_vectors(positive, batch.labels),
             positive_ids=batch.labels,
@@ -57,26 +57,26 @@ class RetrievalModel(Encoder):
             pool_ids=pool_ids,
             columns=columns,
         )
-        return self._loss(contest, live)
+        return self._loss(sampled, live)
 
     def queries(self, batch: Batch) -> Tensor:
         """Return what scores the item after each labelled event, [L, ..] float32."""
         embedded = self.look_up(batch, batch.labels[:0])
         return self.query_vectors(self.rows(embedded, batch, following(batch)))
 
-    def own_labels(self, batch: Batch) -> Batch:
-        return self.only_held(batch, self.reading(batch, following(batch)))
+    def local_labels(self, batch: Batch) -> Batch:
+        return self.only_local(batch, self.predicting(batch, following(batch)))
 
     def training_targets(self, batch: Batch) -> tuple[Batch, Tensor]:
         """Return the batch with what training predicts as labels, and the events that are predicted, [L] int64."""
         return batch, following(batch)
 
-    def reading(self, batch: Batch, targets: Tensor) -> Tensor:
+    def predicting(self, batch: Batch, targets: Tensor) -> Tensor:
         """Return the events in whose rows the events ``targets`` [L] are predicted, [E] bool."""
         return batch.label_mask
 
     def rows(self, embedded: dict[str, Tensor], batch: Batch, targets: Tensor) -> Tensor:
-        """Return the hidden rows that predict the events ``targets`` and are held here, [L, D] float32."""
+        """Return the local hidden rows that predict the events ``targets``, [L, D] float32."""
         return self.encode(embedded, batch)
 
     def query_vectors(self, rows: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ class RetrievalModel(Encoder):
 
     def _look_up_all(self, batch: Batch, targets: Tensor, pool_ids: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """Return the embeddings of the features, of the labels, and of the pool, from one lookup."""
-        if self.stream(batch).held is None:
+        if self.stream(batch).local is None:
             # Labels are items of the batch: their embeddings are already at hand.
             embedded = self.look_up(batch, pool_ids)
             return embedded, embedded[self.item][targets], embedded[POOL]
@@ -107,14 +107,14 @@ class RetrievalModel(Encoder):
         positive, pool = embedded[POOL].split([batch.labels.numel(), pool_ids.numel()])
         return embedded, positive, pool
 
-    def _loss(self, contest: Contest, live: Tensor | None) -> LossSum:
+    def _loss(self, sampled: SampledCandidates, live: Tensor | None) -> LossSum:
         if live is not None:
-            return binary_loss(contest, live, self.similarity, temperature=self.args.temperature)
+            return binary_loss(sampled, live, self.similarity, temperature=self.args.temperature)
         if self.args.logq_correction:
-            log_q = self.sampler.log_q(contest.positive_ids), self.sampler.log_q(contest.pool_ids)
-            contest = replace(contest, log_q=log_q)
+            log_q = self.sampler.log_q(sampled.positive_ids), self.sampler.log_q(sampled.pool_ids)
+            sampled = replace(sampled, log_q=log_q)
         return softmax_loss(
-            contest,
+            sampled,
             self.similarity,
             temperature=self.args.temperature,
             label_smoothing=self.args.label_smoothing,

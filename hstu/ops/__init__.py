@@ -1,6 +1,6 @@
 """Operations of the library: tensors in, tensors out. Needs torch; triton only for the GPU kernels."""
 
-from hstu.ops.attention import Bucket, Mask, RelativeBias, attention_buckets, hstu_attention, softmax_attention
+from hstu.ops.attention import Layout, Mask, RelativeBias, hstu_attention, softmax_attention
 from hstu.ops.checks import debug_checks
 from hstu.ops.jagged import (
     add_positions,
@@ -15,12 +15,11 @@ from hstu.ops.layer import LayerOptions, LayerWeights, hstu_layer
 from hstu.ops.softmax import pool_cross_entropy
 
 __all__ = [
-    "Bucket",
+    "Layout",
     "LayerOptions",
     "LayerWeights",
     "Mask",
     "RelativeBias",
-    "attention_buckets",
     "add_positions",
     "concat_jagged",
     "debug_checks",

@@ -28,15 +28,19 @@ def values_readable(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu" or (_debug and tensor.device.type != "meta")
 
 
-def check_offsets(name: str, offsets: torch.Tensor, total: int) -> None:
-    """Raise ``ValueError`` unless ``offsets`` is ``[B + 1]`` int64, from 0 to ``total``, never decreasing."""
+def check_offsets(name: str, offsets: torch.Tensor, total: int | None) -> None:
+    """Raise ``ValueError`` unless ``offsets`` is ``[B + 1]`` int64, from 0 to ``total``, never decreasing.
+
+    ``total`` = None: to any number.
+    """
     if offsets.dim() != 1 or offsets.numel() == 0 or offsets.dtype != torch.int64:
         raise ValueError(f"{name} must be a [B + 1] int64 tensor, got shape {list(offsets.shape)} of {offsets.dtype}")
     if not values_readable(offsets):
         return
-    if int(offsets[0]) != 0 or int(offsets[-1]) != total:
+    if int(offsets[0]) != 0 or total not in (None, int(offsets[-1])):
+        wanted = "" if total is None else f" {total}"
         raise ValueError(
-            f"{name} must run from 0 to the number of tokens {total}, got {int(offsets[0])} .. {int(offsets[-1])}"
+            f"{name} must run from 0 to the number of tokens{wanted}, got {int(offsets[0])} .. {int(offsets[-1])}"
         )
     if bool((offsets[1:] < offsets[:-1]).any()):
         where = int((offsets[1:] < offsets[:-1]).nonzero()[0])

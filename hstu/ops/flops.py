@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hstu.ops.attention.mask import Mask, visible
-from hstu.ops.jagged import lengths_to_offsets, positions_in_sequence, sequence_ids
+from hstu.ops.attention.layout import Layout
+from hstu.ops.attention.mask import Mask
+from hstu.ops.jagged import positions_in_sequence, sequence_ids
 
 
 @dataclass(frozen=True)
@@ -30,61 +31,36 @@ class Flops:
         return Flops(self.forward + other.forward, self.backward + other.backward)
 
 
-def visible_pairs(lengths: Tensor, mask: Mask) -> Tensor:
-    """Number of pairs (i, j) with j visible to i, for each sample.
+def visible_pairs(layout: Layout, mask: Mask) -> Tensor:
+    """Number of pairs (i, j) of which i attends to j, for each sample.
 
     Args:
-        lengths: ``[B]`` integer, on the CPU.
-        mask: options and per-batch tensors as in :func:`hstu.ops.hstu_attention`.
+        layout: of the batch, on the CPU.
+        mask: who attends to whom.
 
     Returns:
         ``[B]`` int64. Takes time proportional to the tokens, and to their squares with segments or memory.
     """
-    lengths = lengths.long()
-    zeros = torch.zeros_like(lengths)
-    context = zeros if mask.num_context is None else mask.num_context
-    history = lengths if mask.num_candidates is None else lengths - mask.num_candidates
-    if mask.segments is not None or mask.is_memory is not None:
-        return _enumerated_pairs(lengths, context, history, mask)
-    offsets, total = lengths_to_offsets(lengths), int(lengths.sum())
-    sample = sequence_ids(offsets, total)
-    i, c, h = positions_in_sequence(offsets, total), context[sample], history[sample]
-    position = torch.minimum(i, h)
-    hidden = torch.zeros_like(i)
-    if mask.max_attn_len is not None:
-        # Of the columns before the window only the context is seen.
-        before = (position - mask.max_attn_len).clamp(min=0)
-        hidden = before - torch.minimum(before, c)
-    ahead = torch.full_like(i, not mask.causal, dtype=torch.bool)
-    if mask.context_full:
-        ahead |= i < c
-    of_history = torch.where(ahead, h, i + 1) - hidden
-    of_candidate = h - hidden + (i - h) % mask.candidate_group_size + 1
-    pairs = torch.where(i < h, of_history, of_candidate)
-    return torch.zeros_like(lengths).index_add_(0, sample, pairs)
+    if layout.segments is not None or layout.is_memory is not None:
+        return torch.tensor([_enumerate(layout, mask, sample) for sample in range(layout.num_samples)]).long()
+    total = int(layout.offsets[-1])
+    sample, place = sequence_ids(layout.offsets, total), positions_in_sequence(layout.offsets, total)
+    pairs = mask.count(place, context=layout.context[sample], history=layout.history[sample])
+    return torch.zeros_like(layout.lengths).index_add_(0, sample, pairs)
 
 
-def _enumerated_pairs(lengths: Tensor, context: Tensor, history: Tensor, mask: Mask) -> Tensor:
-    counts, start = [], 0
-    for length, c, h in zip(lengths.tolist(), context.tolist(), history.tolist(), strict=True):
-        place, rows = torch.arange(length), slice(start, start + length)
-        segments = None if mask.segments is None else mask.segments[rows]
-        memory = None if mask.is_memory is None else mask.is_memory[rows]
-        count = 0
-        for block in place.split(1024):
-            seen = visible(
-                mask,
-                block[:, None],
-                place[None, :],
-                context=c,
-                history=h,
-                segments=None if segments is None else (segments[block, None], segments[None, :]),
-                memory=None if memory is None else (memory[block, None], memory[None, :]),
-            )
-            count += int(seen.sum())
-        counts.append(count)
-        start += length
-    return torch.tensor(counts, dtype=torch.int64)
+def _enumerate(layout: Layout, mask: Mask, sample: int) -> int:
+    tokens = slice(*layout.offsets[sample : sample + 2].tolist())
+    place, count = torch.arange(tokens.stop - tokens.start), 0
+    flags = [None if values is None else values[tokens] for values in (layout.segments, layout.is_memory)]
+    for rows in place.split(1024):
+        own = [None if values is None else (values[rows, None], values[None, :]) for values in flags]
+        context, history = layout.context[sample], layout.history[sample]
+        visible = mask.visible(
+            rows[:, None], place[None, :], context=context, history=history, segments=own[0], memory=own[1]
+        )
+        count += int(visible.sum())
+    return count
 
 
 def attention_flops(pairs: int, heads: int, qk_width: int, v_width: int) -> Flops:

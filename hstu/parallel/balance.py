@@ -24,7 +24,7 @@ def sample_costs(tokens: np.ndarray, network: NetworkArgs) -> np.ndarray:
     return lengths * per_token + lengths * (lengths + 1) / 2 * per_pair
 
 
-def deal(costs: np.ndarray, ranks: int) -> list[np.ndarray]:
+def balance(costs: np.ndarray, ranks: int) -> list[np.ndarray]:
     """Return the places [of each rank, ascending] in ``costs`` [n], such that the ranks' sums are nearly equal.
 
     The longest first, each to the least loaded rank (Graham 1969): the most loaded one exceeds the mean by no

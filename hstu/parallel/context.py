@@ -1,8 +1,8 @@
-"""Context parallelism: each rank holds two pieces of every sequence, and keys and values travel round a ring.
+"""Context parallelism: each rank has two pieces of every sequence, and keys and values travel round a ring.
 
 After "Ring Attention with Blockwise Transformers" (Liu et al. 2023, https://arxiv.org/abs/2310.01889), on jagged
 sequences and under every mask of :mod:`hstu.ops`. Between neighbours the next keys and values travel while the
-present ones are read; in the backward pass their gradients follow one step behind, and arrive at home.
+present ones are attended to; in the backward pass their gradients follow one step behind, and arrive at home.
 """
 
 from __future__ import annotations
@@ -15,85 +15,69 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from hstu.layers.hstu import HSTUBlock, HSTULayer
-from hstu.layers.llama import LLaMABlock
-from hstu.layers.tokens import Stream, Tokens
-from hstu.layers.transformer import TransformerBlock
-from hstu.layers.visibility import Attention, Visibility
-from hstu.ops import Mask, RelativeBias
-from hstu.ops.attention.ring.partial import SharedAttention, SharedHSTU, SharedSoftmax
-from hstu.ops.attention.ring.shard import Block, Scene, Share, deal_tokens, pair_pieces, with_padding_row
+from hstu.layers.tokens import Stream
+from hstu.ops import Layout, Mask, RelativeBias, hstu_attention, softmax_attention
+from hstu.ops.attention.ring.partial import PartialAttention, PartialHSTU, PartialSoftmax
+from hstu.ops.attention.ring.shard import AttentionSpec, TokenShard, shard_zigzag, with_padding_row
 from hstu.parallel.mesh import Group
 
 
 class ContextParallel:
-    """Splits streams over the ranks of ``group``, and attends across them.
+    """Shards streams over the ranks of ``group``, and attends across them.
 
-    Every rank of the group is given the same batch. Layers share the layout of a batch.
+    Every rank of the group is given the same batch. How it is sharded is kept on the batch's layout.
     """
 
     def __init__(self, group: Group) -> None:
         self.rank, self.size, self.group = group.rank, group.size, group.group
         ranks = dist.get_process_group_ranks(group.group)
         self.next, self.previous = ranks[(self.rank + 1) % self.size], ranks[(self.rank - 1) % self.size]
-        self._dealt: tuple[Tensor, list[Share]] | None = None
-        self._paired: tuple[Tensor, list[list[Block]]] | None = None
 
-    def hold(self, stream: Stream) -> Stream:
-        """Return ``stream`` with the rows that this rank holds."""
-        return stream.holding(self.shares(stream.offsets)[self.rank].tokens)
+    def shard(self, stream: Stream) -> Stream:
+        """Return ``stream`` with the rows of this rank."""
+        return stream.shard(self.shards(stream.layout)[self.rank].tokens)
 
-    def shares(self, offsets: Tensor) -> list[Share]:
-        """Return what each rank of the group holds."""
-        if self._dealt is None or self._dealt[0] is not offsets:
-            self._dealt = offsets, deal_tokens(offsets, self.size)
-        return self._dealt[1]
-
-    def blocks(self, offsets: Tensor, mask: Mask) -> list[list[Block]]:
-        """Return what this rank's rows read from each rank's columns; a model has one mask for all its layers."""
-        if self._paired is None or self._paired[0] is not offsets:
-            shares = self.shares(offsets)
-            self._paired = offsets, [pair_pieces(shares[self.rank], other, offsets, mask) for other in shares]
-        return self._paired[1]
+    def shards(self, layout: Layout) -> list[TokenShard]:
+        """Return what each rank of the group has."""
+        return shard_zigzag(layout, self.size)
 
     def hstu_attention(
         self,
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        offsets: Tensor,
+        layout: Layout,
+        mask: Mask = Mask(),  # noqa: B008 - frozen
         *,
-        max_seqlen: int,
         scaling_seqlen: float,
         alpha: float | None = None,
         bias: RelativeBias | None = None,
         backend: str = "auto",
-        context_attention: str = "causal",
-        **mask: Any,
     ) -> Tensor:
-        """Same as :func:`hstu.ops.hstu_attention`, of the rows held here [t, H, d] over those of all ranks.
+        """Same as :func:`hstu.ops.hstu_attention`, of this rank's rows [t, H, d] over those of all ranks.
 
-        Whatever describes tokens (offsets, timestamps, segments, memory flags) is that of the whole batch.
+        ``layout`` is that of the whole batch; torch operations do the work whatever the ``backend``.
         """
-        alpha = q.shape[-1] ** -0.5 if alpha is None else alpha
-        one_mask = Mask(context_full=context_attention == "full", **mask)
-        scene = Scene(offsets=offsets, mask=one_mask, alpha=alpha, bias=bias)
-        tables = (None, None) if bias is None else (bias.position, bias.time)
-        out: Tensor = _Ring.apply(q, k, v, *tables, self, scene, scaling_seqlen)
+        spec = _spec(q, layout, mask, alpha, bias or RelativeBias())
+        out: Tensor = _Ring.apply(q, k, v, *spec.tables, self, spec, scaling_seqlen)
         return out
 
-    def softmax_attention_over(self, visibility: Visibility, tokens: Tokens) -> Attention:
-        """Same as :func:`hstu.layers.visibility.softmax_attention_over`, of the rows held here."""
-        mask = visibility.mask(tokens)
+    def softmax_attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layout: Layout,
+        mask: Mask = Mask(),  # noqa: B008 - frozen
+        *,
+        alpha: float | None = None,
+        backend: str = "auto",
+    ) -> Tensor:
+        """Same as :func:`hstu.ops.softmax_attention`, of this rank's rows; see :meth:`hstu_attention`."""
+        out: Tensor = _Ring.apply(q, k, v, None, None, self, _spec(q, layout, mask, alpha), None)
+        return out
 
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            scene = Scene(offsets=tokens.offsets, mask=mask, alpha=q.shape[-1] ** -0.5)
-            out: Tensor = _Ring.apply(q, k, v, None, None, self, scene, None)
-            return out
-
-        return attend
-
-    def turn(self, kv: Tensor, sizes: list[int], visit: Callable[[int, Tensor], Tensor | None]) -> Tensor | None:
+    def circulate(self, kv: Tensor, sizes: list[int], visit: Callable[[int, Tensor], Tensor | None]) -> Tensor | None:
         """Send ``kv`` [t + 1, ..] once round the ring, and call ``visit`` with each rank's as it comes by.
 
         Args:
@@ -140,7 +124,7 @@ class ContextParallel:
 
 
 class _Ring(torch.autograd.Function):
-    """Attention of the rows held here; queries stay, and keys and values travel. Scores are computed again."""
+    """Attention of this rank's rows; queries stay, and keys and values travel. Scores are computed again."""
 
     @staticmethod
     def forward(
@@ -151,50 +135,61 @@ class _Ring(torch.autograd.Function):
         position: Tensor | None,
         time: Tensor | None,
         context: ContextParallel,
-        scene: Scene,
+        spec: AttentionSpec,
         scaling_seqlen: float | None,
     ) -> Tensor:
-        shares, blocks = context.shares(scene.offsets), context.blocks(scene.offsets, scene.mask)
-        run = _shared(scene, shares[context.rank], q, scaling_seqlen)
+        shards, blocks = context.shards(spec.layout), spec.blocks(context.rank, context.size)
+        run = _partial(spec, shards[context.rank], q, scaling_seqlen)
         run.start(v.shape[2])
 
         def visit(owner: int, kv: Tensor) -> None:
-            run.forward(shares[owner], _unpack(kv, k, v), blocks[owner])
+            run.forward(shards[owner], _unpack(kv, k, v), blocks[owner])
 
         with torch.autocast(q.device.type, enabled=False):
-            context.turn(_pack(k, v), [share.tokens.numel() + 1 for share in shares], visit)
+            context.circulate(_pack(k, v), [shard.tokens.numel() + 1 for shard in shards], visit)
             out, kept = run.finish()
         ctx.save_for_backward(q, k, v, out, kept)
-        ctx.context, ctx.scene, ctx.scaling_seqlen = context, scene, scaling_seqlen
+        ctx.context, ctx.spec, ctx.scaling_seqlen = context, spec, scaling_seqlen
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, kept = ctx.saved_tensors
-        context, scene = ctx.context, ctx.scene
-        shares, blocks = context.shares(scene.offsets), context.blocks(scene.offsets, scene.mask)
-        run = _shared(scene, shares[context.rank], q, ctx.scaling_seqlen)
+        context, spec = ctx.context, ctx.spec
+        shards, blocks = context.shards(spec.layout), spec.blocks(context.rank, context.size)
+        run = _partial(spec, shards[context.rank], q, ctx.scaling_seqlen)
         run.start_backward(with_padding_row(grad), with_padding_row(out), kept)
 
         def visit(owner: int, kv: Tensor) -> Tensor:
             gradient = torch.zeros_like(kv, dtype=run.sum_dtype)
-            run.backward(shares[owner], _unpack(kv, k, v), blocks[owner], _unpack(gradient, k, v))
+            run.backward(shards[owner], _unpack(kv, k, v), blocks[owner], _unpack(gradient, k, v))
             return gradient
 
-        d_kv = context.turn(_pack(k, v), [share.tokens.numel() + 1 for share in shares], visit)
+        d_kv = context.circulate(_pack(k, v), [shard.tokens.numel() + 1 for shard in shards], visit)
         assert d_kv is not None
         dk, dv = (x[:-1].to(q.dtype) for x in _unpack(d_kv, k, v))
         tables = [
             None if table is None or gradient is None else gradient.to(table.dtype)
-            for table, gradient in zip(scene.tables, run.table_gradients, strict=True)
+            for table, gradient in zip(spec.tables, run.table_gradients, strict=True)
         ]
         return run.dq[:-1].to(q.dtype), dk, dv, *tables, None, None, None
 
 
-def _shared(scene: Scene, share: Share, q: Tensor, scaling_seqlen: float | None) -> SharedAttention:
+def _partial(spec: AttentionSpec, shard: TokenShard, q: Tensor, scaling_seqlen: float | None) -> PartialAttention:
     q = with_padding_row(q)
-    return SharedSoftmax(scene, share, q) if scaling_seqlen is None else SharedHSTU(scene, share, q, scaling_seqlen)
+    return PartialSoftmax(spec, shard, q) if scaling_seqlen is None else PartialHSTU(spec, shard, q, scaling_seqlen)
+
+
+def _spec(
+    q: Tensor,
+    layout: Layout,
+    mask: Mask,
+    alpha: float | None,
+    bias: RelativeBias = RelativeBias(),  # noqa: B008
+) -> AttentionSpec:
+    alpha = q.shape[-1] ** -0.5 if alpha is None else alpha
+    return AttentionSpec(layout=layout, mask=mask, alpha=alpha, bias=bias)
 
 
 def _pack(k: Tensor, v: Tensor) -> Tensor:
@@ -207,11 +202,9 @@ def _unpack(kv: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def attend_across_ranks(backbone: nn.Module, context: ContextParallel) -> None:
-    """Exchange the attention of ``backbone``, in place."""
-    if isinstance(backbone, HSTUBlock):
-        for layer in backbone.layers:
-            assert isinstance(layer, HSTULayer)
-            layer.attention = context.hstu_attention
-    else:
-        assert isinstance(backbone, (TransformerBlock, LLaMABlock)), "refused by check_degrees"
-        backbone.attention_over = context.softmax_attention_over
+    """Exchange the attention of every layer of ``backbone``, in place."""
+    across = {hstu_attention: context.hstu_attention, softmax_attention: context.softmax_attention}
+    layers = backbone.layers
+    assert isinstance(layers, nn.ModuleList), "refused by check_degrees"
+    for layer in layers:
+        layer.attention = across[layer.attention]  # type: ignore[index, assignment]

@@ -102,12 +102,12 @@ class DynamicRows:
         owner = part_of(ids) % ranks
         order = owner.argsort(stable=True)
         asked = torch.stack([ids, torch.zeros_like(ids) if met is None else met.long()], 1)
-        questions, sizes = self.mesh.exchange(asked[order], torch.bincount(owner, minlength=ranks).tolist())
+        questions, sizes = self.mesh.world.exchange(asked[order], torch.bincount(owner, minlength=ranks).tolist())
         wanted, flags = questions.unbind(1)
         found = self.map.look_up(wanted, None if met is None else flags > 0, min_count=min_count, ahead=ahead)
-        answers, _ = self.mesh.exchange(found.rows, sizes)
+        answers, _ = self.mesh.world.exchange(found.rows, sizes)
         news = torch.cat([found.tally, found.changed])
-        news, sizes = self.mesh.exchange(news.repeat(ranks), [news.numel()] * ranks)
+        news, sizes = self.mesh.world.exchange(news.repeat(ranks), [news.numel()] * ranks)
         tallies, changed = zip(*((part[:3], part[3:]) for part in news.split(sizes)), strict=True)
         change = Change(
             rows=torch.cat(changed), places=found.places, evicted=found.evicted, tally=torch.stack(tallies).sum(0)

@@ -53,13 +53,13 @@ def parallelize(model: RankingModel | RetrievalModel, mesh: Mesh, config: Config
         tables = ShardedTables(every, config.embedding, config.optimizer, mesh)
     model.embeddings = tables
     if isinstance(model, RetrievalModel):
-        model.sampler.gather = mesh.gather
+        model.sampler.gather = mesh.tokens.gather
         for table, rows in tables.maps.items() if isinstance(tables, DynamicTables) else ():
             if table.name == model.item:
                 model.sampler.num_rows, model.sampler.holders = rows.map.usable, rows.holders
     if mesh.context.size > 1:
         context = ContextParallel(mesh.context)
-        model.hold = context.hold
+        model.shard = context.shard
         attend_across_ranks(model.backbone, context)
     if mesh.tensor.size > 1:
         tensor = TensorParallel(mesh.tensor, config.tensor_model_parallel, mesh.device)

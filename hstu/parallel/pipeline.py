@@ -8,6 +8,7 @@ Weights are read when a batch is computed, so that losses are those of the plain
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -104,7 +105,9 @@ class LookupPipeline(TrainPipelineSparseDist):
         if batch is None:
             return None, context
         with self._stream_context(self._memcpy_stream), torch.no_grad():
-            return _Known(batch, self._looked_up(batch)), context
+            looked_up = self._looked_up(batch)
+            # A copy keeps nothing: the token stream was made on the CUDA stream of the copies.
+            return _Known(replace(batch), looked_up), context
 
     def _looked_up(self, batch: Batch) -> dict[str, KeyedJaggedTensor]:
         seen: list[dict[str, KeyedJaggedTensor]] = []
@@ -118,7 +121,6 @@ class LookupPipeline(TrainPipelineSparseDist):
                 self.model(batch)
         except _LookedUp:
             pass
-        self.model.forget_layout()  # it was made on the stream of the copies
         (chosen,) = seen
         return chosen
 

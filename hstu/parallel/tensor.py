@@ -23,11 +23,9 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import Tensor, nn
 
 from hstu.config import TensorModelParallelArgs
-from hstu.layers.dropout import dropout
-from hstu.layers.hstu import HSTUBlock, HSTULayer
-from hstu.layers.llama import LLaMABlock, LLaMALayer
+from hstu.layers.dropout import Dropout, dropout
+from hstu.layers.tensor_plan import Columns, Heads, OfAllHeads, PerToken, Rows
 from hstu.layers.tokens import Tokens
-from hstu.layers.transformer import TransformerBlock, TransformerLayer
 from hstu.parallel.cpu import let_cuda_mean_cpu
 from hstu.parallel.mesh import Group
 
@@ -87,63 +85,34 @@ class TensorParallel:
 
     def split(self, backbone: nn.Module) -> nn.Module:
         """Return ``backbone``, whose layers have a share of the heads; ``check_degrees`` has allowed it."""
-        assert isinstance(backbone, (HSTUBlock, TransformerBlock, LLaMABlock))
-        for layer in backbone.layers:
-            if isinstance(layer, HSTULayer):
-                self._split_hstu(layer)
-            elif isinstance(layer, TransformerLayer):
-                self._split_transformer(layer)
-            else:
-                assert isinstance(layer, LLaMALayer)
-                self._split_llama(layer)
-        if not self.sequence_parallel:
-            return backbone
-        if not isinstance(backbone, HSTUBlock):
-            self._on_part_of_the_tokens(backbone.final_norm)
-        return SequenceParallel(backbone, self.group)
+        layers = backbone.layers
+        assert isinstance(layers, nn.ModuleList)
+        for owner in (backbone, *layers):
+            for name, part in owner.tensor_plan().items():
+                self._carry_out(owner, name, part)
+        return SequenceParallel(backbone, self.group) if self.sequence_parallel else backbone
 
-    def _split_hstu(self, layer: HSTULayer) -> None:
-        config = layer.config
-        width = config.num_heads * config.value_channels
-        inner = [width] * (layer.output.in_features // width)
-        self._divide(config.num_heads)
-        self._columns(layer, "uvqk", layer.splits)
-        self._rows(layer, "output", inner)
-        layer.splits = [part // self.group.size for part in layer.splits]
-        layer.add_module("attention_norm", _HeadsNorm(layer.attention_norm, self.group))
-        cut = Cut(dim=1, parts=tuple(inner), group=self.group)
-        layer.add_module("dropout", _SharedDropout(layer.dropout.p, cut))
-        for table in (layer.position_table, layer.time_table):
-            if table is not None:
-                self._sum_gradient(table)
-        self._on_part_of_the_tokens(layer.input_norm)
-
-    def _split_transformer(self, layer: TransformerLayer) -> None:
-        inner, ffn = layer.output.in_features, layer.config.ffn_size
-        self._divide(layer.config.num_heads, ffn)
-        self._columns(layer, "qkv", [inner] * 3)
-        self._rows(layer, "output", [inner])
-        self._columns(layer, "expand", [ffn])
-        self._rows(layer, "contract", [ffn])
-        self._outside_the_heads(layer)
-
-    def _split_llama(self, layer: LLaMALayer) -> None:
-        ffn = layer.config.ffn_size
-        self._divide(layer.config.num_heads, layer.config.num_groups, ffn)
-        self._columns(layer, "qkv", layer.splits)
-        self._rows(layer, "wo", layer.splits[:1])
-        layer.splits = [part // self.group.size for part in layer.splits]
-        self._columns(layer, "w1", [ffn])
-        self._columns(layer, "w3", [ffn])
-        self._rows(layer, "w2", [ffn])
-        self._outside_the_heads(layer)
-
-    def _outside_the_heads(self, layer: TransformerLayer | LLaMALayer) -> None:
-        if self.sequence_parallel:
-            cut = Cut(dim=0, parts=(), group=self.group)
-            layer.add_module("dropout", _SharedDropout(layer.dropout.p, cut))
-        self._on_part_of_the_tokens(layer.attention_norm)
-        self._on_part_of_the_tokens(layer.ffn_norm)
+    def _carry_out(self, owner: nn.Module, name: str, part: Columns | Rows | Heads | OfAllHeads | PerToken) -> None:
+        if isinstance(part, OfAllHeads):
+            parameter = getattr(owner, name)
+            if parameter is not None:
+                self._sum_gradient(parameter)
+            return
+        module = owner.get_submodule(name)
+        if isinstance(part, Columns):
+            self._columns(owner, name, part.parts)
+        elif isinstance(part, Rows):
+            self._rows(owner, name, part.parts)
+        elif isinstance(part, Heads) and isinstance(module, Dropout):
+            owner.add_module(name, _SharedDropout(module.p, Cut(dim=1, parts=part.parts, group=self.group)))
+        elif isinstance(part, Heads):
+            assert isinstance(module, nn.LayerNorm)
+            owner.add_module(name, _HeadsNorm(module, self.group))
+        elif self.sequence_parallel and isinstance(module, Dropout):
+            owner.add_module(name, _SharedDropout(module.p, Cut(dim=0, parts=(), group=self.group)))
+        elif self.sequence_parallel:
+            for parameter in module.parameters():
+                self._sum_gradient(parameter)
 
     def _columns(self, layer: nn.Module, name: str, parts: Sequence[int]) -> None:
         """Give each rank a share of the outputs of a linear layer."""
@@ -175,15 +144,10 @@ class TensorParallel:
         return dict(config=self.config, init_method=nn.init.zeros_, bias=linear.bias is not None)
 
     def _fill(self, parameter: nn.Parameter, whole: Tensor, cut: Cut) -> None:
+        assert not any(part % self.group.size for part in cut.parts), "refused by check_degrees"
         with torch.no_grad():
             parameter.copy_(cut.own(whole))
         _mark(parameter, cut)
-
-    def _on_part_of_the_tokens(self, norm: nn.Module) -> None:
-        """Sum the gradients of what sees only this rank's part of the tokens."""
-        if self.sequence_parallel:
-            for parameter in norm.parameters():
-                self._sum_gradient(parameter)
 
     def _sum_gradient(self, parameter: nn.Parameter) -> None:
         def total(gradient: Tensor) -> Tensor:
@@ -192,9 +156,6 @@ class TensorParallel:
             return gradient
 
         parameter.register_hook(total)
-
-    def _divide(self, *widths: int) -> None:
-        assert not any(width % self.group.size for width in widths), "refused by check_degrees"
 
 
 def _mark(parameter: nn.Parameter, cut: Cut) -> None:
@@ -228,7 +189,7 @@ class _ColumnLinear(_AutocastLinear, ColumnParallelLinear):
 
 
 class _RowLinear(_AutocastLinear, RowParallelLinear):
-    """Each rank reads its share of the inputs; the sum is whole, of all tokens or of a part of them."""
+    """Each rank has its share of the inputs; the sum is whole, of all tokens or of a part of them."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.sequence_parallel:

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from hstu.config import Config
 from hstu.data.batch import Batch
 from hstu.models import RankingModel, RetrievalModel
-from hstu.ops.attention.mask import Mask
+from hstu.models.backbone import attention_mask
+from hstu.ops import Layout, lengths_to_offsets
 from hstu.ops.flops import attention_flops, cross_entropy_flops, visible_pairs
 from hstu.parallel.tensor import cut_of
 
@@ -44,16 +45,9 @@ def _attention(config: Config, lengths: Tensor, contexts: Tensor, candidates: Te
     network = config.network
     if network.backbone == "gru" or network.is_hugging_face:
         return 0
-    mask = Mask(
-        causal=not network.is_masked,
-        context_full=network.context_attention == "full",
-        candidate_group_size=network.target_group_size,
-        max_attn_len=network.max_attn_len,
-        num_context=contexts,
-        num_candidates=candidates,
-    )
+    layout = Layout(lengths_to_offsets(lengths), num_context=contexts, num_candidates=candidates)
     values = network.value_channels or network.kv_channels
-    pairs = int(visible_pairs(lengths, mask).sum())
+    pairs = int(visible_pairs(layout, attention_mask(network)).sum())
     return attention_flops(pairs, network.num_attention_heads, network.kv_channels, values).total
 
 

@@ -141,7 +141,7 @@ class Checkpointer:
         """
         pending = self._pending
         error = None if pending is None else pending.exception()
-        failed = pending is not None and self.mesh.any(error is not None)
+        failed = pending is not None and self.mesh.world.any(error is not None)
         self._pending = None
         if failed:
             raise error or CheckpointError(f"a checkpoint in {self.directory} was not written: another rank failed")
@@ -197,7 +197,7 @@ class Checkpointer:
             tensors = {name: value for name, value in tensors.items() if not name.startswith("rng/")}
         try:
             reader = HuggingFaceStorageReader(str(path))
-            dcp.load(tensors, storage_reader=reader, process_group=self.mesh.host_group)
+            dcp.load(tensors, storage_reader=reader, process_group=self.mesh.world.host_group)
         except (Exception, CheckpointException) as error:  # the latter is no Exception
             reason = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
             raise CheckpointError(f"checkpoint {path} cannot be read: {first_line(reason)}") from error

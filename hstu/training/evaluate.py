@@ -98,11 +98,11 @@ def _ranking(model: RankingModel, loader: BatchLoader, mesh: Mesh, config: Confi
     assert config.ranking is not None
     outputs, labels, users = [], [], []
     for batch in _batches(loader, config, mesh):
-        logits, batch = model.logits(batch).double(), model.own_labels(batch)
+        logits, batch = model.logits(batch).double(), model.local_labels(batch)
         outputs.append(logits.softmax(1) if model.multiclass else logits.sigmoid())
         labels.append(batch.labels)
         users.append(_of_labels(batch, batch.users))
-    joined = [mesh.gather(torch.cat(parts)).cpu().numpy() for parts in (outputs, labels, users)]
+    joined = [mesh.tokens.gather(torch.cat(parts)).cpu().numpy() for parts in (outputs, labels, users)]
     # One order whatever rank scored what, so that sums round alike.
     order = np.lexsort((joined[1], joined[2]))
     probabilities, actions, owners = (part[order] for part in joined)
@@ -140,7 +140,7 @@ def _retrieval(
 ) -> dict[str, Any]:
     assert config.retrieval is not None and config.retrieval.filter_seen is not None, "see decide_filter_seen"
     parts = zip(*_ranked(model, loader, mesh, config), strict=True)
-    users, targets, seen, ranks, sampled = (mesh.gather(torch.cat(part)).cpu() for part in parts)
+    users, targets, seen, ranks, sampled = (mesh.tokens.gather(torch.cat(part)).cpu() for part in parts)
     count, metrics, untrained = ranks.numel(), {}, {}
     for name in config.eval_metrics:
         metrics[name] = per_user_metric(name, sampled if name.endswith(SAMPLED_100) else ranks)
@@ -174,7 +174,7 @@ def _ranked(
     block = max(1, elements // catalogue.shape[0])
     assert not loader.shuffle, "the first epoch of an unshuffled split numbers samples by their rows"
     for batch in _batches(loader, config, mesh):
-        queries, batch = model.queries(batch), model.own_labels(batch)
+        queries, batch = model.queries(batch), model.local_labels(batch)
         samples, users = _of_labels(batch, batch.sample_ids), _of_labels(batch, batch.users)
         for start in range(0, max(1, queries.shape[0]), block):  # a rank without samples joins the others too
             rows = slice(start, start + block)

@@ -89,7 +89,7 @@ class Meter:
             dtype=torch.float64,
             device=self.sums.device,
         )
-        totals: list[float] = self.mesh.sum(torch.cat([self.sums, host])).tolist()
+        totals: list[float] = self.mesh.tokens.sum(torch.cat([self.sums, host])).tolist()
         return totals
 
     def restore(self, state: list[float]) -> None:

@@ -117,7 +117,7 @@ class Optimizer:
         if part.range is not None:
             flat = value.new_zeros(part.shape.numel())
             flat[part.range] = value
-            value = self.parallel.mesh.sum(flat).view(part.shape)
+            value = self.parallel.mesh.tokens.sum(flat).view(part.shape)
         return value if part.cut is None else part.cut.whole(value)
 
     def _find_parts(self) -> list[_Part]:

@@ -104,9 +104,9 @@ class Stepper:
             loss = self.model(own)
             broken = ~loss.total.detach().isfinite()
             facts = torch.stack([torch.full_like(broken, labels, dtype=torch.float64), broken.double()])
-            total, ranks_broken = self.mesh.sum(facts).tolist()
+            total, ranks_broken = self.mesh.tokens.sum(facts).tolist()
             if self.mesh.tensor.size > 1:  # of which each sums for itself
-                ranks_broken = self.mesh.any(bool(ranks_broken))
+                ranks_broken = self.mesh.world.any(bool(ranks_broken))
             if ranks_broken:
                 return None, (loss, bool(broken))
             total /= self.mesh.context.size  # whose ranks all counted the labels of the same samples
@@ -123,7 +123,7 @@ class Stepper:
 
     def _refuse(self, batch: Batch, broken: bool, step: int) -> None:
         """Stop, or say that the step is left out; all ranks agree, for they sum the same facts."""
-        rows = self.mesh.gather(batch.users if broken else batch.users[:0])
+        rows = self.mesh.tokens.gather(batch.users if broken else batch.users[:0])
         users = self.mesh.on_main(lambda: self._original_users(rows))
         logger.debug("step %d: users of the batches whose loss is not finite: %s", step, ", ".join(users))
         more = f" and {len(users) - _NAMED_USERS} more in train.log" if len(users) > _NAMED_USERS else ""

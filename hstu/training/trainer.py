@@ -19,7 +19,7 @@ from hstu.data.splits import Split, make_splits
 from hstu.models import RetrievalModel, build_model, fit_to_data, make_collator
 from hstu.models.negatives import count_items
 from hstu.parallel import Mesh, parallelize
-from hstu.parallel.balance import deal, sample_costs
+from hstu.parallel.balance import balance, sample_costs
 from hstu.quiet import warn_only
 from hstu.training.checkpoint import Checkpointer, model_identity
 from hstu.training.checkpoint_files import Progress, find_checkpoint, read_marker, supersede
@@ -87,7 +87,7 @@ class Trainer:
                 shuffle=config.dataset.shuffle and name == "train",
                 num_workers=config.dataset.num_workers,
                 pin_memory=mesh.device.type == "cuda",
-                deal=self._deal if args.enable_balanced_shuffler else None,
+                balance=self._balance if args.enable_balanced_shuffler else None,
             )
             for name, split in splits.items()
         }
@@ -133,9 +133,9 @@ class Trainer:
         loader = self.loaders["train"]
         return trained_items(self.dataset, loader.split, loader.collate)
 
-    def _deal(self, events: np.ndarray, ranks: int) -> list[np.ndarray]:
+    def _balance(self, events: np.ndarray, ranks: int) -> list[np.ndarray]:
         per_event = 2 if self.config.network.token_layout == "interleave" else 1
-        return deal(sample_costs(events * per_event, self.config.network), ranks)
+        return balance(sample_costs(events * per_event, self.config.network), ranks)
 
     def resume(self, checkpoint: Path) -> None:
         """Go on from ``checkpoint``, as if training had never stopped. Nothing is written yet.
@@ -252,7 +252,7 @@ class Trainer:
                 self._after_step(log, done)
                 if done or progress.stopped_early:
                     break
-                if self.mesh.any(stop.requested):
+                if self.mesh.world.any(stop.requested):
                     self._save()
                     return False
         return True
@@ -288,7 +288,7 @@ class Trainer:
     def _save(self, *, best: bool = False) -> None:
         self.progress.since_last_line = self.meter.state()
         # A finite loss says nothing of the step that came after it.
-        if self.mesh.any(not all(bool(p.isfinite().all()) for p in self.model.parameters())):
+        if self.mesh.world.any(not all(bool(p.isfinite().all()) for p in self.model.parameters())):
             raise not_finite("a weight", self.progress.step)
         self.checkpointer.save(self.progress, best=best)
         beat()
@@ -296,9 +296,9 @@ class Trainer:
     def _test(self, log: RunLogger | _Silent) -> dict[str, Any]:
         """Score the best checkpoint on the test split, once."""
         name = self.config.eval_metrics[0]
-        checkpoint = self.mesh.broadcast(find_checkpoint(self.run.checkpoints, "best"))
+        checkpoint = self.mesh.world.broadcast(find_checkpoint(self.run.checkpoints, "best"))
         if checkpoint is None:  # no validation score was a number
-            checkpoint = self.mesh.broadcast(find_checkpoint(self.run.checkpoints, "latest"))
+            checkpoint = self.mesh.world.broadcast(find_checkpoint(self.run.checkpoints, "latest"))
         (record,) = self.evaluate(checkpoint, ("test",))
         logger.info("best validation %s at step %d; its test score:", name, record["step"])
         log.evaluation(record)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -57,3 +59,15 @@ def test_a_copy_has_everything(batch: Batch) -> None:
     assert (copy.item, copy.step) == ("item", 9)
     assert batch.to(torch.device("meta")).labels.device.type == "meta"
     assert batch.to(torch.device("meta")).features.values().device.type == "meta"
+
+
+def test_what_follows_from_the_samples_is_kept_for_copies_with_other_labels_or_a_pool_alone(batch: Batch) -> None:
+    made = batch.keep("stream", object)
+    assert batch.keep("stream", object) is made and batch.keep("another", object) is not made
+    relabelled = batch.with_labels(~batch.label_mask, torch.tensor([5]))
+    assert relabelled.labels.tolist() == [5] and relabelled.label_mask.tolist() == [True, False, True, True, False]
+    pooled = relabelled.with_pool(torch.tensor([3]))
+    assert relabelled.keep("stream", object) is made and pooled.keep("stream", object) is made
+    chosen = {name: torch.ones(n, dtype=torch.bool) for name, n in (("age", 3), ("item", 5), ("action", 4))}
+    for copy in (batch.only(chosen), batch.to(torch.device("cpu")), replace(batch, timestamps=batch.timestamps + 1)):
+        assert copy.keep("stream", object) is not made

@@ -23,10 +23,8 @@ from hstu.models import build_model, make_collator
 from hstu.training.evaluate import evaluate
 from tests.tiny import BINDINGS, SHAPE, write_tiny
 
-ALONE = SimpleNamespace(rank=0, size=1)
-MESH = SimpleNamespace(
-    tokens=ALONE, is_main=True, device=torch.device("cpu"), gather=lambda values: values, sum=lambda x: x
-)
+ALONE = SimpleNamespace(rank=0, size=1, gather=lambda values: values, sum=lambda values: values)
+MESH = SimpleNamespace(tokens=ALONE, is_main=True, device=torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")

@@ -7,19 +7,20 @@ import math
 import torch
 from torch import Tensor
 
-from hstu.layers.hstu import HSTUConfig, HSTULayer
+from hstu.layers.hstu import HSTULayer
 from hstu.layers.tokens import Tokens
+from hstu.ops import Mask
 
 
-def may_read(i: int, j: int, length: int, context: int, candidates: int, config: HSTUConfig) -> bool:
+def may_attend(i: int, j: int, length: int, context: int, candidates: int, mask: Mask) -> bool:
     """Whether token i of a sample may attend to token j."""
     history_end = length - candidates
-    in_order = j <= i or (config.context_attention == "full" and i < context)
-    if j >= history_end:  # a candidate is read by itself and by later ones of its group
-        group = config.candidate_group_size
+    in_order = j <= i or (mask.context == "full" and i < context)
+    if j >= history_end:  # to a candidate, itself and later ones of its group attend
+        group = mask.candidate_group_size
         return j <= i and (i - history_end) // group == (j - history_end) // group and i >= history_end
-    if config.max_attn_len is not None and j >= context:
-        in_window = min(i, history_end) - min(j, history_end) <= config.max_attn_len
+    if mask.max_attn_len is not None and j >= context:
+        in_window = min(i, history_end) - min(j, history_end) <= mask.max_attn_len
         return in_order and in_window
     return in_order
 
@@ -52,27 +53,28 @@ def naive_layer(layer: HSTULayer, x: Tensor, tokens: Tokens) -> Tensor:
         v, q, k = silu(v), silu(q), silu(k)
     alpha = 1 / math.sqrt(c.qk_channels) if c.alpha is None else c.alpha
     rows = []
-    bounds, times = tokens.offsets.tolist(), tokens.timestamps.tolist()
+    layout = tokens.layout
+    bounds, times = layout.offsets.tolist(), tokens.timestamps.tolist()
     for b, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
-        length, m = stop - start, int(tokens.num_candidates[b])
+        length, m = stop - start, int(layout.lengths[b] - layout.history[b])
         for i in range(length):
             is_candidate = i >= length - m
             after = i + 1 < length and not is_candidate and c.bias_query_time == "next"
-            reader_time = times[start + i + 1] if after else times[start + i]
+            asked = times[start + i + 1] if after else times[start + i]
             heads = []
             for h in range(c.num_heads):
                 qh, kh = (part[:, h * c.qk_channels : (h + 1) * c.qk_channels] for part in (q, k))
                 vh = v[:, h * c.value_channels : (h + 1) * c.value_channels]
                 out = torch.zeros(c.value_channels, dtype=x.dtype)
                 for j in range(length):
-                    if not may_read(i, j, length, int(tokens.num_context[b]), m, c):
+                    if not may_attend(i, j, length, int(layout.context[b]), m, c.mask):
                         continue
                     score = alpha * (qh[start + i] * kh[start + j]).sum()
                     if layer.position_table is not None:
                         p_i, p_j = min(i, length - m), min(j, length - m)
                         score = score + layer.position_table[p_j - p_i + c.max_tokens - 1]
                     if layer.time_table is not None:
-                        seconds = reader_time - times[start + j]
+                        seconds = asked - times[start + j]
                         score = score + layer.time_table[bucket(seconds, c.time_bias_buckets)]
                     out = out + silu(score) * vh[start + j]
                 heads.append(out / c.scaling_seqlen)

@@ -1,4 +1,4 @@
-"""SASRec, LLaMA and GRU against their definitions, one token at a time in float64, and what no row may read."""
+"""SASRec, LLaMA and GRU against their definitions, one token at a time in float64, and what no row may attend to."""
 
 from __future__ import annotations
 
@@ -10,38 +10,36 @@ import torch
 from torch import Tensor, nn
 
 from hstu.config.backbones import swiglu_size
-from hstu.layers.gru import GRUBlock
-from hstu.layers.llama import LLaMABlock, LLaMAConfig, rotate, rotation
+from hstu.layers.gru import GRUStack
+from hstu.layers.llama import LLaMAConfig, LLaMAStack, rotate, rotation
 from hstu.layers.mlp import initialize
 from hstu.layers.tokens import Tokens
-from hstu.layers.transformer import TransformerBlock, TransformerConfig
-from hstu.layers.visibility import Visibility
-from tests.layers.naive import may_read, norm, silu
-from tests.layers.streams import make_config as hstu_config
+from hstu.layers.transformer import TransformerConfig, TransformerStack
+from hstu.ops import Mask
+from tests.layers.naive import may_attend, norm, silu
 from tests.layers.streams import make_tokens, subset
 
 STREAM: tuple[Any, ...] = ((6, 0, 1, 9, 3, 1), (2, 0, 0, 1, 1, 1), (2, 0, 1, 4, 0, 0))
 KINDS = ["pre", "post", "llama", "gru"]
-MASKS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "groups": {"candidate_group_size": 2},
-    "window": {"max_attn_len": 2},
-    "full_context": {"context_attention": "full"},
+MASKS = {
+    "plain": Mask(),
+    "groups": Mask(candidate_group_size=2),
+    "window": Mask(max_attn_len=2),
+    "full_context": Mask(context="full"),
 }
 
 
-def make(kind: str, num_layers: int = 2, dtype: torch.dtype = torch.float64, **visibility: Any) -> nn.Module:
+def make(kind: str, num_layers: int = 2, dtype: torch.dtype = torch.float64, mask: Mask = MASKS["plain"]) -> nn.Module:
     """A backbone whose every parameter is random."""
     torch.manual_seed(3)
-    rule = Visibility(**visibility)
-    shape = dict(hidden_size=10, num_heads=2, head_channels=4, ffn_size=7, visibility=rule)
+    shape = dict(hidden_size=10, num_heads=2, head_channels=4, ffn_size=7, mask=mask)
     if kind == "gru":
-        block: nn.Module = GRUBlock(10, num_layers)
+        block: nn.Module = GRUStack(10, num_layers)
     elif kind == "llama":
-        block = LLaMABlock(LLaMAConfig(**shape, num_groups=1), num_layers)  # type: ignore[arg-type]
+        block = LLaMAStack(LLaMAConfig(**shape, num_groups=1), num_layers)  # type: ignore[arg-type]
     else:
         activation = "gelu" if kind == "post" else "relu"
-        block = TransformerBlock(TransformerConfig(**shape, norm=kind, activation=activation), num_layers)  # type: ignore[arg-type]
+        block = TransformerStack(TransformerConfig(**shape, norm=kind, activation=activation), num_layers)  # type: ignore[arg-type]
     for parameter in block.parameters():
         nn.init.normal_(parameter, std=0.4)
     return block.to(dtype)
@@ -130,17 +128,17 @@ def naive_gru(gru: nn.GRU, x: Tensor, candidates: int) -> Tensor:
     return torch.stack(rows)
 
 
-def naive(block: Any, tokens: Tokens, mask: dict[str, Any]) -> Tensor:
-    config, outputs, bounds = hstu_config("production", **mask), [], tokens.offsets.tolist()
+def naive(block: Any, tokens: Tokens, mask: Mask) -> Tensor:
+    outputs, layout, bounds = [], tokens.layout, tokens.layout.offsets.tolist()
     for b, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
         if start == stop:
             continue
-        n, context, m = stop - start, int(tokens.num_context[b]), int(tokens.num_candidates[b])
-        seen = [[j for j in range(n) if may_read(i, j, n, context, m, config)] for i in range(n)]
+        n, context, m = stop - start, int(layout.context[b]), int(layout.lengths[b] - layout.history[b])
+        seen = [[j for j in range(n) if may_attend(i, j, n, context, m, mask)] for i in range(n)]
         x = tokens.values[start:stop]
-        if isinstance(block, GRUBlock):
+        if isinstance(block, GRUStack):
             x = naive_gru(block.gru, x, m)
-        elif isinstance(block, LLaMABlock):
+        elif isinstance(block, LLaMAStack):
             for layer in block.layers:
                 x = naive_llama(layer, x, seen, [min(i, n - m) for i in range(n)])
             x = rms(x, block.final_norm)
@@ -158,7 +156,7 @@ EVERY = [(kind, mask) for kind in KINDS for mask in MASKS if kind != "gru" or ma
 
 @pytest.mark.parametrize(("kind", "mask"), EVERY)
 def test_forward_and_gradients_are_those_of_the_definition(kind: str, mask: str) -> None:
-    block, tokens = make(kind, **MASKS[mask]), make_tokens(*STREAM, dtype=torch.float64)
+    block, tokens = make(kind, mask=MASKS[mask]), make_tokens(*STREAM, dtype=torch.float64)
     tokens = tokens.with_values(tokens.values.requires_grad_())
     leaves = [tokens.values, *block.parameters()]
     found, expected = block(tokens), naive(block, tokens, MASKS[mask])
@@ -173,12 +171,12 @@ def test_forward_and_gradients_are_those_of_the_definition(kind: str, mask: str)
 
 @pytest.mark.parametrize(("kind", "mask"), EVERY)
 @torch.no_grad()
-def test_a_changed_token_changes_the_rows_that_may_read_it_and_no_bit_of_others(kind: str, mask: str) -> None:
-    config = hstu_config("production", **MASKS[mask])
+def test_a_changed_token_changes_the_rows_that_may_attend_to_it_and_no_bit_of_others(kind: str, mask: str) -> None:
     tokens = make_tokens((7, 0, 1, 9, 4), (2, 0, 0, 1, 1), (2, 0, 1, 4, 0))
-    block = make(kind, 1, torch.float32, **MASKS[mask])
+    block = make(kind, 1, torch.float32, MASKS[mask])
     before, owner, place = block(tokens), [], []
-    for b, length in enumerate(tokens.offsets.diff().tolist()):
+    layout = tokens.layout
+    for b, length in enumerate(layout.lengths.tolist()):
         owner += [b] * length
         place += range(length)
     for j in range(len(owner)):
@@ -186,15 +184,15 @@ def test_a_changed_token_changes_the_rows_that_may_read_it_and_no_bit_of_others(
         values[j] += 1 + torch.arange(values.shape[1]) % 3
         same = (block(tokens.with_values(values)) == before).all(1)
         for i in range(len(owner)):
-            b, n = owner[j], int(tokens.offsets.diff()[owner[j]])
-            context, m = int(tokens.num_context[b]), int(tokens.num_candidates[b])
-            may = owner[i] == b and may_read(place[i], place[j], n, context, m, config)
+            b, n = owner[j], int(layout.lengths[owner[j]])
+            context, m = int(layout.context[b]), n - int(layout.history[b])
+            may = owner[i] == b and may_attend(place[i], place[j], n, context, m, MASKS[mask])
             assert bool(same[i]) != may, (b, place[i], place[j])
 
 
 @pytest.mark.parametrize("kind", ["pre", "post"])
-def test_without_order_every_token_reads_its_whole_sample(kind: str) -> None:
-    block: Any = make(kind, causal=False)
+def test_without_order_every_token_attends_to_its_whole_sample(kind: str) -> None:
+    block: Any = make(kind, mask=Mask(causal=False))
     tokens = make_tokens((6, 0, 1, 9), (2, 0, 0, 1), dtype=torch.float64)
     expected = []
     for x in tokens.values.split([6, 1, 9]):
@@ -238,7 +236,7 @@ def test_a_batch_of_nothing_reaches_every_parameter_and_moves_none(kind: str) ->
 def test_llama_starts_as_published() -> None:
     assert [swiglu_size(d) for d in (36, 48, 64, 512)] == [96, 128, 192, 1376]
     torch.manual_seed(0)
-    block = LLaMABlock(LLaMAConfig(hidden_size=256, num_heads=4, num_groups=4, head_channels=64, ffn_size=704), 8)
+    block = LLaMAStack(LLaMAConfig(hidden_size=256, num_heads=4, num_groups=4, head_channels=64, ffn_size=704), 8)
     initialize(block, "normal", 0.02)
     small = 0.02 / math.sqrt(2 * 8)
     for name, parameter in block.named_parameters():

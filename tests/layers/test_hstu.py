@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from hstu.layers import hstu as hstu_module
-from hstu.layers.hstu import HSTUBlock, HSTUConfig, hstu_preset
+from hstu.layers.hstu import HSTUConfig, HSTUStack, hstu_preset
 from hstu.layers.tokens import Tokens
-from tests.layers.naive import may_read, naive_layer
-from tests.layers.streams import make_block, make_config, make_tokens, subset
+from hstu.ops import Layout, Mask, hstu_attention
+from tests.layers.naive import may_attend, naive_layer
+from tests.layers.streams import at_times, make_block, make_config, make_tokens, subset
 
 LENGTHS, CONTEXT, CANDIDATES = (6, 0, 1, 9, 3, 1), (2, 0, 0, 1, 1, 1), (2, 0, 1, 4, 0, 0)
 STREAMS = {
@@ -27,15 +28,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "concat": {"gate": "concat"},
     "silu_on_u": {"silu_on": "u"},
     "next_time": {"position_bias": True, "time_bias_buckets": 9, "bias_query_time": "next"},
-    "groups": {"candidate_group_size": 2},
-    "window": {"max_attn_len": 2},
-    "full_context": {"context_attention": "full"},
+    "groups": {"mask": Mask(candidate_group_size=2)},
+    "window": {"mask": Mask(max_attn_len=2)},
+    "full_context": {"mask": Mask(context="full")},
     "fused": {"recompute_silu": True},
-    "fused_concat_window": {**RECOMPUTED, "gate": "concat", "silu_on": "u", "max_attn_len": 2},
+    "fused_concat_window": {**RECOMPUTED, "gate": "concat", "silu_on": "u", "mask": Mask(max_attn_len=2)},
 }
 
 
-def outputs_and_gradients(run: Callable[[Tensor], Tensor], block: HSTUBlock, values: Tensor) -> dict[str, Tensor]:
+def outputs_and_gradients(run: Callable[[Tensor], Tensor], block: HSTUStack, values: Tensor) -> dict[str, Tensor]:
     x = values.clone().requires_grad_()
     block.zero_grad()
     out = run(x)
@@ -46,7 +47,7 @@ def outputs_and_gradients(run: Callable[[Tensor], Tensor], block: HSTUBlock, val
     return {"out": out.detach(), "x": x.grad, **{name: grad.clone() for name, grad in grads.items()}}
 
 
-def assert_as_defined(block: HSTUBlock, tokens: Tokens, tolerance: float = 1e-9) -> None:
+def assert_as_defined(block: HSTUStack, tokens: Tokens, tolerance: float = 1e-9) -> None:
     (layer,) = block.layers
     found = outputs_and_gradients(lambda x: layer(x, tokens), block, tokens.values)
     expected = outputs_and_gradients(lambda x: naive_layer(layer, x, tokens), block, tokens.values)  # type: ignore[arg-type]
@@ -71,12 +72,12 @@ def test_forward_and_gradients_are_those_of_the_definition(preset: str, variant:
         {"norm_eps": 1e-2},
         {"silu_on": "u"},
         {"scaling_seqlen": 16.0},
-        {"candidate_group_size": 2},
-        {"max_attn_len": 2},
-        {"context_attention": "full"},
+        {"mask": Mask(candidate_group_size=2)},
+        {"mask": Mask(max_attn_len=2)},
+        {"mask": Mask(context="full")},
         {"bias_query_time": "next"},
     ],
-    ids=lambda fault: next(iter(fault)),
+    ids=lambda fault: "_".join(map(str, next(iter(fault.items())))),
 )
 def test_a_layer_with_another_parametrisation_is_caught(fault: dict[str, Any]) -> None:
     block = make_block(make_config("research"), dtype=torch.float64)
@@ -150,12 +151,12 @@ def reachable(tokens: Tokens, config: HSTUConfig, num_layers: int) -> Tensor:
     """[T, T] bool: whether row i of the last layer may depend on input j, by the definition of the mask."""
     total = tokens.values.shape[0]
     direct = torch.eye(total, dtype=torch.bool)
-    bounds = tokens.offsets.tolist()
+    layout, bounds = tokens.layout, tokens.layout.offsets.tolist()
     for b, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
-        context, candidates = int(tokens.num_context[b]), int(tokens.num_candidates[b])
+        context, candidates = int(layout.context[b]), stop - start - int(layout.history[b])
         for i in range(stop - start):
             for j in range(stop - start):
-                direct[start + i, start + j] |= may_read(i, j, stop - start, context, candidates, config)
+                direct[start + i, start + j] |= may_attend(i, j, stop - start, context, candidates, config.mask)
     reach = direct.float()
     for _ in range(num_layers - 1):
         reach = ((reach @ direct.float()) > 0).float()
@@ -163,7 +164,7 @@ def reachable(tokens: Tokens, config: HSTUConfig, num_layers: int) -> Tensor:
 
 
 @torch.no_grad()
-def assert_rows_read_what_they_may(block: HSTUBlock, tokens: Tokens, config: HSTUConfig) -> None:
+def assert_rows_attend_to_what_they_may(block: HSTUStack, tokens: Tokens, config: HSTUConfig) -> None:
     before = block(tokens)
     reach = reachable(tokens, config, len(block.layers))
     for j in range(tokens.values.shape[0]):
@@ -171,89 +172,97 @@ def assert_rows_read_what_they_may(block: HSTUBlock, tokens: Tokens, config: HST
         changed[j] += 1 + torch.arange(changed.shape[1]) % 3
         same = (block(tokens.with_values(changed)) == before).all(1)
         assert bool(same[~reach[:, j]].all()), f"token {j} reaches rows {(~same & ~reach[:, j]).nonzero().tolist()}"
-        assert not bool(same[reach[:, j]].any()), f"token {j} does not reach a row that reads it"
+        assert not bool(same[reach[:, j]].any()), f"token {j} does not reach a row that attends to it"
 
 
 PERTURBED = {
     "plain": {},
-    "groups": {"candidate_group_size": 2},
-    "window": {"max_attn_len": 3},
-    "full_context": {"context_attention": "full"},
+    "groups": {"mask": Mask(candidate_group_size=2)},
+    "window": {"mask": Mask(max_attn_len=3)},
+    "full_context": {"mask": Mask(context="full")},
     "fused": {"recompute_silu": True},
-    "fused_concat_window": {**RECOMPUTED, "gate": "concat", "silu_on": "u", "max_attn_len": 2},
+    "fused_concat_window": {**RECOMPUTED, "gate": "concat", "silu_on": "u", "mask": Mask(max_attn_len=2)},
 }
 
 
 @pytest.mark.parametrize("variant", PERTURBED)
 @pytest.mark.parametrize("preset", ["research", "production"])
-def test_a_changed_token_changes_the_rows_that_may_read_it_and_no_bit_of_others(preset: str, variant: str) -> None:
+def test_a_changed_token_changes_the_rows_that_may_attend_to_it_and_no_bit_of_others(preset: str, variant: str) -> None:
     config = make_config(preset, **PERTURBED[variant])
     tokens = make_tokens((7, 0, 1, 9, 4), (2, 0, 0, 1, 1), (2, 0, 1, 4, 0))
-    assert_rows_read_what_they_may(make_block(config, 2), tokens, config)
+    assert_rows_attend_to_what_they_may(make_block(config, 2), tokens, config)
 
 
 @pytest.mark.parametrize("query_time", ["own", "next"])
 @torch.no_grad()
-def test_a_changed_time_reaches_only_rows_that_read_the_token(query_time: str) -> None:
+def test_a_changed_time_reaches_only_rows_that_attend_to_the_token(query_time: str) -> None:
     config = make_config("research", bias_query_time=query_time)
     block, tokens = make_block(config), make_tokens((7, 0, 1, 9), (1, 0, 0, 0), (0, 0, 1, 4))
     before, reach = block(tokens), reachable(tokens, config, 1)
-    starts = set(tokens.offsets.tolist())
+    starts = set(tokens.layout.offsets.tolist())
     for j in range(tokens.values.shape[0]):
         times = tokens.timestamps.clone()
         times[j] += 10**7
         allowed = reach[:, j].clone()
         if query_time == "next" and j not in starts:
             allowed[j - 1] = True  # the published option: a row knows when the next event happens
-        same = (block(Tokens(**{**vars(tokens), "timestamps": times})) == before).all(1)
+        same = (block(at_times(tokens, times)) == before).all(1)
         assert bool(same[~allowed].all())
 
 
-def planted(change: Callable[[dict[str, Any]], None]) -> Callable[..., Tensor]:
-    honest = hstu_module.hstu_attention
+def plant(stack: HSTUStack, change: Callable[[dict[str, Any]], None]) -> HSTUStack:
+    """Make the layers of ``stack`` attend with other arguments."""
 
-    def faulty(*args: Any, **options: Any) -> Tensor:
+    def faulty(q: Tensor, k: Tensor, v: Tensor, layout: Layout, mask: Mask, **options: Any) -> Tensor:
+        options = {"layout": layout, "mask": mask, **options}
         change(options)
-        if "scaling_seqlen" not in options:
-            options["scaling_seqlen"] = float(args[3].diff().max())
-        return honest(*args, **options)
+        return hstu_attention(q, k, v, **options)
 
-    return faulty
+    for layer in stack.layers:
+        layer.attention = faulty  # type: ignore[assignment]
+    return stack
+
+
+def with_layout(**changes: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda o: o.update(layout=replace(o["layout"], **changes))
+
+
+def with_mask(**changes: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda o: o.update(mask=replace(o["mask"], **changes))
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        lambda o: o.update(causal=False),
-        lambda o: o.update(num_candidates=None),
-        lambda o: o.update(num_context=None, max_attn_len=1),
-        lambda o: o.update(context_attention="full"),
-        lambda o: o.update(candidate_group_size=9),
+        with_mask(causal=False),
+        with_layout(num_candidates=None),
+        lambda o: (with_layout(num_context=None)(o), with_mask(max_attn_len=1)(o)),
+        with_mask(context="full"),
+        with_mask(candidate_group_size=9),
     ],
-    ids=["future", "candidates_as_history", "context_in_the_window", "context_reads_history", "candidates_together"],
+    ids=["future", "candidates_as_history", "context_in_the_window", "context_sees_history", "candidates_together"],
 )
-def test_a_wrong_mask_is_caught(change: Callable[[dict[str, Any]], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    config = make_config("research", max_attn_len=None)
+def test_a_wrong_mask_is_caught(change: Callable[[dict[str, Any]], None]) -> None:
+    config = make_config("research")
     tokens = make_tokens((7, 0, 1, 9, 4), (2, 0, 0, 1, 1), (2, 0, 1, 4, 0))
-    monkeypatch.setattr(hstu_module, "hstu_attention", planted(change))
     with pytest.raises(AssertionError, match=r"token \d+"):
-        assert_rows_read_what_they_may(make_block(config, 2), tokens, config)
+        assert_rows_attend_to_what_they_may(plant(make_block(config, 2), change), tokens, config)
 
 
 @torch.no_grad()
 def test_full_context_shows_the_future_to_history_rows_from_the_second_layer_on() -> None:
-    # Why a config that puts a loss on history rows is refused with context_attention = "full".
+    # Why a config that puts a loss on history rows is refused with such a mask.
     tokens = make_tokens((6,), (1,))
     changed = tokens.with_values(torch.cat([tokens.values[:-1], -tokens.values[-1:]]))
-    for context_attention, leaks in (("causal", False), ("full", True)):
-        config = make_config("production", context_attention=context_attention)
+    for mask, leaks in ((Mask(), False), (Mask(context="full"), True)):
+        config = make_config("production", mask=mask)
         one, two = make_block(config, 1), make_block(config, 2)
         assert torch.equal(one(tokens)[1:-1], one(changed)[1:-1])
         assert torch.equal(two(tokens)[1:-1], two(changed)[1:-1]) != leaks
 
 
 @torch.no_grad()
-def assert_samples_do_not_matter_to_each_other(block: HSTUBlock, tokens: Tokens) -> None:
+def assert_samples_do_not_matter_to_each_other(block: HSTUStack, tokens: Tokens) -> None:
     """Rows are those of the sample alone, to rounding: matrix products of another size add up in another order."""
     everyone = block(tokens)
     unit = torch.finfo(everyone.dtype).eps * everyone.abs().max()
@@ -270,12 +279,12 @@ def test_other_samples_change_nothing(preset: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("preset", ["research", "production"])
-def test_attention_divided_by_the_longest_of_the_batch_is_caught(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_divided_by_the_longest_of_the_batch_is_caught(preset: str) -> None:
     tokens = make_tokens((7, 0, 1, 30, 4), (2, 0, 0, 1, 1), (2, 0, 1, 4, 0))
     # The norm after attention hides most of a wrong factor; its epsilon and "concat" do not.
     block = make_block(make_config(preset, gate="concat"), 2)
     assert_samples_do_not_matter_to_each_other(block, tokens)
-    monkeypatch.setattr(hstu_module, "hstu_attention", planted(lambda o: o.pop("scaling_seqlen")))
+    plant(block, lambda o: o.update(scaling_seqlen=float(o["layout"].longest)))
     with pytest.raises(AssertionError):
         assert_samples_do_not_matter_to_each_other(block, tokens)
 
@@ -294,13 +303,13 @@ def test_a_candidates_row_does_not_depend_on_its_place_or_company(preset: str) -
     block = make_block(make_config(preset, bias_query_time="own"), 2, torch.float64)
     rows = block(tokens)
     for order in ([0, 1, 2, 3, 4, 8, 6, 5, 7], [0, 1, 2, 3, 4, 6, 7, 8, 5]):
-        moved = Tokens(**{**vars(tokens), "values": tokens.values[order], "timestamps": tokens.timestamps[order]})
+        moved = at_times(tokens.with_values(tokens.values[order]), tokens.timestamps[order])
         # Sums over the history are added up in another order: rounding may differ, nothing else.
         torch.testing.assert_close(block(moved), rows[order], rtol=1e-12, atol=1e-12)
     for candidate in range(5, 9):
         kept = [0, 1, 2, 3, 4, candidate]
-        alone = make_tokens((6,), (1,), (1,))
-        alone = Tokens(**{**vars(alone), "values": tokens.values[kept], "timestamps": tokens.timestamps[kept]})
+        alone = make_tokens((6,), (1,), (1,)).with_values(tokens.values[kept])
+        alone = at_times(alone, tokens.timestamps[kept])
         torch.testing.assert_close(block(alone), rows[kept], rtol=1e-12, atol=1e-12)
 
 

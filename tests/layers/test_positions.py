@@ -9,7 +9,7 @@ import torch
 
 from hstu.layers.positions import PositionEncoder, token_positions
 from hstu.layers.tokens import Tokens
-from tests.layers.streams import make_tokens
+from tests.layers.streams import at_times, make_tokens
 
 LENGTHS, CANDIDATES = (6, 0, 1, 5, 3), (3, 0, 1, 0, 3)
 
@@ -26,7 +26,7 @@ def test_scaled_values_plus_the_row_of_the_position() -> None:
     for t, p in enumerate(token_positions(tokens).tolist()):
         expected = math.sqrt(10) * tokens.values[t] + encoder.position[p]
         torch.testing.assert_close(out.values[t], expected, rtol=0, atol=1e-6)
-    assert out.offsets is tokens.offsets and encoder.time is None
+    assert out.layout is tokens.layout and encoder.time is None
 
 
 def test_without_a_scale_values_stay_and_positions_start_as_small_as_embeddings() -> None:
@@ -53,7 +53,7 @@ def bounded(kind: str, seconds: int, largest: int) -> int:
 def test_time_rows_count_back_from_the_last_event(kind: str) -> None:
     ages = [10**10, 3 * 86400, 3600, 99, 1, 0]
     tokens = make_tokens((6, 0, 2))
-    tokens = Tokens(**{**vars(tokens), "timestamps": 10**11 - torch.tensor([*ages, 16, 0])})
+    tokens = at_times(tokens, 10**11 - torch.tensor([*ages, 16, 0]))
     encoder = PositionEncoder(10, 6, num_time_buckets=12, time_bucket_fn=kind)  # type: ignore[arg-type]
     torch.nn.init.normal_(encoder.time)
     buckets = encoder.time_buckets(tokens).tolist()
@@ -66,7 +66,7 @@ def test_time_rows_count_back_from_the_last_event(kind: str) -> None:
 def test_seconds_are_not_rounded_to_float32() -> None:
     tokens = make_tokens((2,))
     age = 4097**2  # above 2**24: in float32 its square root is that of a neighbour
-    tokens = Tokens(**{**vars(tokens), "timestamps": torch.tensor([0, age - 1])})
+    tokens = at_times(tokens, torch.tensor([0, age - 1]))
     encoder = PositionEncoder(10, 2, num_time_buckets=5000)
     assert encoder.time_buckets(tokens).tolist() == [4096, 0]
 

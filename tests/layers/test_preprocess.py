@@ -37,6 +37,7 @@ def build(
         contexts=contexts,
         layout=layout,  # type: ignore[arg-type]
         positions=PositionEncoder(D, 12),
+        max_tokens=12,
     )
     embedded = {name: torch.randn(int(LENGTHS[name].sum()), widths[name], requires_grad=True) for name in features}
     return preprocess, embedded
@@ -81,11 +82,11 @@ def test_tokens_times_and_rows(layout: str, contexts: tuple[str, ...], widths: d
     preprocess, embedded = build(layout, contexts, widths)
     tokens = run(preprocess, embedded)
     expected = expected_stream(preprocess, embedded, layout)
-    assert tokens.offsets.diff().tolist() == expected["sizes"]
+    assert tokens.layout.lengths.tolist() == expected["sizes"]
     assert tokens.event_rows.tolist() == expected["rows"]
     assert tokens.tokens_per_event == (2 if layout == "interleave" else 1)
-    assert tokens.num_candidates.tolist() == list(CANDIDATES)
-    assert tokens.num_context.tolist() == [len(contexts)] * B
+    assert (tokens.layout.lengths - tokens.layout.history).tolist() == list(CANDIDATES)
+    assert tokens.layout.context.tolist() == [len(contexts)] * B
     for found, wanted in zip(tokens.timestamps.tolist(), expected["times"], strict=True):
         assert wanted is None or found == wanted
     encoder = preprocess.positions
@@ -107,7 +108,7 @@ def test_a_batch_of_nothing(layout: str) -> None:
     none = torch.zeros(1, dtype=torch.int64)
     stream = preprocess.stream(lengths, dict.fromkeys(embedded, 0), none, none[:0])
     tokens = preprocess(empty, stream)
-    assert tokens.values.shape == (0, D) and tokens.offsets.tolist() == [0, 0]
+    assert tokens.values.shape == (0, D) and tokens.layout.offsets.tolist() == [0, 0]
     assert tokens.timestamps.numel() == 0 and tokens.event_rows.numel() == 0
 
 

@@ -23,7 +23,8 @@ from hstu.training.evaluate import best_possible, evaluate
 from tests.samples import make_config, make_dataset
 
 LENGTHS = [3, 9, 4, 12, 5, 3, 7, 20, 6, 4, 8]
-MESH: Any = SimpleNamespace(is_main=True, device=torch.device("cpu"), sum=lambda x: x, gather=lambda x: x)
+ALONE = SimpleNamespace(sum=lambda x: x, gather=lambda x: x)
+MESH: Any = SimpleNamespace(is_main=True, device=torch.device("cpu"), tokens=ALONE)
 
 
 @pytest.fixture(scope="module")

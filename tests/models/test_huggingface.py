@@ -12,9 +12,9 @@ import torch
 
 from hstu.config import Config, ConfigError
 from hstu.data import SequenceDataset
-from hstu.layers.huggingface import HuggingFaceBlock
-from hstu.layers.visibility import Visibility
+from hstu.layers.huggingface import HuggingFaceStack
 from hstu.models import build_model
+from hstu.ops import Mask
 from tests.layers.streams import make_tokens
 from tests.models.test_backbones import FULL, learnt, planted_chain
 from tests.models.test_masked import assert_evaluation_is_prediction
@@ -89,8 +89,8 @@ def test_every_causal_and_masked_type_works_or_is_refused_in_one_line() -> None:
     for name in sorted(names):
         try:
             for causal in (True, False):
-                options = dict(visibility=Visibility(causal=causal), with_candidates=False)
-                block = HuggingFaceBlock(name, **shape, **options)  # type: ignore[arg-type]
+                options = dict(mask=Mask(causal=causal), with_candidates=False)
+                block = HuggingFaceStack(name, **shape, **options)  # type: ignore[arg-type]
         except ValueError as error:
             assert "\n" not in str(error) and len(str(error)) < 300, name
             continue
@@ -196,8 +196,8 @@ def test_what_does_not_fit_is_refused(dataset: SequenceDataset, name: str, lines
 def test_a_model_with_a_mask_of_its_own_is_refused(
     dataset: SequenceDataset, wrong: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = HuggingFaceBlock._run
-    monkeypatch.setattr(HuggingFaceBlock, "_run", lambda self, x, seen, p: honest(self, x, wrong(seen), p))
+    honest = HuggingFaceStack._run
+    monkeypatch.setattr(HuggingFaceStack, "_run", lambda self, x, seen, p: honest(self, x, wrong(seen), p))
     with pytest.raises(ConfigError, match="does not obey the attention mask"):
         build_model(config_of("bert"), dataset.schema)
 

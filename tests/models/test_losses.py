@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hstu.layers.similarity import DotProduct, MixtureOfLogits, mutual_information
 from hstu.models import losses
-from hstu.models.losses import Contest, LossSum, action_bits, binary_loss, ranking_loss
+from hstu.models.losses import LossSum, SampledCandidates, action_bits, binary_loss, ranking_loss
 from hstu.models.losses import softmax_loss as softmax_loss_of
 
 L, P, D = 7, 9, 4
@@ -21,7 +21,7 @@ DOT = DotProduct(normalize_queries=False, normalize_items=False, eps=1e-6)
 
 
 def softmax_loss(*, temperature: float, columns: Tensor | None = None, **x: Tensor) -> LossSum:
-    return softmax_loss_of(Contest(**x, columns=columns), DOT, temperature=temperature)
+    return softmax_loss_of(SampledCandidates(**x, columns=columns), DOT, temperature=temperature)
 
 
 def inputs(seed: int = 0) -> dict[str, Tensor]:
@@ -149,9 +149,11 @@ def scores_of(x: dict[str, Tensor], similarity: DotProduct | MixtureOfLogits) ->
     return similarity.scores(query, similarity.items(x["positive"])).diagonal(), similarity.scores(query, pool)
 
 
-def contest_of(x: dict[str, Tensor], similarity: DotProduct | MixtureOfLogits, **more: Any) -> Contest:
+def sampled_of(x: dict[str, Tensor], similarity: DotProduct | MixtureOfLogits, **more: Any) -> SampledCandidates:
     made = {"query": similarity.queries, "positive": similarity.items, "pool": similarity.items}
-    return Contest(**{name: made[name](value) if name in made else value for name, value in x.items()}, **more)
+    return SampledCandidates(
+        **{name: made[name](value) if name in made else value for name, value in x.items()}, **more
+    )
 
 
 @pytest.mark.parametrize("chunk", [1 << 24, 1])
@@ -176,7 +178,7 @@ def test_softmax_of_any_similarity_with_correction(
                 terms.append(scores[t, p])
                 live += 1
         total = total + torch.stack(terms).logsumexp(0) - right[t]
-    loss = softmax_loss_of(contest_of(x, similarity, columns=columns, log_q=correction), similarity, temperature=0.3)
+    loss = softmax_loss_of(sampled_of(x, similarity, columns=columns, log_q=correction), similarity, temperature=0.3)
     torch.testing.assert_close(loss.total, total)
     assert float(loss.live_negatives) == live  # type: ignore[arg-type]
     leaves = [x["query"], x["positive"], x["pool"], *similarity.parameters()]
@@ -189,7 +191,7 @@ def test_softmax_of_any_similarity_with_correction(
 def test_label_smoothing_is_that_of_the_full_softmax(kind: str) -> None:
     x, similarity, targets = inputs(), DOT if kind == "dot" else mixture(), torch.tensor([0, 3, 8, 1, 1, 5, 2])
     x |= {"positive": x["pool"][targets], "positive_ids": x["pool_ids"][targets]}
-    loss = softmax_loss_of(contest_of(x, similarity), similarity, temperature=0.3, label_smoothing=0.2)
+    loss = softmax_loss_of(sampled_of(x, similarity), similarity, temperature=0.3, label_smoothing=0.2)
     scores = scores_of(x, similarity)[1] / 0.3
     expected = torch.nn.functional.cross_entropy(scores, targets, label_smoothing=0.2, reduction="sum")
     torch.testing.assert_close(loss.total, expected)
@@ -201,7 +203,7 @@ def test_label_smoothing_is_that_of_the_full_softmax(kind: str) -> None:
 def test_mutual_information_is_taken_off_the_loss() -> None:
     x, similarity = inputs(), mixture()
     plain, rewarded = (
-        softmax_loss_of(contest_of(x, similarity), similarity, temperature=0.3, mutual_information_weight=weight).total
+        softmax_loss_of(sampled_of(x, similarity), similarity, temperature=0.3, mutual_information_weight=weight).total
         for weight in (0.0, 0.5)
     )
     gates = similarity.mix(similarity.queries(x["query"]), similarity.items(x["pool"])[None])[1]
@@ -218,7 +220,7 @@ def test_binary_loss(kind: str) -> None:
         total = total - torch.sigmoid(right[t] / 0.5).log()
         if live[t]:
             total = total - (1 - torch.sigmoid(scores[t, columns[t, 0]] / 0.5)).log()
-    loss = binary_loss(contest_of(x, similarity, columns=columns), live, similarity, temperature=0.5)
+    loss = binary_loss(sampled_of(x, similarity, columns=columns), live, similarity, temperature=0.5)
     torch.testing.assert_close(loss.total, total)
     assert (loss.count, float(loss.live_negatives)) == (L, 6)  # type: ignore[arg-type]
     for leaf in (x["query"], x["positive"], x["pool"]):

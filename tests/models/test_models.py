@@ -16,6 +16,7 @@ from hstu.data import SequenceDataset, leave_one_out
 from hstu.data.batch import POOL, Batch, keyed_features
 from hstu.data.loader import BatchLoader
 from hstu.models import RankingModel, RetrievalModel, build_model, make_collator
+from hstu.ops import Mask
 from tests.samples import make_config, make_dataset
 
 LENGTHS = [3, 9, 4, 12, 5, 3]
@@ -382,7 +383,7 @@ def test_number_of_tokens_and_the_bound_on_them(
     (tokens,) = seen
     assert model.num_tokens(batch) == tokens.values.shape[0]
     bound = model.backbone.layers[0].config.max_tokens
-    assert int(tokens.offsets.diff().max()) <= bound == model.preprocess.positions.position.shape[0]
+    assert int(tokens.layout.lengths.max()) <= bound == model.preprocess.positions.position.shape[0]
     assert model.backbone.layers[0].config.scaling_seqlen == bound
 
 
@@ -440,9 +441,9 @@ def test_other_misfits_of_config_and_data(dataset: SequenceDataset, tmp_path: Pa
 @pytest.mark.parametrize(
     ("line", "field", "value"),
     [
-        ("context_attention='full'", "context_attention", "full"),
-        ("max_attn_len=5", "max_attn_len", 5),
-        ("target_group_size=3", "candidate_group_size", 3),
+        ("context_attention='full'", "mask", Mask(context="full")),
+        ("max_attn_len=5", "mask", Mask(max_attn_len=5)),
+        ("target_group_size=3", "mask", Mask(candidate_group_size=3)),
         ("scaling_seqlen=77", "scaling_seqlen", 77.0),
         ("hidden_dropout=0.25", "dropout", 0.25),
         ("norm_epsilon=1e-3", "norm_eps", 1e-3),

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from hstu.ops import RelativeBias, lengths_to_offsets
+from hstu.ops import Layout, RelativeBias, lengths_to_offsets
 from hstu.ops.layer import LayerOptions, LayerWeights, hstu_layer
 
 
@@ -20,6 +20,7 @@ class LayerCase:
     relative_bias: bool = True
     options: dict[str, Any] = field(default_factory=dict)
     attention: dict[str, Any] = field(default_factory=dict)
+    candidates: tuple[int, ...] | None = None
 
 
 KEEP = dict(recompute_norm=False, recompute_silu=False, recompute_gate=False)
@@ -30,7 +31,7 @@ LAYERS = {
     "silu_on_u": LayerCase(options=dict(silu_on="u"), relative_bias=False),
     "kept": LayerCase(options=KEEP),
     "kept_concat_u": LayerCase(options=KEEP | dict(gate="concat", silu_on="u")),
-    "candidates": LayerCase(attention=dict(num_candidates=torch.tensor([2, 0, 1, 9]))),
+    "candidates": LayerCase(candidates=(2, 0, 1, 9)),
     "empty": LayerCase(lengths=(0, 0)),
 }
 
@@ -61,10 +62,12 @@ def build(case: LayerCase, dtype: torch.dtype) -> tuple[dict[str, torch.Tensor],
     if case.relative_bias:
         tensors |= {"position": normal(2 * longest + 1), "time": normal(20)}
     arguments = dict(
-        offsets=lengths_to_offsets(torch.tensor(case.lengths)),
-        max_seqlen=longest,
+        layout=Layout(
+            lengths_to_offsets(torch.tensor(case.lengths)),
+            num_candidates=None if case.candidates is None else torch.tensor(case.candidates),
+            timestamps=torch.randint(0, 10_000, (total,), generator=rng).cumsum(0),
+        ),
         scaling_seqlen=8.0,
-        timestamps=torch.randint(0, 10_000, (total,), generator=rng).cumsum(0),
     )
     return tensors, options, arguments | case.attention
 
@@ -79,11 +82,10 @@ def results(
     """Output and every gradient, computed in ``dtype``, or in those of the tensors."""
     inputs = {name: x.detach().to(dtype or x.dtype).requires_grad_() for name, x in tensors.items()}
     arguments = dict(arguments)
-    timestamps = arguments.pop("timestamps")
     own = dict(inputs)
     x = own.pop("x")
     if "time" in own:
-        arguments["bias"] = RelativeBias(position=own.pop("position"), time=own.pop("time"), timestamps=timestamps)
+        arguments["bias"] = RelativeBias(position=own.pop("position"), time=own.pop("time"))
     out = hstu_layer(x, weights=LayerWeights(**own), options=options, backend=backend, **arguments)
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     (out * weights.to(out.dtype)).sum().backward()

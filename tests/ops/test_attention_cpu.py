@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from hstu.ops import hstu_attention
-from hstu.ops.attention.bias import RelativeBias, bucket_thresholds, query_times, time_bucket
-from hstu.ops.attention.cpu import plan as cpu_groups
+from hstu.ops import Layout, Mask, RelativeBias, hstu_attention
+from hstu.ops.attention.bias import bucket_thresholds, query_times, time_bucket
+from hstu.ops.attention.cpu import plan as cpu_plan
 from hstu.ops.attention.cpu.bias import _CELL_SHIFT, _cell_tables
 from tests.ops.attention_cases import CASES, RAGGED, build, outputs_and_gradients
 
@@ -35,10 +36,12 @@ def test_output_and_gradients(name: str, dtype: torch.dtype) -> None:
     assert_as_good_as_reference(name, dtype)
 
 
-@pytest.mark.parametrize("name", ["candidates", "everything", "not_causal", "bias_next"])
+@pytest.mark.parametrize(
+    "name", ["candidates", "everything", "not_causal", "bias_next", "keys_bias", "keys_everything"]
+)
 def test_columns_in_several_tiles(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_groups, "TILE_ROWS", 16)
-    monkeypatch.setattr(cpu_groups, "CHUNK_SCORES", 16 * 32 * 2)
+    monkeypatch.setattr(cpu_plan, "TILE_ROWS", 16)
+    monkeypatch.setattr(cpu_plan, "CHUNK_SCORES", 16 * 32 * 2)
     assert_as_good_as_reference(name, torch.float32)
 
 
@@ -51,7 +54,7 @@ def test_only_some_gradients_are_asked_for(wanted: str) -> None:
     inputs = dict(zip("qkv", tensors, strict=True), position=bias.position, time=bias.time)
     for name in wanted_names:
         inputs[name] = inputs[name].clone().requires_grad_()
-    bias = RelativeBias(position=inputs["position"], time=inputs["time"], timestamps=bias.timestamps)
+    bias = RelativeBias(position=inputs["position"], time=inputs["time"])
     out = hstu_attention(*(inputs[n] for n in "qkv"), **arguments, bias=bias, backend="cpu")
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     (out * weights).sum().backward()
@@ -65,7 +68,7 @@ def test_low_precision_with_float32_tables() -> None:
     results = []
     for backend in ("reference", "cpu"):
         tables = [t.detach().float().requires_grad_() for t in (bias.position, bias.time)]
-        own = RelativeBias(position=tables[0], time=tables[1], timestamps=bias.timestamps)
+        own = RelativeBias(position=tables[0], time=tables[1])
         out = hstu_attention(*tensors, **arguments, bias=own, backend=backend)
         out.float().square().sum().backward()
         assert out.dtype == torch.bfloat16 and tables[0].grad.dtype == torch.float32
@@ -104,19 +107,21 @@ def test_time_bucket_is_the_published_formula() -> None:
 
 def test_time_differences_of_more_than_31_bits() -> None:
     tensors, arguments = build(CASES["time"])
-    stamps = arguments["bias"].timestamps * 10_000
-    arguments["bias"] = RelativeBias(time=torch.randn(129), timestamps=stamps)
+    layout = arguments["layout"]
+    arguments["layout"] = replace(layout, timestamps=layout.timestamps * 10_000)
+    arguments["bias"] = RelativeBias(time=torch.randn(129))
     reference, fast = (outputs_and_gradients(tensors, arguments, b, torch.float64) for b in ("reference", "cpu"))
     for key in reference:
         torch.testing.assert_close(fast[key], reference[key])
 
 
-def test_reader_times() -> None:
-    bias = RelativeBias(timestamps=torch.tensor([1, 2, 3, 10, 20, 30, 31]), query_time="next")
-    offsets = torch.tensor([0, 3, 3, 7])
-    assert query_times(bias, offsets, None).tolist() == [2, 3, 3, 20, 30, 31, 31]
-    candidates = torch.tensor([0, 0, 2])
-    assert query_times(bias, offsets, candidates).tolist() == [2, 3, 3, 20, 30, 30, 31]
+def test_query_times() -> None:
+    times = torch.tensor([1, 2, 3, 10, 20, 30, 31])
+    layout = Layout(torch.tensor([0, 3, 3, 7]), timestamps=times)
+    assert query_times(layout, "own") is times
+    assert query_times(layout, "next").tolist() == [2, 3, 3, 20, 30, 31, 31]
+    layout = replace(layout, num_candidates=torch.tensor([0, 0, 2]))
+    assert query_times(layout, "next").tolist() == [2, 3, 3, 20, 30, 30, 31]
 
 
 def test_scores_are_not_kept_for_the_backward() -> None:
@@ -129,13 +134,13 @@ def test_scores_are_not_kept_for_the_backward() -> None:
 
     q = torch.randn(600, 1, 4, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
-        hstu_attention(q, q, q, torch.tensor([0, 600]), max_seqlen=600, scaling_seqlen=1.0)
+        hstu_attention(q, q, q, Layout(torch.tensor([0, 600])), scaling_seqlen=1.0)
     assert sum(saved) == 3 * q.numel()
 
 
 PEAK = """
 import re, sys, torch
-from hstu.ops import RelativeBias, hstu_attention, lengths_to_offsets
+from hstu.ops import Layout, RelativeBias, hstu_attention, lengths_to_offsets
 
 def resident(field):
     return int(re.search(field + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
@@ -144,9 +149,9 @@ def step(lengths):
     total, longest = sum(lengths), max(lengths)
     q, k, v = (torch.randn(total, 2, 16, requires_grad=True) for _ in range(3))
     position = torch.zeros(2 * longest - 1, requires_grad=True)
-    bias = RelativeBias(position=position, time=torch.zeros(65, requires_grad=True), timestamps=torch.arange(total))
-    offsets = lengths_to_offsets(torch.tensor(lengths))
-    hstu_attention(q, k, v, offsets, max_seqlen=longest, scaling_seqlen=1.0, bias=bias).sum().backward()
+    bias = RelativeBias(position=position, time=torch.zeros(65, requires_grad=True))
+    layout = Layout(lengths_to_offsets(torch.tensor(lengths)), timestamps=torch.arange(total))
+    hstu_attention(q, k, v, layout, scaling_seqlen=1.0, bias=bias).sum().backward()
 
 torch.set_num_threads(1)
 step([300])
@@ -182,7 +187,8 @@ def test_random_shapes(seed: int) -> None:
         memory=seed % 3 == 0,
         position=seed % 4 != 0,
         time=seed % 5 != 0,
-        options={"max_attn_len": 40 if seed % 7 == 0 else None, "causal": seed % 6 != 0},
+        mask=Mask(max_attn_len=40 if seed % 7 == 0 else None, causal=seed % 6 != 0),
+        queries=None if seed % 2 else tuple((lengths * torch.rand(9, generator=rng)).ceil().long().tolist()),
     )
     tensors, arguments = build(case, torch.float64, seed)
     reference, fast = (outputs_and_gradients(tensors, arguments, b, torch.float64) for b in ("reference", "cpu"))

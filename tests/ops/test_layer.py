@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
 
+from hstu.ops import Layout
 from hstu.ops.layer import LayerOptions, LayerWeights, hstu_layer
 from tests.ops.layer_cases import KEEP, LAYERS, build, results
 
@@ -89,16 +92,36 @@ def test_recomputing_keeps_less() -> None:
 
 def test_wrong_weights_and_options() -> None:
     tensors, options, arguments = build(LAYERS["production"], torch.float32)
-    x, offsets = tensors["x"], arguments["offsets"]
+    x, layout = tensors["x"], arguments["layout"]
     right = dict(uvqk=tensors["uvqk"], output=tensors["output"])
-    lengths = dict(max_seqlen=33, scaling_seqlen=1.0)
     with pytest.raises(ValueError, match="weights.output must be"):
-        hstu_layer(x, offsets, LayerWeights(**right | {"output": x}), options, **lengths)
+        hstu_layer(x, layout, LayerWeights(**right | {"output": x}), options, scaling_seqlen=1.0)
     with pytest.raises(ValueError, match="choose one of"):
-        hstu_layer(x, offsets, LayerWeights(**right), options, backend="fast", **lengths)
-    with pytest.raises(ValueError, match="longest sequence"):
-        hstu_layer(x, offsets, LayerWeights(**right), options, max_seqlen=3, scaling_seqlen=1.0)
+        hstu_layer(x, layout, LayerWeights(**right), options, scaling_seqlen=1.0, backend="fast")
+    with pytest.raises(ValueError, match="scaling_seqlen is 0"):
+        hstu_layer(x, layout, LayerWeights(**right), options, scaling_seqlen=0)
+    with pytest.raises(ValueError, match="q has 39 tokens, offsets of its layout end at 38"):
+        hstu_layer(x, Layout(torch.tensor([0, 38])), LayerWeights(**right), options, scaling_seqlen=1.0)
     with pytest.raises(ValueError, match="choose 'mul' or 'concat'"):
         LayerOptions(num_heads=1, qk_width=1, v_width=1, gate="add")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="below 1"):
         LayerOptions(num_heads=1, qk_width=1, v_width=1, dropout=1.0)
+
+
+def test_layers_of_a_batch_plan_once() -> None:
+    """Tiles and places in the time table are kept on the layout, which nothing kept refers to: no cycle."""
+    tensors, options, arguments = build(LAYERS["candidates"], torch.float32)
+    layout = arguments["layout"]
+    results(tensors, options, arguments, "cpu", torch.float32)
+    kept = {key: value for key, value in layout._kept.items() if isinstance(key, tuple) and "cpu" in key[0]}
+    assert {key[0] for key in kept} == {"cpu", "cpu times"}
+    results(tensors, options, arguments, "cpu", torch.float32)
+    for key, value in layout._kept.items():
+        assert key not in kept or kept[key] is value
+    gone = weakref.ref(layout)
+    gc.disable()
+    try:
+        del layout, arguments, kept, key, value
+        assert gone() is None
+    finally:
+        gc.enable()

@@ -11,7 +11,7 @@ from hstu.config import NetworkArgs
 from hstu.data.collate import Collator
 from hstu.data.loader import BatchLoader
 from hstu.data.splits import leave_one_out
-from hstu.parallel.balance import deal, sample_costs
+from hstu.parallel.balance import balance, sample_costs
 from tests.samples import make_dataset
 
 NETWORK = NetworkArgs(num_layers=2, hidden_size=64, num_attention_heads=2, kv_channels=32, value_channels=16)
@@ -31,20 +31,23 @@ def test_most_loaded_of_eight_ranks_is_within_five_percent_of_the_mean(
 ) -> None:
     for seed in range(20):
         costs = sample_costs(zipf_lengths(8 * batch, seed, exponent, longest), NETWORK)
-        dealt, counted = loads(costs, deal(costs, 8)), loads(costs, [np.arange(r, costs.size, 8) for r in range(8)])
-        assert dealt.max() <= 1.05 * dealt.mean()
-        assert counted.max() > 1.05 * counted.mean(), "dealing by count would pass the same check"
+        balanced, counted = (
+            loads(costs, balance(costs, 8)),
+            loads(costs, [np.arange(r, costs.size, 8) for r in range(8)]),
+        )
+        assert balanced.max() <= 1.05 * balanced.mean()
+        assert counted.max() > 1.05 * counted.mean(), "spreading by count would pass the same check"
 
 
 @pytest.mark.parametrize(("samples", "ranks"), [(0, 3), (1, 4), (7, 3), (64, 8)])
 def test_every_sample_has_one_owner(samples: int, ranks: int) -> None:
-    owned = deal(sample_costs(zipf_lengths(samples, 1), NETWORK), ranks)
+    owned = balance(sample_costs(zipf_lengths(samples, 1), NETWORK), ranks)
     assert len(owned) == ranks
     assert sorted(np.concatenate(owned).tolist()) == list(range(samples))
 
 
 def test_samples_without_work_are_spread() -> None:
-    assert [places.size for places in deal(np.zeros(8), 4)] == [2, 2, 2, 2]
+    assert [places.size for places in balance(np.zeros(8), 4)] == [2, 2, 2, 2]
 
 
 def test_cost_counts_each_token_and_each_visible_pair() -> None:
@@ -60,11 +63,11 @@ def test_ranks_of_a_balanced_loader_share_the_same_global_batches(tmp_path: Path
     collate = Collator(task="retrieval", max_history=100)
     split = leave_one_out(dataset.lengths)["train"]
 
-    def users(deal_by_work: bool) -> list[list[set[int]]]:
+    def users(by_cost: bool) -> list[list[set[int]]]:
         ranks = [
             BatchLoader(
                 dataset=dataset, split=split, collate=collate, batch_size=6, rank=rank, world_size=3, shuffle=True,
-                deal=(lambda events, count: deal(sample_costs(events, NETWORK), count)) if deal_by_work else None,
+                balance=(lambda events, count: balance(sample_costs(events, NETWORK), count)) if by_cost else None,
             )
             for rank in range(3)
         ]  # fmt: skip
@@ -76,4 +79,4 @@ def test_ranks_of_a_balanced_loader_share_the_same_global_batches(tmp_path: Path
     by_count, by_work = users(False), users(True)
     assert [set.union(*step) for step in by_count] == [set.union(*step) for step in by_work]
     assert by_count != by_work
-    assert all(sum(map(len, step)) == len(set.union(*step)) for step in by_work), "nobody is dealt twice"
+    assert all(sum(map(len, step)) == len(set.union(*step)) for step in by_work), "nobody comes twice"

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hstu.data.stream import StreamOptions
+from hstu.data.log_encoder import EncodingOptions
 from preprocessing.movielens import DATASETS
 
 from .conftest import contexts, events, make, ratings, write_ml_1m, write_ml_20m, write_ml_100k
@@ -40,7 +40,7 @@ def test_published_layouts(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("events_per_run", "events_per_part"), [(1, 1), (7, 20), (50, 10**6)])
 def test_the_sizes_of_runs_and_parts_change_nothing(tmp_path: Path, events_per_run: int, events_per_part: int) -> None:
     write_ml_100k(tmp_path, ROWS)
-    options = StreamOptions(events_per_run=events_per_run, events_per_part=events_per_part)
+    options = EncodingOptions(events_per_run=events_per_run, events_per_part=events_per_part)
     dataset = make("ml-100k", tmp_path, known=replace(DATASETS["ml-100k"], options=options))
     assert events(dataset) == expected("ml-100k")
     assert contexts(dataset) == contexts(make("ml-100k", tmp_path))

@@ -29,7 +29,7 @@ def main() -> None:
                         continue
                     train_until(first, 5)
                 with trainer(data, path, task, *limits, mesh=mesh) as second:
-                    second.resume(mesh.broadcast(find_checkpoint(path / "checkpoints", "latest")))
+                    second.resume(mesh.world.broadcast(find_checkpoint(path / "checkpoints", "latest")))
                     if name == "forgetful" and mesh.rank == 1:
                         torch.manual_seed(0)
                     second.train()

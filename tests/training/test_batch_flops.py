@@ -63,7 +63,7 @@ def test_products_count_whole_where_ranks_share_them(backbone: str) -> None:
 
 def test_a_stand_in_counts_nothing(data: Path, tmp_path: Path) -> None:
     with trainer(data, tmp_path, "ranking") as run:
-        loader = replace(run.loaders["train"], batch_size=119, rank=1, world_size=2, deal=None)
+        loader = replace(run.loaders["train"], batch_size=119, rank=1, world_size=2, balance=None)
         (full, *_), loader = list(loader.epoch(0)), replace(loader, batch_size=1, rank=1)
         split = replace(loader.split, users=loader.split.users[:1], stop=loader.split.stop[:1])
         (empty,) = replace(loader, split=split).epoch(0)

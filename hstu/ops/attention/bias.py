@@ -10,9 +10,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from hstu.ops.attention.layout import Layout
+
 # The published model divides the natural logarithm of the seconds by this constant.
 BUCKET_LOG_WIDTH = 0.301
 _INT64_MAX = 2**63 - 1
+QueryTime = Literal["own", "next"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,16 +24,14 @@ class RelativeBias:
 
     Attributes:
         position: ``[2N - 1]`` floating table, or None; N bounds the length of a sequence.
-        time: ``[num_buckets + 1]`` floating table, or None; needs ``timestamps``.
-        timestamps: ``[T]`` int64, seconds.
+        time: ``[num_buckets + 1]`` floating table, or None; needs the layout's ``timestamps``.
         query_time: ``"own"``: t_i' is the token's own time; ``"next"``: that of the token after it in the
             sample (its own for the last token and for candidates), as in the published research model.
     """
 
     position: Tensor | None = None
     time: Tensor | None = None
-    timestamps: Tensor | None = None
-    query_time: Literal["own", "next"] = "own"
+    query_time: QueryTime = "own"
 
 
 @cache
@@ -55,16 +56,19 @@ def time_bucket(difference: Tensor, num_buckets: int) -> Tensor:
     return torch.bucketize(difference.abs(), bucket_thresholds(num_buckets, difference.device), right=True)
 
 
-def query_times(bias: RelativeBias, offsets: Tensor, num_candidates: Tensor | None) -> Tensor:
-    """Time t_i' of each token as a reader, ``[T]`` int64."""
-    assert bias.timestamps is not None
-    own = bias.timestamps
-    if bias.query_time == "own" or own.numel() == 0:
-        return own
-    total = own.numel()
+def query_times(layout: Layout, which: QueryTime) -> Tensor:
+    """Time t_i' of each token as a query, ``[T]`` int64; made once a batch."""
+    assert layout.timestamps is not None
+    if which == "own" or layout.timestamps.numel() == 0:
+        return layout.timestamps
+    return layout.keep(("query_times", which), lambda: _next_times(layout))
+
+
+def _next_times(layout: Layout) -> Tensor:
+    own, offsets = layout.timestamps, layout.offsets
+    assert own is not None
     following = torch.cat([own[1:], own[-1:]])
-    # The last history token reads at the request time; from the last token or first candidate on, its own.
-    stop = offsets[1:] if num_candidates is None else offsets[1:] - num_candidates
-    stop = torch.minimum(stop, offsets[1:] - 1)
-    stop = torch.repeat_interleave(stop, offsets.diff(), output_size=total)
-    return torch.where(torch.arange(total, device=own.device) < stop, following, own)
+    # The last history token asks at the request time; from the last token or first candidate on, its own.
+    stop = torch.minimum(offsets[:-1] + layout.history, offsets[1:] - 1)
+    stop = torch.repeat_interleave(stop, layout.lengths, output_size=own.numel())
+    return torch.where(torch.arange(own.numel(), device=own.device) < stop, following, own)

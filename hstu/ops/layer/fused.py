@@ -100,8 +100,8 @@ class FusedLayer(torch.autograd.Function):
         d_tables = call.attention.backward(
             do.view(v.shape), (q, k, v), (position, time), (dq, dk, dv), tuple(ctx.needs_input_grad[10:12])
         )
-        dz = kernels.activate_backward(d_active, z, options.silu_columns)
+        dz, d_uvqk_b = kernels.activate_backward(d_active, z, options.silu_columns, uvqk_b is not None)
         n = kernels.norm(x, norm, options.eps, dz.dtype)[0] if n is None else n
-        d_uvqk_w, d_uvqk_b = dz.T @ n, None if uvqk_b is None else dz.sum(0)
+        d_uvqk_w = dz.T @ n
         dx, d_norm = kernels.norm_backward(dz @ uvqk_w, x, (mean, deviation), norm, grad)
         return (dx, None, *d_norm, d_uvqk_w, d_uvqk_b, *d_gate_norm, d_out_w, d_out_b, *d_tables)

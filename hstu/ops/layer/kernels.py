@@ -43,11 +43,11 @@ class TorchKernels:
         F.silu(active[:, :silu_columns], inplace=True)
         return active
 
-    def activate_backward(self, grad: Tensor, z: Tensor, silu_columns: int) -> Tensor:
-        """Gradient of z, in the memory of ``grad``."""
+    def activate_backward(self, grad: Tensor, z: Tensor, silu_columns: int, sums: bool) -> tuple[Tensor, Tensor | None]:
+        """Gradient of z, in the memory of ``grad``, and its sum over the rows if wanted."""
         part = grad[:, :silu_columns]
         aten.silu_backward.grad_input(part, z[:, :silu_columns], grad_input=part)
-        return grad
+        return grad, grad.sum(0) if sums else None
 
     def gate(self, u: Tensor, o: Tensor, affine: Affine, options: LayerOptions, seed: int) -> tuple[Tensor, Moments]:
         """``dropout(u * norm(o))`` or of the concatenation; moments of o."""

@@ -1,4 +1,4 @@
-"""Launches of the fused layer's kernels; matrix products without an epilogue are left to the library's."""
+"""Launches of the fused layer's kernels; matrix products are left to the library's."""
 
 from __future__ import annotations
 
@@ -8,15 +8,19 @@ from torch import Tensor
 
 from hstu.ops.layer.kernels import Affine, Moments, TorchKernels
 from hstu.ops.layer.options import LayerOptions
-from hstu.ops.layer.triton_kernels import gate_backward, gate_forward, linear_silu, norm_backward, norm_forward
+from hstu.ops.layer.triton_kernels import (
+    gate_backward,
+    gate_forward,
+    norm_backward,
+    norm_forward,
+    silu_backward,
+)
 
 PROGRAMS = 264  # of a backward over rows: two for each multiprocessor of an H100
-PRODUCT = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 8, "num_warps": 8, "num_stages": 3}
-PRODUCT_FLOAT32 = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 16, "GROUP": 8, "num_warps": 4, "num_stages": 2}
 
 
 class TritonKernels(TorchKernels):
-    """Norms, gate and the first product of a layer on a GPU."""
+    """Norms, gate and SiLU's backward on a GPU; the products are the library's, which no kernel of ours reaches."""
 
     def norm(self, x: Tensor, affine: Affine, eps: float, dtype: torch.dtype) -> tuple[Tensor, Moments]:
         """As the parent's."""
@@ -43,19 +47,17 @@ class TritonKernels(TorchKernels):
             )  # fmt: skip
         return dx, (_total(dw, affine[0]), _total(db, affine[1]))
 
-    def project(self, n: Tensor, weight: Tensor, bias: Tensor | None, silu_columns: int) -> tuple[Tensor, Tensor]:
-        """As the parent's, in one kernel."""
-        rows, columns = len(n), len(weight)
-        z, active = (torch.empty(rows, columns, dtype=n.dtype, device=n.device) for _ in range(2))
-        product = PRODUCT_FLOAT32 if n.dtype == torch.float32 else PRODUCT
-        if z.numel():
-            blocks = triton.cdiv(rows, product["BLOCK_M"]) * triton.cdiv(columns, product["BLOCK_N"])
-            precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
-            linear_silu[(blocks,)](
-                n.contiguous(), weight.contiguous(), _or(bias, n), z, active, rows, columns, n.shape[1],
-                silu_columns, HAS_BIAS=bias is not None, PRECISION=precision, **product,
-            )  # fmt: skip
-        return z, active
+    def activate_backward(self, grad: Tensor, z: Tensor, silu_columns: int, sums: bool) -> tuple[Tensor, Tensor | None]:
+        """As the parent's, in one pass over both."""
+        rows, columns = grad.shape
+        rows_each = max(16, triton.cdiv(rows, 4 * PROGRAMS))
+        programs = triton.cdiv(rows, rows_each)
+        total = torch.empty(programs, columns, dtype=torch.float32, device=grad.device)
+        if grad.numel():
+            silu_backward[(programs, triton.cdiv(columns, 256))](
+                grad, z, total, rows, columns, rows_each, silu_columns, BLOCK_M=16, BLOCK_N=256, num_warps=4
+            )
+        return grad, total.sum(0).to(grad.dtype) if sums else None
 
     def gate(self, u: Tensor, o: Tensor, affine: Affine, options: LayerOptions, seed: int) -> tuple[Tensor, Moments]:
         """As the parent's."""

@@ -1,4 +1,4 @@
-"""Kernels of the fused layer: layer norm, gate with norm and dropout, and the product with SiLU at its end."""
+"""Kernels of the fused layer: layer norm, gate with norm and dropout, and SiLU's backward with the bias's gradient."""
 
 import triton
 import triton.language as tl
@@ -215,47 +215,20 @@ def gate_backward(
 
 
 @triton.jit
-def linear_silu(
-    A,
-    W,
-    B,
-    Z,
-    ACTIVE,
-    rows,
-    columns,
-    inner,
-    silu_columns,
-    HAS_BIAS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr,
-):
-    """``Z = A W^T + b`` and ACTIVE, Z with SiLU on its leading columns; GROUP row blocks share columns in cache."""
-    program = tl.program_id(0)
-    row_blocks, column_blocks = tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N)
-    group = program // (GROUP * column_blocks)
-    height = tl.minimum(row_blocks - group * GROUP, GROUP)
-    m0 = (group * GROUP + program % (GROUP * column_blocks) % height) * BLOCK_M
-    n0 = program % (GROUP * column_blocks) // height * BLOCK_N
-    i = m0 + tl.arange(0, BLOCK_M)
-    j = n0 + tl.arange(0, BLOCK_N)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for k0 in range(0, inner, BLOCK_K):
-        k = k0 + tl.arange(0, BLOCK_K)
-        a_inside = (i[:, None] < rows) & (k[None, :] < inner)
-        w_inside = (j[:, None] < columns) & (k[None, :] < inner)
-        a = tl.load(A + i[:, None].to(tl.int64) * inner + k[None, :], mask=a_inside, other=0.0)
-        w = tl.load(W + j[:, None].to(tl.int64) * inner + k[None, :], mask=w_inside, other=0.0)
-        acc = tl.dot(a, tl.trans(w), acc, input_precision=PRECISION)
-    if HAS_BIAS:
-        acc += tl.load(B + j, mask=j < columns, other=0.0).to(tl.float32)[None, :]
-    # SiLU of the rounded value, which is the one that the backward reads.
-    z = acc.to(Z.dtype.element_ty)
-    wide = z.to(tl.float32)
-    active = tl.where(j[None, :] < silu_columns, wide / (1.0 + tl.exp(-wide)), wide)
-    place = i[:, None].to(tl.int64) * columns + j[None, :]
-    inside = (i[:, None] < rows) & (j[None, :] < columns)
-    tl.store(Z + place, z, mask=inside)
-    tl.store(ACTIVE + place, active.to(Z.dtype.element_ty), mask=inside)
+def silu_backward(GRAD, Z, SUMS, rows, columns, rows_each, silu_columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Gradient of z in place of ``GRAD``, and its sums over ``rows_each`` rows, one row of SUMS for each program."""
+    j = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = tl.program_id(0).to(tl.int64) * rows_each
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    for m0 in range(first, tl.minimum(first + rows_each, rows), BLOCK_M):
+        i = m0 + tl.arange(0, BLOCK_M)
+        inside = (i[:, None] < tl.minimum(first + rows_each, rows)) & (j[None, :] < columns)
+        place = i[:, None].to(tl.int64) * columns + j[None, :]
+        grad = tl.load(GRAD + place, mask=inside, other=0.0).to(tl.float32)
+        z = tl.load(Z + place, mask=inside, other=0.0).to(tl.float32)
+        sigma = 1.0 / (1.0 + tl.exp(-z))
+        slope = tl.where(j[None, :] < silu_columns, sigma * (1.0 + z * (1.0 - sigma)), 1.0)
+        dz = grad * slope
+        tl.store(GRAD + place, dz.to(GRAD.dtype.element_ty), mask=inside)
+        total += tl.sum(dz, 0)
+    tl.store(SUMS + tl.program_id(0).to(tl.int64) * columns + j, total, mask=j < columns)

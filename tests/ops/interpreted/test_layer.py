@@ -13,14 +13,10 @@ import hstu.ops.layer.triton as layer
 from hstu.ops.attention.triton.config import TileConfig
 from tests.ops.layer_cases import KEEP, LAYERS, LayerCase, build, results
 
-SMALL = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16, "GROUP": 2}
-
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "tile_config", lambda *_, **__: TileConfig(16, 16, 4, 1))
-    monkeypatch.setattr(layer, "PRODUCT", SMALL)
-    monkeypatch.setattr(layer, "PRODUCT_FLOAT32", SMALL)
     monkeypatch.setattr(layer, "PROGRAMS", 7)
 
 

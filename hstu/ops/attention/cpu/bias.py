@@ -7,13 +7,14 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from hstu.ops.attention.bias import RelativeBias, bucket_thresholds, query_times
-from hstu.ops.attention.cpu.plan import Chunk, Layout, Tile
+from hstu.ops.attention.bias import QueryTime, bucket_thresholds, query_times
+from hstu.ops.attention.cpu.plan import Chunk, Plan, Tile
 from hstu.ops.attention.cpu.scratch import scratch
-from hstu.ops.attention.mask import Mask
+from hstu.ops.attention.layout import Layout
+from hstu.ops.attention.mask import positions
 
 # A float32 difference is looked up by its exponent and two bits of mantissa. Thresholds are 1.35 times apart,
-# a cell spans 1.25 at most: it holds one threshold at most, and one comparison settles the bucket.
+# a cell spans 1.25 at most: it has one threshold at most, and one comparison settles the bucket.
 _CELL_SHIFT = 21
 _CELLS = 1 << (31 - _CELL_SHIFT)
 _LANES = 4  # neighbours count in different bins: adding to one bin over and over waits on its last addition
@@ -35,30 +36,30 @@ def _cell_tables(num_buckets: int) -> tuple[Tensor, Tensor]:
 
 @cache
 def _lanes(bits: int) -> Tensor:
-    """``2 * lane + 1``, the lanes in turns, ``[2 ** bits]`` int32."""
+    """``2 * lane + 1``, the lanes one after the other, ``[2 ** bits]`` int32."""
     return torch.arange(1 << bits, dtype=torch.int32).remainder_(_LANES).mul_(2).add_(1)
 
 
 class TimeIndex:
-    """Where each score finds its time bias: the same in every pass, kept for a bounded number of scores a token.
+    """Where each score finds its time bias: the same in all layers, kept for a bounded number of scores a token.
 
     Attributes:
         buckets: bucket of each index.
     """
 
-    def __init__(self, bias: RelativeBias, offsets: Tensor, mask: Mask, layout: Layout) -> None:
-        assert bias.time is not None and bias.timestamps is not None
-        thresholds, self.buckets = _cell_tables(bias.time.numel() - 1)
-        keys, readers = bias.timestamps, query_times(bias, offsets, mask.num_candidates)
-        if keys.numel() and int(keys.max()) - int(keys.min()) < 2**31:
-            first = keys.min()  # within a batch 31 bits nearly always do, at twice the speed of 63
-            keys, readers = (keys - first).int(), (readers - first).int()
+    def __init__(self, plan: Plan, keys: Layout, query_time: QueryTime, num_buckets: int) -> None:
+        assert keys.timestamps is not None
+        thresholds, self.buckets = _cell_tables(num_buckets)
+        times, asked = keys.timestamps, query_times(keys, query_time)
+        if times.numel() and int(times.max()) - int(times.min()) < 2**31:
+            first = times.min()  # within a batch 31 bits nearly always do, at twice the speed of 63
+            times, asked = (times - first).int(), (asked - first).int()
             thresholds = thresholds.clamp(max=2**31 - 1).int()
-        self._keys, self._readers = (x.index_select(0, layout.tokens) for x in (keys, readers))
-        self._thresholds = thresholds
+        self._plan, self._thresholds = plan, thresholds
+        self._of_rows, self._of_columns = asked[plan.query_tokens], times[plan.keys.tokens]
         self._kept: dict[Chunk, Tensor] = {}
         self._last: tuple[Chunk, Tensor] | None = None
-        self._room = KEPT_PER_TOKEN * keys.numel()
+        self._room = KEPT_PER_TOKEN * times.numel()
 
     def of(self, chunk: Chunk) -> Tensor:
         """``(cell * lanes + lane) * 2 + above threshold`` of each pair, int32 (int64 when times need it)."""
@@ -74,13 +75,11 @@ class TimeIndex:
 
     def _compute(self, chunk: Chunk) -> Tensor:
         shape = (chunk.pairs,)
-        seconds = scratch("seconds", shape, self._keys.dtype)
+        seconds = scratch("seconds", shape, self._of_rows.dtype)
         for tile in chunk.tiles:
-            group = tile.group
-            own = slice(group.first, group.first + group.size * group.n)
-            readers, keys = (x[own].view(group.size, group.n) for x in (self._readers, self._keys))
-            difference = seconds[tile.first : tile.last].view(tile.shape)
-            torch.sub(readers[:, tile.r0 : tile.r1, None], keys[:, None, tile.c0 : tile.c1], out=difference)
+            rows = self._plan.rows(self._of_rows, tile.group)[:, tile.r0 : tile.r1, None]
+            columns = self._plan.columns(self._of_columns, tile.group)[:, None, tile.c0 : tile.c1]
+            torch.sub(rows, columns, out=seconds[tile.first : tile.last].view(tile.shape))
         cell = scratch("cell", shape, torch.float32).copy_(seconds.abs_()).view(torch.int32)
         cell.bitwise_right_shift_(_CELL_SHIFT)
         threshold = torch.index_select(self._thresholds, 0, cell, out=scratch("threshold", shape, seconds.dtype))
@@ -90,29 +89,17 @@ class TimeIndex:
 
 
 class ScoreBias:
-    """What is added to the products of q and k, in ``dtype``: the relative bias, and where a row may not read a
+    """What is added to the products of q and k, in ``dtype``: the relative bias, and where a row may not attend to a
     column a great negative number, of which SiLU and its slope are exactly zero.
     """
 
     def __init__(
-        self,
-        layout: Layout,
-        mask: Mask,
-        position: Tensor | None,
-        time: Tensor | None,
-        times: TimeIndex | None,
-        dtype: torch.dtype,
+        self, plan: Plan, position: Tensor | None, time: Tensor | None, times: TimeIndex | None, dtype: torch.dtype
     ) -> None:
-        self._mask, self._times = mask, times
-        self._hidden = torch.finfo(dtype).min / 2
+        self._plan, self._times, self._dtype = plan, times, dtype
+        self._masked = torch.finfo(dtype).min / 2
         self._position = None if position is None else position.detach().to(dtype)
-        longest = layout.groups[0].n if layout.groups else 0
-        self._centre = longest if position is None else (position.numel() - 1) // 2
-        # By distance: the position table, and the mask of a causal model.
-        none = torch.zeros(2 * longest + 1, dtype=dtype)
-        self._distances = none if self._position is None else self._position.clone()
-        if mask.causal:
-            self._distances[self._centre + 1 :] = self._hidden
+        self._centre = 0 if position is None else (position.numel() - 1) // 2
         self.position_grad: Tensor | None = None
         self.time_grad: Tensor | None = None
         self._spread: Tensor | None = None
@@ -157,38 +144,47 @@ class ScoreBias:
 
     def _without_time(self, tile: Tile) -> Tensor | None:
         """Mask and position bias, ``[1, R, C]`` or ``[g, R, C]``; None when they add nothing."""
-        by_distance, clamped = tile.by_distance(self._mask), self._position is not None and tile.clamps
-        if by_distance and not clamped:
-            adds = self._position is not None or (self._mask.causal and tile.c1 > tile.r0 + 1)
-            return self._diagonals(self._distances, tile) if adds else None
-        seen = tile.visible(self._mask)
-        if self._position is None:
-            return torch.zeros(tile.shape, dtype=self._distances.dtype).masked_fill_(~seen, self._hidden)
-        if not clamped:
-            return self._diagonals(self._position, tile).masked_fill(~seen, self._hidden)
-        return self._position[self._position_index(tile)].masked_fill_(~seen, self._hidden)
+        hidden = self._plan.hidden(tile)
+        by_distance = tile.distance is not None and (hidden is None or hidden.pairs is None)
+        if by_distance and (hidden is not None or self._position is not None):
+            return self._diagonals(tile, None if hidden is None else hidden.distances)
+        if hidden is None and self._position is None:
+            return None
+        bias = None
+        if self._position is not None:
+            bias = self._position[self._position_index(tile)] if tile.distance is None else self._diagonals(tile)
+        if hidden is None:
+            return bias
+        assert hidden.pairs is not None
+        if bias is None:
+            bias = torch.zeros(hidden.pairs.shape, dtype=self._dtype)
+        return bias.masked_fill(hidden.pairs, self._masked)
 
-    def _diagonals(self, table: Tensor, tile: Tile) -> Tensor:
-        # Row r of a tile is the table from centre - r on: overlapping rows, taken from the last to the first.
+    def _diagonals(self, tile: Tile, hidden: Tensor | None = None) -> Tensor:
+        """Position bias of a tile, far below zero at the distances hidden."""
+        assert tile.distance is not None
         _, rows, columns = tile.shape
-        last = self._centre + tile.c0 - (tile.r1 - 1)
-        overlapping = table[last : last + rows + columns - 1].unfold(0, columns, 1)
-        return overlapping.index_select(0, torch.arange(rows - 1, -1, -1))[None]
+        last = self._centre + tile.distance
+        width = rows + columns - 1
+        table = torch.zeros(width, dtype=self._dtype) if self._position is None else self._position[last : last + width]
+        if hidden is not None:
+            table = table.masked_fill(hidden, self._masked)
+        # Row r of a tile is the table from centre - r on: overlapping rows, taken from the last to the first.
+        return table.unfold(0, columns, 1).index_select(0, torch.arange(rows - 1, -1, -1))[None]
 
     def _position_index(self, tile: Tile) -> Tensor:
-        history = tile.group.history[:, None]
-        rows = torch.arange(tile.r0, tile.r1).clamp(max=history)[:, :, None]
-        columns = torch.arange(tile.c0, tile.c1).clamp(max=history)[:, None, :]
+        history = tile.group.history[:, None, None]
+        rows, columns = (positions(place, history) for place in tile.places())
         return columns - rows + self._centre
 
     def _add_position_gradient(self, tile: Tile, per_sample: Tensor) -> None:
         assert self.position_grad is not None
-        if tile.clamps:
+        if tile.distance is None:
             index, weights = self._position_index(tile).view(-1), per_sample.reshape(-1)
             self.position_grad += torch.bincount(index, weights.double(), self.position_grad.numel())
             return
         _, rows, columns = tile.shape
-        last = self._centre + tile.c0 - (tile.r1 - 1)
+        last = self._centre + tile.distance
         # Written into a matrix one column wider than its row step, diagonals become columns.
         width = rows + columns - 1
         skewed = per_sample.new_zeros(rows * width + rows)

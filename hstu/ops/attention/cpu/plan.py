@@ -2,65 +2,78 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from hstu.ops.attention.cpu.scratch import scratch
-from hstu.ops.attention.mask import Mask, visible
+from hstu.ops.attention.cpu.padded import PaddedTokens
+from hstu.ops.attention.layout import Layout
+from hstu.ops.attention.mask import Mask
 
 TILE_ROWS = 100
+CELLS_OF_A_TILE = 4  # columns are left out a quarter of a tile at a time
+MOST_CELLS = 512  # of a sequence, so that planning takes time in proportion to the tokens
 CHUNK_SCORES = 768 * 1024  # scores of a chunk: a buffer of these in float32 is 3 MB
 PADDING = 0.6  # the shortest of a group against its longest
 SMALL_GROUP = 96 * 1024  # scores below which the calls cost more than padding does
+KEPT_PER_TOKEN = 256  # of a mask that no distance describes: bytes kept for the layers and the backward
 
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """``size`` sequences padded to the longest of them, ``n`` tokens.
+    """``size`` sequences padded to the longest of them, ``n`` queries and ``m`` keys each.
 
     Attributes:
-        first: place of the group in the padded tokens of all groups.
-        tokens: ``[g, n]`` row of each token in the batch; padding repeats the last token.
-        lengths: ``[g]``.
+        index: place among the groups.
+        first_row: place of its first query among the padded queries of all groups.
+        first_column: place of its first key among the padded keys.
+        num_queries: ``[g]``.
+        num_keys: ``[g]``.
+        start: ``[g]`` place of the first query in its sequence.
         context: ``[g]`` context tokens.
         history: ``[g]`` place of the first candidate.
+        shift: the start of every sequence, None where they differ.
+        has_candidates: whether any sequence has candidates.
+        min_history: the least of ``history``.
     """
 
-    first: int
+    index: int
     size: int
     n: int
-    tokens: Tensor
-    lengths: Tensor
+    m: int
+    first_row: int
+    first_column: int
+    num_queries: Tensor
+    num_keys: Tensor
+    start: Tensor
     context: Tensor
     history: Tensor
+    shift: int | None
     has_candidates: bool
-    max_context: int
     min_history: int
 
-    def blocks(self, mask: Mask, heads: int) -> Iterator[tuple[int, int, int, int]]:
-        """Rows and columns of tiles that hold every visible score; most of the invisible half is left out."""
-        count = -(-self.n // TILE_ROWS)
-        rows = -(-self.n // count)
-        for r0 in range(0, self.n, rows):
-            r1 = min(r0 + rows, self.n)
-            start, stop = self._columns(mask, r0, r1)
-            step = max(TILE_ROWS, CHUNK_SCORES // (self.size * heads * (r1 - r0)))
-            for c0 in range(start, stop, step):
-                yield r0, r1, c0, min(c0 + step, stop)
+    @property
+    def block(self) -> int:
+        """Rows of a tile."""
+        return _share(self.n)
 
-    def _columns(self, mask: Mask, r0: int, r1: int) -> tuple[int, int]:
-        sees_ahead = not mask.causal or (mask.context_full and r0 < self.max_context)
-        start = 0
-        if mask.max_attn_len is not None and self.max_context == 0 and mask.is_memory is None:
-            start = max(0, min(r0, self.min_history) - mask.max_attn_len)
-        return start, self.n if sees_ahead else r1
+    @property
+    def cell(self) -> int:
+        """Columns that are attended to, or left out, together."""
+        return self.m if self.m <= TILE_ROWS else max(_share(self.m) // CELLS_OF_A_TILE, -(-self.m // MOST_CELLS))
 
 
-@dataclass(frozen=True)
+def _share(length: int) -> int:
+    """Rows of each of as few tiles as ``TILE_ROWS`` allows; whole cells where there are several."""
+    if length <= TILE_ROWS:
+        return length
+    rows = -(-length // -(-length // TILE_ROWS))
+    return -(-rows // CELLS_OF_A_TILE) * CELLS_OF_A_TILE
+
+
+@dataclass(frozen=True, eq=False)
 class Tile:
     """Rows ``[r0, r1)`` and columns ``[c0, c1)`` of the scores of a group; ``pairs = g * R * C``.
 
@@ -86,37 +99,31 @@ class Tile:
         return self.first + size * rows * columns
 
     @property
-    def clamps(self) -> bool:
-        """Whether a row may be a candidate, whose position is not its place."""
-        return self.group.has_candidates and self.r1 > self.group.min_history
+    def distance(self) -> int | None:
+        """Distance of the last row to the first column, which tells those of all; None where samples differ."""
+        group = self.group
+        if group.shift is None or (group.has_candidates and group.shift + self.r1 > group.min_history):
+            return None  # a candidate's position is not its place
+        return self.c0 - (group.shift + self.r1 - 1)
 
-    def by_distance(self, mask: Mask) -> bool:
-        """Whether order alone decides who may read whom, so that all sequences share one mask."""
-        return (
-            mask.segments is None
-            and mask.max_attn_len is None
-            and not (mask.context_full and self.r0 < self.group.max_context)
-            and not (self.group.has_candidates and self.c1 > self.group.min_history)
-        )
+    def places(self) -> tuple[Tensor, Tensor]:
+        """Places of the rows, ``[g or 1, R, 1]``, and of the columns, ``[1, 1, C]``."""
+        rows, columns = torch.arange(self.r0, self.r1), torch.arange(self.c0, self.c1)
+        shift = self.group.start[:, None] if self.group.shift is None else self.group.shift
+        return (rows + shift).view(-1, len(rows), 1), columns.view(1, 1, -1)
 
-    def visible(self, mask: Mask) -> Tensor:
-        """``[g, R, C]`` bool."""
-        group, segments, memory = self.group, mask.segments, mask.is_memory
-        rows, columns = group.tokens[:, self.r0 : self.r1, None], group.tokens[:, None, self.c0 : self.c1]
-        return visible(
-            mask,
-            torch.arange(self.r0, self.r1)[None, :, None],
-            torch.arange(self.c0, self.c1)[None, None, :],
-            context=group.context[:, None, None],
-            history=group.history[:, None, None],
-            segments=None if segments is None else (segments[rows], segments[columns]),
-            memory=None if memory is None else (memory[rows], memory[columns]),
-        ).expand(self.shape)
+    def valid(self) -> Tensor | None:
+        """Where there is a query and a key, ``[g, R, C]``; None: everywhere."""
+        group = self.group
+        if bool((group.num_queries >= self.r1).all()) and bool((group.num_keys >= self.c1).all()):
+            return None
+        rows = torch.arange(self.r0, self.r1)[:, None] < group.num_queries[:, None, None]
+        return rows & (torch.arange(self.c0, self.c1) < group.num_keys[:, None, None])
 
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """Tiles whose scores are held at once, one tile after the other: what is elementwise is done in one go."""
+    """Tiles whose scores are in memory together, one after the other: what is elementwise is done in one go."""
 
     tiles: list[Tile]
 
@@ -126,63 +133,173 @@ class Chunk:
         return self.tiles[-1].last
 
 
-class Layout:
-    """All groups of a batch, their padded tokens one after the other: P rows ``[g, H, n]`` each.
+@dataclass(frozen=True, eq=False)
+class Hidden:
+    """Pairs of a tile that the mask hides: ``[g or 1, R, C]`` bool, or by distance, ``[R + C - 1]``, the least first.
 
-    Attributes:
-        groups: longest first; empty sequences belong to none.
-        chunks: of all tiles.
-        tokens: row of each token in the batch, ``[g, n]`` after ``[g, n]``; padding repeats the last token.
+    A pair of which one side is padding counts as either.
     """
 
-    def __init__(self, offsets: Tensor, mask: Mask, heads: int) -> None:
-        self.heads = heads
-        lengths, order = torch.sort(offsets.diff(), descending=True, stable=True)
-        sizes = _group_sizes([n for n in lengths.tolist() if n > 0], heads)
-        self.groups, self.tokens = _make_groups(sizes, lengths, order, offsets, mask)
-        self.chunks = _make_chunks(self.groups, mask, heads)
-        total = int(offsets[-1]) * heads
-        head = torch.arange(heads)[:, None]
-        rows = [torch.add(head, g.tokens[:, None, :], alpha=heads).view(-1) for g in self.groups]
-        self._rows = torch.cat(rows) if rows else torch.zeros(0, dtype=torch.int64)
-        self._padding: Tensor | None = None
-        own, places = self._rows, torch.arange(self._rows.numel())
-        if own.numel() > total:
-            holds = torch.cat([_holds(g).expand(g.size, heads, g.n).reshape(-1) for g in self.groups])
-            places, self._padding = holds.nonzero().view(-1), holds.logical_not_().nonzero().view(-1)
-            own = own.index_select(0, places)
-        self._inverse = torch.empty(total, dtype=torch.int64).index_copy_(0, own, places)
-
-    @property
-    def rows(self) -> int:
-        """P."""
-        return self._rows.numel()
-
-    def pad(self, name: str, x: Tensor) -> Tensor:
-        """Rows of ``x [T, H, d]`` as ``[P, d]`` in scratch memory, zero as padding: it adds to no sum over tokens."""
-        dense = scratch(name, (self.rows, x.shape[2]), x.dtype)
-        torch.index_select(x.reshape(x.shape[0] * x.shape[1], x.shape[2]), 0, self._rows, out=dense)
-        return dense if self._padding is None else dense.index_fill_(0, self._padding, 0.0)
-
-    def unpad(self, dense: Tensor, dtype: torch.dtype) -> Tensor:
-        """Inverse of :meth:`pad`: ``[T, H, d]`` in ``dtype``."""
-        rows = dense.index_select(0, self._inverse).to(dtype)
-        return rows.view(rows.shape[0] // self.heads, self.heads, rows.shape[1])
-
-    def split(self, dense: Tensor) -> dict[Group, Tensor]:
-        """Views ``[g * H, n, d]`` of the groups of ``dense [P, d]``."""
-        parts = dense.split([g.size * self.heads * g.n for g in self.groups])
-        return {g: part.view(-1, g.n, dense.shape[1]) for g, part in zip(self.groups, parts, strict=True)}
+    pairs: Tensor | None = None
+    distances: Tensor | None = None
 
 
-def _holds(group: Group) -> Tensor:
-    return (torch.arange(group.n) < group.lengths[:, None])[:, None, :]
+class Plan:
+    """What a batch needs, made once for all layers and their backward.
+
+    Attributes:
+        groups: longest first; sequences without queries belong to none.
+        chunks: of all tiles in which any query attends to any key.
+        queries: where the queries lie padded.
+        keys: likewise of the keys: the same object where they are the queries.
+        query_tokens: the padded queries as tokens of the keys' layout.
+    """
+
+    def __init__(self, layout: Layout, mask: Mask, heads: int, keys: Layout) -> None:
+        self.mask, self.heads = mask, heads
+        self._segments, self._memory = keys.segments, keys.is_memory
+        m, n = keys.lengths, layout.lengths
+        order = torch.argsort(m if keys is layout else m * (keys.longest + 1) + n, descending=True, stable=True)
+        order = order[n[order] > 0]
+        sizes = _group_sizes(n[order].tolist(), m[order].tolist(), heads)
+        self.groups = _make_groups(sizes, order, layout, keys)
+        self.keys = PaddedTokens([(g.size, g.m) for g in self.groups], keys.offsets[order], m[order], m.sum(), heads)
+        self.queries, self.query_tokens = self.keys, self.keys.tokens
+        if keys is not layout:
+            shapes = [(g.size, g.n) for g in self.groups]
+            self.queries = PaddedTokens(shapes, layout.offsets[order], n[order], n.sum(), heads)
+            ahead = (keys.offsets[1:] - layout.offsets[1:])[order]  # the queries are the last tokens of the keys
+            widths = torch.tensor([g.n for g in self.groups for _ in range(g.size)], dtype=torch.int64)
+            self.query_tokens = self.queries.tokens + torch.repeat_interleave(ahead, widths)
+        self.chunks = _make_chunks([(g, list(self._tiles(g))) for g in self.groups], heads)
+        self._hidden: dict[Tile, Hidden | None] = {}
+        self._room = KEPT_PER_TOKEN * int(m.sum())
+
+    def hidden(self, tile: Tile) -> Hidden | None:
+        """What the mask hides of a tile; None for nothing."""
+        if tile in self._hidden:
+            return self._hidden[tile]
+        visible = self._visible(tile)
+        hidden = _describe(visible, tile, None if len(visible) == 1 else tile.valid())
+        size = 0 if hidden is None or hidden.pairs is None else hidden.pairs.numel()
+        if size <= self._room:
+            self._room -= size
+            self._hidden[tile] = hidden
+        return hidden
+
+    def rows(self, values: Tensor, group: Group) -> Tensor:
+        """Entries of ``values``, one a padded query, of the queries of a group: ``[g, n]``."""
+        return values[group.first_row :][: group.size * group.n].view(group.size, group.n)
+
+    def columns(self, values: Tensor, group: Group) -> Tensor:
+        """Likewise of ``values``, one a padded key, of its keys: ``[g, m]``."""
+        return values[group.first_column :][: group.size * group.m].view(group.size, group.m)
+
+    def _visible(self, tile: Tile) -> Tensor:
+        """``[g, R, C]``, or ``[1, R, C]`` where all sequences are alike as far as the tile goes."""
+        group, (i, j) = tile.group, tile.places()
+        flags: list[tuple[Tensor, Tensor] | None] = [None, None]
+        for which, values in enumerate((self._segments, self._memory)):
+            if values is not None:
+                rows, columns = self.rows(self.query_tokens, group), self.columns(self.keys.tokens, group)
+                flags[which] = values[rows[:, tile.r0 : tile.r1, None]], values[columns[:, None, tile.c0 : tile.c1]]
+        # Beyond the tile it does not matter where context ends and candidates begin.
+        end = max(int(i.max()), int(j.max())) + 1
+        context = group.context.clamp(max=end)
+        history = torch.where(group.history < group.num_keys, group.history, end).clamp(max=end)
+        facts = torch.stack([group.start, context, history])
+        size = 1 if flags == [None, None] and bool((facts == facts[:, :1]).all()) else group.size
+        return self.mask.visible(
+            i[:size], j, context=context[:size, None, None], history=history[:size, None, None],
+            segments=flags[0], memory=flags[1],
+        )  # fmt: skip
+
+    def _tiles(self, group: Group) -> Iterator[tuple[int, int, int, int]]:
+        """Rows and columns of tiles that contain every visible score of a group."""
+        for block, cells in enumerate(self._reached(group)):
+            r0, r1 = block * group.block, min((block + 1) * group.block, group.n)
+            step = max(TILE_ROWS, CHUNK_SCORES // (group.size * self.heads * (r1 - r0)))
+            for start, stop in _runs(cells):
+                last = min(stop * group.cell, group.m)
+                for c0 in range(start * group.cell, last, step):
+                    yield r0, r1, c0, min(c0 + step, last)
+
+    def _reached(self, group: Group) -> list[list[bool]]:
+        """For each block of rows and cell of columns, whether any of its pairs may attend."""
+        blocks, cells = -(-group.n // group.block), -(-group.m // group.cell)
+        if blocks * cells == 1:
+            return [[True]]
+        r0, c0 = (torch.arange(blocks) * group.block)[:, None], torch.arange(cells) * group.cell
+        num_queries, num_keys, start, context, history = (
+            x[:, None, None] for x in (group.num_queries, group.num_keys, group.start, group.context, group.history)
+        )
+        r1, c1 = torch.minimum(r0 + group.block, num_queries) - 1, torch.minimum(c0 + group.cell, num_keys) - 1
+        segments, has_memory = None, torch.zeros((), dtype=torch.bool)
+        rows, columns = self.rows(self.query_tokens, group), self.columns(self.keys.tokens, group)
+        if self._segments is not None:
+            low, high = _extremes(self._segments[rows], group.block)
+            least, greatest = _extremes(self._segments[columns], group.cell)
+            segments = (low[:, :, None], high[:, :, None]), (least[:, None], greatest[:, None])
+        if self._memory is not None:
+            of_rows, of_columns = self._memory[rows], self._memory[columns]
+            has_memory = _extremes(of_rows, group.block)[1][:, :, None] | _extremes(of_columns, group.cell)[1][:, None]
+        reach = self.mask.reachable(
+            (start + r0, start + r1), (c0, c1), context=context, history=history,
+            segments=segments, has_memory=has_memory,
+        )  # fmt: skip
+        reached: list[list[bool]] = (reach & (r1 >= r0) & (c1 >= c0)).any(0).tolist()
+        return reached
 
 
-def _make_chunks(groups: list[Group], mask: Mask, heads: int) -> list[Chunk]:
+def _extremes(values: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Least and greatest of each ``width`` of ``values [g, n]``, the last of which stands for what is missing."""
+    missing = values[:, -1:].expand(-1, -values.shape[1] % width)
+    least, greatest = torch.cat([values, missing], 1).unflatten(1, (-1, width)).aminmax(dim=2)
+    return least, greatest
+
+
+def _runs(cells: list[bool]) -> Iterator[tuple[int, int]]:
+    """First and after the last of neighbours that are True."""
+    start = None
+    for place, here in enumerate([*cells, False]):
+        if here and start is None:
+            start = place
+        elif not here and start is not None:
+            yield start, place
+            start = None
+
+
+def _describe(visible: Tensor, tile: Tile, valid: Tensor | None) -> Hidden | None:
+    """Put what is hidden in the shortest form; ``valid`` is False at padding."""
+    hidden = ~visible if valid is None else valid & ~visible
+    if not bool(hidden.any()):
+        return None
+    hidden_by_all, seen = hidden.any(0), (visible if valid is None else valid & visible).any(0)
+    _, rows, columns = tile.shape
+    hidden_by_all, seen = hidden_by_all.expand(rows, columns), seen.expand(rows, columns)
+    if tile.distance is not None:
+        distances, seen_at = _any_by_distance(hidden_by_all), _any_by_distance(seen)
+        if not bool((distances & seen_at).any()):
+            return Hidden(distances=distances)
+    if not bool((hidden_by_all & seen).any()):
+        return Hidden(pairs=hidden_by_all[None])
+    return Hidden(pairs=hidden)
+
+
+def _any_by_distance(pairs: Tensor) -> Tensor:
+    """Whether any pair is true at each distance of a row ``[R, C]`` to a column, from the least on: ``[R + C - 1]``."""
+    rows, columns = pairs.shape
+    width = rows + columns - 1
+    # Written into a matrix one column wider than its row step, diagonals become columns.
+    skewed = pairs.new_zeros(rows * width + rows)
+    skewed.as_strided((rows, columns), (width - 1, 1), rows - 1).copy_(pairs)
+    return skewed[: rows * width].view(rows, width).any(0)
+
+
+def _make_chunks(groups: list[tuple[Group, list[tuple[int, int, int, int]]]], heads: int) -> list[Chunk]:
     chunks: list[Chunk] = []
-    for group in groups:
-        for place in group.blocks(mask, heads):
+    for group, places in groups:
+        for place in places:
             tile = Tile(group, chunks[-1].pairs if chunks else 0, *place)
             if not chunks or tile.last * heads > CHUNK_SCORES:
                 chunks.append(Chunk([Tile(group, 0, *place)]))
@@ -191,52 +308,50 @@ def _make_chunks(groups: list[Group], mask: Mask, heads: int) -> list[Chunk]:
     return chunks
 
 
-def _group_sizes(lengths: list[int], heads: int) -> list[int]:
+def _group_sizes(queries: list[int], keys: list[int], heads: int) -> list[int]:
     """How many sequences to pad to one length, from the longest on."""
     sizes: list[int] = []
     first = 0
-    while first < len(lengths):
-        last, n = first + 1, lengths[first]
-        matrix = heads * n * min(n, TILE_ROWS)
-        while last < len(lengths) and (last + 1 - first) * matrix <= CHUNK_SCORES:
-            if lengths[last] < PADDING * n and (last - first) * matrix >= SMALL_GROUP:
+    while first < len(keys):
+        last, n, m = first + 1, queries[first], keys[first]
+        while last < len(keys):
+            widest, size = max(n, queries[last]), last - first
+            matrix = heads * m * min(widest, TILE_ROWS)
+            alike = keys[last] >= PADDING * m and min(n, queries[last]) >= PADDING * widest
+            if (size + 1) * matrix > CHUNK_SCORES or not (alike or size * matrix < SMALL_GROUP):
                 break
-            last += 1
+            last, n = last + 1, widest
         sizes.append(last - first)
         first = last
     return sizes
 
 
-def _make_groups(
-    sizes: list[int], lengths: Tensor, order: Tensor, offsets: Tensor, mask: Mask
-) -> tuple[list[Group], Tensor]:
-    """The groups, and the tokens of all of them; ``lengths`` come in the order of the groups."""
-    starts = offsets[order, None]
-    zeros = torch.zeros_like(lengths)
-    contexts = zeros if mask.num_context is None else mask.num_context[order]
-    candidates = zeros if mask.num_candidates is None else mask.num_candidates[order]
-    longest = lengths[[sum(sizes[:i]) for i in range(len(sizes))]].tolist()
-    tokens = torch.empty(sum(map(operator.mul, sizes, longest)), dtype=torch.int64)
+def _make_groups(sizes: list[int], order: Tensor, layout: Layout, keys: Layout) -> list[Group]:
+    """The groups of the sequences ``order``."""
     groups: list[Group] = []
-    place = first = 0
-    for size, n in zip(sizes, longest, strict=True):
-        own = slice(first, first + size)
-        group_tokens = tokens[place : place + size * n].view(size, n)
-        torch.minimum(torch.arange(n), lengths[own, None] - 1, out=group_tokens).add_(starts[own])
-        history = lengths[own] - candidates[own]
+    numbers = torch.stack([layout.lengths, keys.lengths, keys.lengths - layout.lengths, keys.context, keys.history])
+    first_row = first_column = 0
+    for index, own in enumerate(numbers[:, order].split(sizes, 1)):
+        num_queries, num_keys, start, context, history = own
+        size, n, m = own.shape[1], int(num_queries.max()), int(num_keys[0])
+        shift = 0 if keys is layout else int(start[0])
         groups.append(
             Group(
-                first=place,
+                index=index,
                 size=size,
                 n=n,
-                tokens=group_tokens,
-                lengths=lengths[own],
-                context=contexts[own],
+                m=m,
+                first_row=first_row,
+                first_column=first_column,
+                num_queries=num_queries,
+                num_keys=num_keys,
+                start=start,
+                context=context,
                 history=history,
-                has_candidates=mask.num_candidates is not None and bool(candidates[own].any()),
-                max_context=0 if mask.num_context is None else int(contexts[own].max()),
+                shift=shift if keys is layout or bool((start == shift).all()) else None,
+                has_candidates=keys.num_candidates is not None and bool((history < num_keys).any()),
                 min_history=int(history.min()),
             )
         )
-        place, first = place + size * n, first + size
-    return groups, tokens
+        first_row, first_column = first_row + size * n, first_column + size * m
+    return groups

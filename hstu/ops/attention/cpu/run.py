@@ -14,46 +14,58 @@ from torch.autograd.function import once_differentiable
 
 from hstu.ops.attention.bias import RelativeBias
 from hstu.ops.attention.cpu.bias import ScoreBias, TimeIndex
-from hstu.ops.attention.cpu.plan import Chunk, Group, Layout, Tile
+from hstu.ops.attention.cpu.padded import PaddedTokens
+from hstu.ops.attention.cpu.plan import Chunk, Plan, Tile
 from hstu.ops.attention.cpu.scratch import scratch
+from hstu.ops.attention.layout import Layout
 from hstu.ops.attention.mask import Mask
 
 aten = torch.ops.aten
-Padded = dict[Group, Tensor]  # ``[g * H, n, d]`` of each group
+Padded = list[Tensor]  # ``[g * H, n, d]`` of each group
 
 
 def hstu_attention_cpu(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    offsets: Tensor,
+    layout: Layout,
+    mask: Mask,
     *,
     scaling_seqlen: float,
     alpha: float,
-    mask: Mask,
-    bias: RelativeBias | None,
+    bias: RelativeBias,
+    keys: Layout,
 ) -> Tensor:
     """Same as :func:`hstu.ops.attention.reference.hstu_attention_reference`."""
-    attention = CpuAttention(offsets, q.shape[1], scaling_seqlen, alpha, mask, bias)
-    position, time = (None, None) if bias is None else (bias.position, bias.time)
-    return _CpuAttention.apply(q, k, v, position, time, attention)
+    attention = CpuAttention(
+        layout, mask, heads=q.shape[1], scaling_seqlen=scaling_seqlen, alpha=alpha, bias=bias, keys=keys
+    )
+    return _CpuAttention.apply(q, k, v, bias.position, bias.time, attention)
 
 
 class CpuAttention:
-    """Forward and backward for one batch: how it is cut into tiles is worked out once for both."""
+    """Forward and backward for one batch: how it is cut into tiles is kept on the layout, for all layers."""
 
     def __init__(
         self,
-        offsets: Tensor,
+        layout: Layout,
+        mask: Mask,
+        *,
         heads: int,
         scaling_seqlen: float,
         alpha: float,
-        mask: Mask,
-        bias: RelativeBias | None,
+        bias: RelativeBias,
+        keys: Layout,
     ) -> None:
-        self.layout = Layout(offsets, mask, heads)
-        self.times = None if bias is None or bias.time is None else TimeIndex(bias, offsets, mask, self.layout)
-        self.mask, self.alpha, self.scale = mask, alpha, 1.0 / scaling_seqlen
+        # Nothing that is kept on a layout refers to it: its memory goes with the batch, not with the next collection.
+        case = (mask, heads, None if keys is layout else keys)
+        plan = layout.keep(("cpu", *case), lambda: Plan(layout, mask, heads, keys))
+        self.times: TimeIndex | None = None
+        if bias.time is not None:
+            buckets, which = bias.time.numel() - 1, bias.query_time
+            kept = ("cpu times", *case, buckets, which)
+            self.times = layout.keep(kept, lambda: TimeIndex(plan, keys, which, buckets))
+        self.plan, self.alpha, self.scale = plan, alpha, 1.0 / scaling_seqlen
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, position: Tensor | None, time: Tensor | None) -> Tensor:
         """Return the output ``[T, H, d_v]``."""
@@ -99,37 +111,43 @@ class _Pass:
     """One forward or backward pass, chunk by chunk."""
 
     def __init__(self, call: CpuAttention, dtype: torch.dtype, position: Tensor | None, time: Tensor | None) -> None:
-        self.call, self.layout, self.dtype = call, call.layout, dtype
+        self.call, self.plan, self.dtype = call, call.plan, dtype
         # Scores take the wider type of q and the tables; sums of low-precision products are kept in float32.
         self.score_dtype = dtype
         for table in (position, time):
             if table is not None:
                 self.score_dtype = torch.promote_types(self.score_dtype, table.dtype)
         self.sum_dtype = torch.promote_types(dtype, torch.float32)
-        self.bias = ScoreBias(self.layout, call.mask, position, time, call.times, self.score_dtype)
+        self.bias = ScoreBias(self.plan, position, time, call.times, self.score_dtype)
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """Return the output ``[T, H, d_v]`` of q, k and v."""
-        q, k, v = map(self.pad, ("q", "k", "v"), inputs)
-        out, sums = self.zeros("out", inputs[2])
-        for chunk in self.layout.chunks:
+        queries, keys = self.plan.queries, self.plan.keys
+        q, k, v = map(self.pad, ("q", "k", "v"), (queries, keys, keys), inputs)
+        out, sums = self.zeros("out", queries, inputs[2])
+        for chunk in self.plan.chunks:
             scores = self.scores(q, k, chunk)
             weights = self.lowered(aten.silu.out(scores, out=scores))
             for tile, own in zip(chunk.tiles, self.split(weights, chunk), strict=True):
                 self.add_product(sums, tile, rows, own, columns(v, tile), self.call.scale)
-        return self.layout.unpad(out, self.dtype)
+        return queries.unpad(out, self.dtype)
 
     def backward(self, inputs: tuple[Tensor, ...], needs: tuple[bool, bool], need_bias: bool) -> list[Tensor | None]:
         """Gradients of q, k and v from these and the output's; those of the tables gather in ``self.bias``.
 
         ``needs``: of q and k, of v.
         """
-        padded = list(map(self.pad, ("q", "k", "v", "do"), inputs))
-        wanted = zip(("dq", "dk", "dv"), inputs[:3], (needs[0], needs[0], needs[1]), strict=True)
-        grads = [self.zeros(name, x) if need else (None, None) for name, x, need in wanted]
-        for chunk in self.layout.chunks:
+        queries, keys = self.plan.queries, self.plan.keys
+        sides = queries, keys, keys
+        padded = list(map(self.pad, ("q", "k", "v", "do"), (*sides, queries), inputs))
+        wanted = zip(("dq", "dk", "dv"), sides, inputs[:3], (needs[0], needs[0], needs[1]), strict=True)
+        grads = [self.zeros(name, side, x) if need else (None, None) for name, side, x, need in wanted]
+        for chunk in self.plan.chunks:
             self._chunk_backward(chunk, padded, [views for _, views in grads], need_bias)
-        return [None if dense is None else self.layout.unpad(dense, self.dtype) for dense, _ in grads]
+        return [
+            None if dense is None else side.unpad(dense, self.dtype)
+            for side, (dense, _) in zip(sides, grads, strict=True)
+        ]
 
     def _chunk_backward(self, chunk: Chunk, inputs: list[Padded], sums: list[Padded | None], need_bias: bool) -> None:
         (q, k, v, do), (dq, dk, dv) = inputs, sums
@@ -145,7 +163,7 @@ class _Pass:
             product(rows(do, tile), columns(v, tile).transpose(1, 2), self.call.scale, own)
         d_scores = aten.silu_backward.grad_input(d_weights.to(scores.dtype), scores, grad_input=scores)
         if need_bias:
-            shaped = [x.unflatten(0, (-1, self.layout.heads)) for x in self.split(d_scores, chunk)]
+            shaped = [x.unflatten(0, (-1, self.plan.heads)) for x in self.split(d_scores, chunk)]
             self.bias.add_gradient(chunk, shaped)
         if dq is not None and dk is not None:
             for tile, own in zip(chunk.tiles, self.split(self.lowered(d_scores), chunk), strict=True):
@@ -154,17 +172,17 @@ class _Pass:
 
     def scores(self, q: Padded, k: Padded, chunk: Chunk) -> Tensor:
         """``alpha <q, k> + r`` of a chunk, flat, in the score dtype; far below zero where hidden."""
-        scores = scratch("scores", (chunk.pairs * self.layout.heads,), self.score_dtype)
+        scores = scratch("scores", (chunk.pairs * self.plan.heads,), self.score_dtype)
         for tile, own, bias in zip(chunk.tiles, self.split(scores, chunk), self.bias.of(chunk), strict=True):
             a, b = rows(q, tile), columns(k, tile).transpose(1, 2)
             if self.score_dtype != self.dtype:
                 own.copy_(product(a, b, self.call.alpha, scratch("part", own.shape, self.dtype)))
                 if bias is not None:
-                    own.unflatten(0, (-1, self.layout.heads)).add_(bias)
+                    own.unflatten(0, (-1, self.plan.heads)).add_(bias)
             elif bias is None:
                 product(a, b, self.call.alpha, own)
             else:
-                own.unflatten(0, (-1, self.layout.heads)).copy_(bias)
+                own.unflatten(0, (-1, self.plan.heads)).copy_(bias)
                 torch.baddbmm(own, a, b, alpha=self.call.alpha, out=own)
         return scores
 
@@ -180,7 +198,7 @@ class _Pass:
 
     def split(self, flat: Tensor, chunk: Chunk) -> list[Tensor]:
         """Views ``[g * H, R, C]`` of the tiles."""
-        heads = self.layout.heads
+        heads = self.plan.heads
         shapes = [(tile, (tile.shape[0] * heads, *tile.shape[1:])) for tile in chunk.tiles]
         return [flat[tile.first * heads : tile.last * heads].view(shape) for tile, shape in shapes]
 
@@ -190,23 +208,23 @@ class _Pass:
             return scores
         return scratch("low", scores.shape, self.dtype).copy_(scores)
 
-    def pad(self, name: str, x: Tensor) -> Padded:
-        return self.layout.split(self.layout.pad(name, x))
+    def pad(self, name: str, side: PaddedTokens, x: Tensor) -> Padded:
+        return side.split(side.pad(name, x))
 
-    def zeros(self, name: str, like: Tensor) -> tuple[Tensor, Padded]:
+    def zeros(self, name: str, side: PaddedTokens, like: Tensor) -> tuple[Tensor, Padded]:
         """Sums for the padded rows of ``like``: all of them, and by group."""
-        dense = scratch(name, (self.layout.rows, like.shape[2]), self.sum_dtype).zero_()
-        return dense, self.layout.split(dense)
+        dense = scratch(name, (side.size, like.shape[2]), self.sum_dtype).zero_()
+        return dense, side.split(dense)
 
 
 def rows(padded: Padded, tile: Tile) -> Tensor:
     """What the rows of a tile stand for, ``[g * H, R, d]``."""
-    return padded[tile.group][:, tile.r0 : tile.r1]
+    return padded[tile.group.index][:, tile.r0 : tile.r1]
 
 
 def columns(padded: Padded, tile: Tile) -> Tensor:
     """What the columns of a tile stand for, ``[g * H, C, d]``."""
-    return padded[tile.group][:, tile.c0 : tile.c1]
+    return padded[tile.group.index][:, tile.c0 : tile.c1]
 
 
 def product(a: Tensor, b: Tensor, factor: float, out: Tensor) -> Tensor:

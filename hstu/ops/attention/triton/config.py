@@ -1,13 +1,21 @@
-"""Tile sizes of the attention kernels, by head width and device."""
+"""Tile sizes of the attention kernels, by head width and device: read from ``tiles.json``.
+
+``benchmarks/tune_attention.py`` measures and writes that file.
+"""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Literal
 
-from hstu.ops.attention.triton import tiles
+import torch
+import triton
 
-Kernel = Literal["forward", "backward_columns", "backward_rows"]
+Kernel = Literal["forward", "columns", "rows"]
+TABLE = Path(__file__).with_name("tiles.json")
 
 
 @dataclass(frozen=True)
@@ -19,46 +27,15 @@ class TileConfig:
         columns: columns of a tile.
         warps: that work on it.
         stages: of the pipeline of loads.
-        atomic_dq: whether the backward by columns also adds to dq; if not, the backward by rows does that.
+        split: whether dk and dv are written by two launches, for a product more: both sums of wide heads do not fit
+            the registers.
     """
 
     rows: int
     columns: int
     warps: int
     stages: int
-    atomic_dq: bool = True
-
-
-# Said outright, the limit keeps the compiler from spilling to a smaller number that it believes to suit the device.
-MAX_REGISTERS = 255
-# (rows, columns, warps, stages) by kernel and padded head width, the least width standing for all below. Found by
-# compiling: the largest tiles without a spilled register.
-Table = dict[Kernel, dict[int, tuple[int, int, int, int]]]
-HOPPER_PLAIN: Table = {
-    "forward": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (128, 32, 8, 2)},
-    "backward_columns": {64: (64, 128, 8, 2), 128: (32, 128, 8, 1), 256: (32, 32, 8, 1)},
-    "backward_rows": {64: (128, 64, 8, 2), 128: (128, 64, 8, 1), 256: (32, 16, 8, 1)},
-}
-HOPPER_RICH: Table = {
-    "forward": {64: (128, 32, 8, 2), 128: (128, 32, 8, 2), 256: (64, 16, 8, 2)},
-    "backward_columns": {64: (32, 64, 8, 1), 128: (16, 32, 8, 1), 256: (32, 16, 8, 1)},
-    "backward_rows": {32: (64, 32, 8, 2), 64: (64, 64, 8, 2), 128: (32, 32, 8, 1), 256: (16, 32, 8, 1)},
-}
-AMPERE_PLAIN: Table = {
-    "forward": {64: (128, 64, 8, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 2)},
-    "backward_columns": {32: (64, 128, 8, 2), 64: (32, 128, 8, 2), 128: (32, 64, 8, 1), 256: (32, 32, 8, 1)},
-    "backward_rows": {64: (128, 64, 8, 2), 128: (64, 64, 8, 2), 256: (32, 16, 8, 1)},
-}
-AMPERE_RICH: Table = {
-    "forward": {32: (128, 32, 8, 2), 64: (64, 32, 8, 2), 128: (32, 32, 8, 2), 256: (64, 16, 8, 2)},
-    "backward_columns": {32: (32, 64, 8, 1), 64: (32, 32, 8, 1), 128: (32, 32, 8, 1), 256: (32, 16, 8, 1)},
-    "backward_rows": {64: (64, 32, 8, 2), 128: (32, 32, 8, 1), 256: (32, 32, 8, 1)},
-}
-FLOAT32: Table = {
-    "forward": {64: (32, 32, 4, 1), 128: (16, 16, 4, 1), 256: (16, 16, 8, 1)},
-    "backward_columns": {64: (16, 16, 4, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
-    "backward_rows": {64: (32, 32, 4, 1), 128: (16, 16, 4, 1), 256: (16, 16, 8, 1)},
-}
+    split: bool = False
 
 
 def padded_width(width: int) -> int:
@@ -66,27 +43,43 @@ def padded_width(width: int) -> int:
     return max(16, 1 << (width - 1).bit_length())
 
 
-def is_rich(flags: int) -> bool:
-    """Whether the options need many registers: the bias, segments, windows."""
-    plain = tiles.CAUSAL.value | tiles.CONTEXT.value | tiles.CONTEXT_FULL.value | tiles.CANDIDATES.value
-    return bool(flags & ~plain)
+@cache
+def _table() -> dict[str, dict[str, dict[str, dict[str, list[int]]]]]:
+    tiles: dict[str, dict[str, dict[str, dict[str, list[int]]]]] = json.loads(TABLE.read_text())["tiles"]
+    return tiles
 
 
-def tile_config(kernel: Kernel, width: int, element_size: int, *, uneven: bool, rich: bool, hopper: bool) -> TileConfig:
-    """Default tiles of a kernel.
+@cache
+def tile_config(kernel: Kernel, device: str, width: int, *, biased: bool, longest: int) -> TileConfig:
+    """Tiles of a kernel.
 
     Args:
         kernel: its name.
+        device: ``"sm80"``, ``"sm90"``, or ``"float32"`` for that dtype on any device.
         width: the larger padded head width.
-        element_size: bytes of an element of q.
-        uneven: whether a head is narrower than its padding: masked loads need registers.
-        rich: see :func:`is_rich`.
-        hopper: compute capability 9.0 or later.
+        biased: whether there is a relative bias.
+        longest: tokens of the longest sequence, a power of two: no tile is more than twice as long.
     """
-    plain, full = (HOPPER_PLAIN, HOPPER_RICH) if hopper else (AMPERE_PLAIN, AMPERE_RICH)
-    sizes = (FLOAT32 if element_size == 4 else full if rich or uneven else plain)[kernel]
-    # Three accumulators of 256 columns do not fit the registers: wide heads get dq from the kernel by rows.
-    atomic_dq = width < 256
-    if rich and uneven:
-        width = max(width, 128)
-    return TileConfig(*sizes[max(width, min(sizes))], atomic_dq=atomic_dq)
+    kinds = _table()[device][kernel]
+    sizes = kinds.get("bias" if biased else "plain", kinds["plain"])
+    rows, columns, warps, stages, *split = sizes[str(max(width, min(map(int, sizes))))]
+    rows, columns = (max(min(size, 64), min(size, longest)) for size in (rows, columns))
+    return TileConfig(rows, columns, min(warps, max(4, rows * columns // 512)), stages, bool(split))
+
+
+def capability(device: torch.device) -> int:
+    """Compute capability, times ten, of what runs kernels on tensors of this device; 0: nothing does."""
+    if device.type == "cuda":
+        return _capability(device)
+    return 90 if triton.knobs.runtime.interpret else 0
+
+
+@cache
+def _capability(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def device_kind(device: torch.device, dtype: torch.dtype) -> str:
+    """Which part of the table is for tensors of this dtype on this device."""
+    return "float32" if dtype == torch.float32 else "sm90" if capability(device) >= 90 else "sm80"

@@ -1,286 +1,160 @@
-"""HSTU attention by Triton kernels: launches, and the gradient of both bias tables with the rest.
-
-No scores and no bias are ever stored. Nothing here waits for the device.
-"""
+"""One kernel on operands of certain shapes: its tiles, descriptors, strides, and the chunks that it runs in."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from hstu.ops.attention.bias import RelativeBias, bucket_thresholds, query_times
-from hstu.ops.attention.mask import Mask
-from hstu.ops.attention.triton import tiles
-from hstu.ops.attention.triton.backward import attention_backward_columns, attention_backward_rows
-from hstu.ops.attention.triton.config import MAX_REGISTERS, Kernel, TileConfig, is_rich, padded_width, tile_config
-from hstu.ops.attention.triton.forward import attention_forward
-from hstu.ops.checks import values_readable
+from hstu.ops.attention.bias import QueryTime, bucket_thresholds
+from hstu.ops.attention.triton import config
+from hstu.ops.attention.triton.bias import reduce_bias, write_bias
+from hstu.ops.attention.triton.config import Kernel, TileConfig, device_kind, padded_width, tile_config
+from hstu.ops.attention.triton.plan import Batch
+from hstu.ops.attention.triton.structs import Bias, Call, Chunk, Config, Gradients, Operands, Rows
 
+Tables = tuple[Tensor | None, Tensor | None]  # position and time
+Inputs = tuple[Tensor, Tensor, Tensor]  # q, k and v
+
+CHUNK_BYTES = 1 << 30  # of the relative bias and of the scores' gradients, stored at once
+TILES_EACH = 4  # that a program of the passes over the bias does
 _INT32_MAX = 2**31 - 1
 
 
-def hstu_attention_triton(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    offsets: Tensor,
-    *,
-    max_seqlen: int,
-    scaling_seqlen: float,
-    alpha: float,
-    mask: Mask,
-    bias: RelativeBias | None,
-) -> Tensor:
-    """Same as :func:`hstu.ops.attention.reference.hstu_attention_reference`, for float32, bfloat16, float16.
+class Launch:
+    """One kernel, for operands of these shapes.
 
-    The times of one sample must span less than 68 years. The backward is deterministic, for two products
-    more, when ``torch.use_deterministic_algorithms`` is on.
+    Args:
+        name: of the kernel.
+        batch: what it attends in.
+        inputs: q, k and v.
+        query_time: of a time bias.
+        tables: position and time, or None.
     """
-    if q.dtype == torch.float64:
-        raise ValueError("the Triton kernels do not do float64: use backend='reference'")
-    if q.device.type == "cpu" and not triton.knobs.runtime.interpret:
-        raise ValueError("backend 'triton' needs a GPU, q is on the CPU: use backend='auto'")
-    bias = RelativeBias() if bias is None else bias
-    call = AttentionCall.prepare(q, v, offsets, max_seqlen, scaling_seqlen, alpha, mask, bias)
-    return _TritonAttention.apply(q, k, v, bias.position, bias.time, call)
-
-
-@dataclass(frozen=True)
-class AttentionCall:
-    """What the kernels need besides q, k, v and the tables."""
-
-    flags: int
-    samples: int
-    max_seqlen: int
-    precision: str
-    fast: bool
-    arguments: dict[str, Any]
 
     @classmethod
-    def prepare(
-        cls,
-        q: Tensor,
-        v: Tensor,
-        offsets: Tensor,
-        max_seqlen: int,
-        scaling_seqlen: float,
-        alpha: float,
-        mask: Mask,
-        bias: RelativeBias,
-    ) -> AttentionCall:
-        """Collect the kernels' common arguments."""
-        absent = offsets  # stands for tensors that the compiled kernel never reads
-        num_buckets = 0 if bias.time is None else bias.time.numel() - 1
-        keys = readers = thresholds = absent
-        if bias.time is not None:
-            assert bias.timestamps is not None
-            keys, readers = bias.timestamps, query_times(bias, offsets, mask.num_candidates)
-            thresholds = _thresholds(num_buckets, q.device)
-            _check_span(keys)
-        arguments = {
-            "OFFSETS": offsets,
-            "ORDER": torch.argsort(offsets.diff(), descending=True),
-            "NUM_CONTEXT": absent if mask.num_context is None else mask.num_context,
-            "NUM_CANDIDATES": absent if mask.num_candidates is None else mask.num_candidates,
-            "SEGMENT": absent if mask.segments is None else mask.segments,
-            "IS_MEMORY": absent if mask.is_memory is None else mask.is_memory.view(torch.uint8),
-            "READERS": readers.contiguous(),
-            "KEYS": keys.contiguous(),
-            "THRESHOLDS": thresholds,
-            "heads": q.shape[1],
-            "alpha": alpha,
-            "scale": 1.0 / scaling_seqlen,
-            "window": mask.max_attn_len or 0,
-            "group_size": mask.candidate_group_size,
-            "centre": 0 if bias.position is None else (bias.position.numel() - 1) // 2,
-            "num_buckets": num_buckets,
-        }
-        return cls(
-            flags=option_flags(mask, bias),
-            samples=offsets.numel() - 1,
-            max_seqlen=max_seqlen,
-            precision="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
-            fast=q.dtype == torch.bfloat16 and not triton.knobs.runtime.interpret,
-            arguments=arguments,
-        )
+    def of(cls, name: Kernel, batch: Batch, inputs: Inputs, query_time: QueryTime, tables: Tables) -> Launch:
+        """Return that for operands like these, made once a batch for all layers."""
+        q, k, v = inputs
+        key = (
+            name, q.dtype, q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(),
+            (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16, tables[0] is None, tables[1] is None, query_time,
+        )  # fmt: skip
+        found: Launch | None = batch.launches.get(key)
+        if found is None:
+            found = batch.launches[key] = cls(name, batch, inputs, query_time, tables)
+        return found
 
-    def config(self, name: Kernel, q: Tensor, v: Tensor) -> TileConfig:
-        """Tiles of a kernel for these head widths."""
-        widths = q.shape[2], v.shape[2]
-        return tile_config(
+    def __init__(self, name: Kernel, batch: Batch, inputs: Inputs, query_time: QueryTime, tables: Tables) -> None:
+        q, k, v = inputs
+        self.batch, self.heads, self.dtype = batch, q.shape[1], q.dtype
+        self.by_rows, self.biased = name != "columns", tables[0] is not None or tables[1] is not None
+        padded = padded_width(q.shape[2]), padded_width(v.shape[2])
+        self.tile: TileConfig = tile_config(
             name,
-            padded_width(max(widths)),
-            q.element_size(),
-            uneven=any(width != padded_width(width) for width in widths),
-            rich=is_rich(self.flags),
-            hopper=_is_hopper(q.device),
+            device_kind(q.device, q.dtype),
+            max(padded),
+            biased=self.biased,
+            longest=padded_width(batch.keys.longest or 1),
         )
+        self.plan, self.number = batch.plan(self.tile.rows, self.tile.columns, by_rows=self.by_rows)
+        self.tokens = batch.tokens if tables[1] is None else batch.timed(query_time)
+        self.described = describable(q, padded[0]) and describable(k, padded[0]) and describable(v, padded[1])
+        values = (
+            batch.flags, q.shape[2], v.shape[2], *padded, self.tile.rows, self.tile.columns,
+            q.shape[1] // k.shape[1], self.described, q.dtype == torch.bfloat16 and not triton.knobs.runtime.interpret,
+            "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+        )  # fmt: skip
+        # A program by columns sums over the query heads that share its keys.
+        self.programs = self.heads if self.by_rows else k.shape[1]
+        self.configs = [Config(*map(tl.constexpr, (*values, *parts))) for parts in self.parts]
 
-    def launch(self, kernel: Any, name: Kernel, q: Tensor, v: Tensor, **tensors: Any) -> None:
-        """Run a kernel over all blocks of all samples and heads."""
-        dqk, dv = padded_width(q.shape[2]), padded_width(v.shape[2])
-        config = self.config(name, q, v)
-        block = config.columns if name == "backward_columns" else config.rows
-        blocks = triton.cdiv(self.max_seqlen, block)
-        kernel[(blocks * self.samples * q.shape[1],)](
-            **self.arguments,
-            **tensors,
-            blocks=blocks,
-            FLAGS=self.flags,
-            DQK=q.shape[2],
-            DV=v.shape[2],
-            BLOCK_DQK=dqk,
-            BLOCK_DV=dv,
-            BLOCK_M=config.rows,
-            BLOCK_N=config.columns,
-            FAST=self.fast,
-            PRECISION=self.precision,
-            num_warps=config.warps,
-            num_stages=config.stages,
-            maxnreg=MAX_REGISTERS,
-        )
+    @property
+    def parts(self) -> tuple[tuple[bool, bool], ...]:
+        """What each launch of the kernel by columns writes: dk, dv."""
+        return ((True, False), (False, True)) if self.tile.split else ((True, True),)
 
+    def operands(self, q: Tensor, k: Tensor, v: Tensor, grad: Tensor | None = None) -> list[Tensor | TensorDescriptor]:
+        """q, k, v and the gradient of the output as the kernel loads them: by rows of a tile, or by its columns."""
+        if not self.described:
+            return [q, k, v] if grad is None else [q, k, v, grad]
+        rows, columns = self.tile.rows, self.tile.columns
+        loaded = [_described(q, rows), _described(k, columns), _described(v, columns)]
+        if grad is not None:
+            whole = grad if describable(grad, grad.shape[2]) else grad.clone(memory_format=torch.contiguous_format)
+            loaded.append(_described(whole, rows))
+        return loaded
 
-def option_flags(mask: Mask, bias: RelativeBias) -> int:
-    """The options of a call as the bits of ``triton_tiles``."""
-    chosen = {
-        tiles.CAUSAL: mask.causal,
-        tiles.CONTEXT: mask.num_context is not None,
-        tiles.CONTEXT_FULL: mask.context_full and mask.num_context is not None,
-        tiles.CANDIDATES: mask.num_candidates is not None,
-        tiles.GROUPS: mask.num_candidates is not None and mask.candidate_group_size > 1,
-        tiles.WINDOW: mask.max_attn_len is not None,
-        tiles.SEGMENTS: mask.segments is not None,
-        tiles.MEMORY: mask.is_memory is not None,
-        tiles.POSITION: bias.position is not None,
-        tiles.TIME: bias.time is not None,
-    }
-    return sum(bit.value for bit, wanted in chosen.items() if wanted)
+    def chunks(self, tables: Tables, *, gradients: bool = False) -> Iterator[Chunk]:
+        """Yield the blocks in parts whose bias, and gradients if wanted, fit the buffer: one part if there is none."""
+        if not self.biased:
+            yield Chunk(0, None, None, self.number)
+            return
+        size = self.plan.width * self.tile.rows * self.tile.columns
+        # Half precision holds the bias of half-precision scores; gradients need the range of bfloat16.
+        bias_dtype = torch.float32 if self.dtype == torch.float32 else torch.float16
+        each = size * (bias_dtype.itemsize + (self.heads * self.dtype.itemsize if gradients else 0))
+        blocks = min(self.number, max(1, CHUNK_BYTES // each))
+        stored = torch.empty(blocks * size, dtype=bias_dtype, device=self.plan.blocks.device)
+        kept = stored.new_empty(self.heads * blocks * size, dtype=self.dtype) if gradients else None
+        for first in range(0, self.number, blocks):
+            chunk = Chunk(first, stored, kept, min(blocks, self.number - first))
+            self._write_bias(chunk, tables)
+            yield chunk
 
+    def reduce(self, chunk: Chunk, tables: Tables, gradients: Gradients, scale: float) -> None:
+        """Add the gradients of the chunk's scores to those of the tables."""
+        buckets = triton.next_power_of_2(1 if tables[1] is None else tables[1].numel())
+        reduce_bias[(chunk.blocks, triton.cdiv(self.plan.width, TILES_EACH))](
+            self.plan, chunk, self.tokens, bias_of(tables), gradients, scale, ROWS=self.tile.rows,
+            COLUMNS=self.tile.columns, BUCKETS=buckets, HEADS=self.heads, num_warps=8, maxnreg=80,
+        )  # fmt: skip
 
-def forward(q: Tensor, k: Tensor, v: Tensor, position: Any, time: Any, call: AttentionCall) -> Tensor:
-    """The output ``[T, H, d_v]``."""
-    out = torch.empty_like(v, memory_format=torch.contiguous_format)
-    if q.numel() and call.max_seqlen:
-        call.launch(attention_forward, "forward", q, v, **_inputs(q, k, v, position, time, call), **_rows("OUT", out))
-    return out
-
-
-def backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    position: Tensor | None,
-    time: Tensor | None,
-    call: AttentionCall,
-    *,
-    into: tuple[Tensor, Tensor, Tensor] | None = None,
-    need_position: bool = False,
-    need_time: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of q, k, v and, where needed, of the tables; the inputs are those of :func:`forward`.
-
-    ``into`` names tensors to write the gradients of q, k and v to, with stride 1 in the last dimension.
-    """
-    if into is None:
-        dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    else:
-        dq, dk, dv = into
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    table_dtype = torch.int64 if deterministic else torch.float32
-    d_tables = [
-        torch.zeros(table.numel(), dtype=table_dtype, device=q.device) if table is not None and need else None
-        for table, need in ((position, need_position), (time, need_time))
-    ]
-    if q.numel() and call.max_seqlen:
-        grad = _unit_stride(grad)
-        inputs = _inputs(q, k, v, position, time, call) | _rows("DO", grad)
-        unit = _fixed_point_unit(grad, v, call) if deterministic else call.arguments["OFFSETS"]
-        atomic_dq = call.config("backward_columns", q, v).atomic_dq and not deterministic
-        dq_sums = dq if not atomic_dq else torch.zeros(dq.shape, dtype=torch.float32, device=q.device)
-        call.launch(
-            attention_backward_columns,
-            "backward_columns",
-            q,
-            v,
-            **inputs,
-            **_rows("DQ", dq_sums),
-            **_rows("DK", dk),
-            **_rows("DV", dv, pointer="DV_OUT"),
-            D_POSITION=_or(d_tables[0], call),
-            D_TIME=_or(d_tables[1], call),
-            UNIT=unit,
-            NEED_POSITION=d_tables[0] is not None,
-            NEED_TIME=d_tables[1] is not None,
-            ATOMIC_DQ=atomic_dq,
-            FIXED=deterministic,
-        )
-        if atomic_dq:
-            dq.copy_(dq_sums)
-        else:
-            call.launch(attention_backward_rows, "backward_rows", q, v, **inputs, **_rows("DQ", dq))
-        if deterministic:
-            d_tables = [None if sums is None else sums.double() / unit for sums in d_tables]
-    d_position, d_time = (
-        None if sums is None or table is None else sums.to(table.dtype)
-        for sums, table in zip(d_tables, (position, time), strict=True)
-    )
-    return dq, dk, dv, d_position, d_time
-
-
-class TritonAttention:
-    """Forward and backward for one batch, for an operation that holds the attention."""
-
-    def __init__(self, call: AttentionCall) -> None:
-        self._call = call
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, position: Tensor | None, time: Tensor | None) -> Tensor:
-        """Return the output ``[T, H, d_v]``."""
-        return forward(q, k, v, position, time, self._call)
-
-    def backward(
+    def run(
         self,
-        grad: Tensor,
-        inputs: tuple[Tensor, Tensor, Tensor],
-        tables: tuple[Tensor | None, Tensor | None],
-        into: tuple[Tensor, Tensor, Tensor],
-        needs: tuple[bool, bool],
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Write the gradients of q, k and v to ``into``; return those of the tables."""
-        need_position, need_time = needs
-        return backward(
-            grad, *inputs, *tables, self._call, into=into, need_position=need_position, need_time=need_time
-        )[3:]
+        kernel: Any,
+        chunk: Chunk,
+        operands: tuple[Any, ...],
+        strides: Operands,
+        factors: tuple[float, float],
+        part: int = 0,
+    ) -> None:
+        """Run the kernel for the blocks of ``chunk`` and all heads.
+
+        ``factors``: alpha and scale. ``part``: which launch of those that ``parts`` tells of.
+        """
+        call = Call(strides, self.plan, chunk, self.batch.rules, self.tokens, *factors)
+        kernel[(chunk.blocks * self.programs,)](
+            *operands, call, self.configs[part], num_warps=self.tile.warps, num_stages=self.tile.stages
+        )
+
+    def _write_bias(self, chunk: Chunk, tables: Tables) -> None:
+        part = min(16, self.tile.rows if self.by_rows else self.tile.columns)
+        parts = (self.tile.rows if self.by_rows else self.tile.columns) // part
+        write_bias[(chunk.blocks, triton.cdiv(self.plan.width, TILES_EACH), parts)](
+            self.plan, chunk, self.tokens, bias_of(tables), ROWS=self.tile.rows, COLUMNS=self.tile.columns,
+            BY_ROWS=self.by_rows, PART=part, num_warps=4,
+        )  # fmt: skip
 
 
-class _TritonAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, position: Any, time: Any, call: AttentionCall) -> Tensor:
-        q, k, v = (_unit_stride(x) for x in (q, k, v))
-        ctx.save_for_backward(q, k, v, position, time)
-        ctx.call = call
-        return forward(q, k, v, position, time, call)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, position, time = ctx.saved_tensors
-        needs = dict(zip(("need_position", "need_time"), ctx.needs_input_grad[3:5], strict=True))
-        grads = backward(grad, q, k, v, position, time, ctx.call, **needs)
-        return (*grads, None)
+def bias_of(tables: Tables) -> Bias:
+    """Both tables as the kernels are given them."""
+    position, time = tables
+    centre = 0 if position is None else (position.numel() - 1) // 2
+    buckets = 0 if time is None else time.numel() - 1
+    return Bias(position, time, None if time is None else _thresholds(buckets, time.device), centre, buckets)
 
 
-@cache
-def _is_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+def strides_of(heads: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, *gradients: Tensor | None) -> Operands:
+    """Strides of the operands of a kernel: ``gradients``: dq, dk and dv, or None."""
+    rows = [None if x is None else Rows(x.stride(0), x.stride(1)) for x in (q, k, v, out, *gradients)]
+    return Operands(**dict(zip(Operands._fields, [*rows, *[None] * (7 - len(rows)), heads], strict=True)))
 
 
 @cache
@@ -292,33 +166,32 @@ def _thresholds(num_buckets: int, device: torch.device) -> Tensor:
     return bounds.int().to(device)
 
 
-def _check_span(times: Tensor) -> None:
-    if values_readable(times) and times.numel() and int(times.max() - times.min()) > _INT32_MAX:
-        raise ValueError("bias.timestamps span more than 68 years: give them in seconds, or use the reference")
+def check_device(q: Tensor) -> None:
+    """Raise ``ValueError`` for tensors that no kernel takes."""
+    if q.dtype == torch.float64:
+        raise ValueError("the Triton kernels do not do float64: use backend='reference'")
+    if not config.capability(q.device):
+        raise ValueError("backend 'triton' needs a GPU, q is on the CPU: use backend='auto'")
 
 
-def _fixed_point_unit(grad: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
-    """Units per 1.0 such that no sum of score gradients can overflow 63 bits, ``[1]`` float64."""
-    largest = torch.linalg.vector_norm(grad, dim=-1, dtype=torch.float32).max()
-    largest = largest * torch.linalg.vector_norm(v, dim=-1, dtype=torch.float32).max()
-    count = v.shape[0] * v.shape[1] * call.max_seqlen
-    # The slope of SiLU stays below 1.1.
-    bound = largest.double() * (1.1 * call.arguments["scale"] * count)
-    return (2.0**62 / bound.clamp(min=1e-200)).clamp(max=2.0**300 / math.pi).view(1)
+def describable(x: Tensor, padded: int) -> bool:
+    """Whether a tensor descriptor may load heads of ``x [T, H, d]``: rows and heads of whole 16 bytes, no padding."""
+    size = x.element_size()
+    return (
+        x.shape[2] == padded
+        and x.stride(1) == x.shape[2]
+        and x.stride(0) * size % 16 == 0
+        and x.data_ptr() % 16 == 0
+        and config.capability(x.device) >= 90
+    )
 
 
-def _unit_stride(x: Tensor) -> Tensor:
+def _described(x: Tensor, rows: int) -> TensorDescriptor:
+    """Descriptor that loads so many rows of one head of ``x [T, H, d]``."""
+    tokens, heads, width = x.shape
+    return TensorDescriptor(x, [tokens, heads * width], [x.stride(0), 1], [rows, width])
+
+
+def unit_stride(x: Tensor) -> Tensor:
+    """``x`` with neighbours side by side in the last dimension."""
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _or(table: Tensor | None, call: AttentionCall) -> Tensor:
-    return call.arguments["OFFSETS"] if table is None else table
-
-
-def _rows(name: str, x: Tensor, pointer: str | None = None) -> dict[str, Any]:
-    return {pointer or name: x, f"{name.lower()}_token": x.stride(0), f"{name.lower()}_head": x.stride(1)}
-
-
-def _inputs(q: Tensor, k: Tensor, v: Tensor, position: Any, time: Any, call: AttentionCall) -> dict[str, Any]:
-    tables = {"POSITION_TABLE": _or(position, call), "TIME_TABLE": _or(time, call)}
-    return _rows("Q", q) | _rows("K", k) | _rows("V", v) | tables

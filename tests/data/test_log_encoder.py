@@ -15,7 +15,7 @@ import pytest
 from hstu.data import SequenceDataset
 from hstu.data.external_sort import Runs
 from hstu.data.interactions import InteractionSpec
-from hstu.data.stream import StreamOptions, encode_stream
+from hstu.data.log_encoder import EncodingOptions, encode_log
 from hstu.data.writer import writing
 
 FILTERS = [{}, {"min_user_events": 20}, {"min_user_events": 9, "min_item_events": 8}, {"max_user_events": 7}]
@@ -33,13 +33,11 @@ def table(num_users: int = 40, events: int = 700, seed: int = 0, shift: int = 0)
     )
 
 
-def stream(folder: Path, blocks: list, users: pl.DataFrame | None = None, **options: int) -> SequenceDataset:
-    own = {name: options.pop(name) for name in list(options) if name in StreamOptions.__dataclass_fields__}
+def encode(folder: Path, blocks: list, users: pl.DataFrame | None = None, **options: int) -> SequenceDataset:
+    own = {name: options.pop(name) for name in list(options) if name in EncodingOptions.__dataclass_fields__}
     spec = InteractionSpec(name="log", time_column="time", action_column="action", **options)
     with writing(folder) as writer:
-        schema = encode_stream(
-            blocks, spec, StreamOptions(**own), writer, users=lambda: users, progress=lambda *_: None
-        )
+        schema = encode_log(blocks, spec, EncodingOptions(**own), writer, users=lambda: users, progress=lambda *_: None)
         writer.schema(schema)
     return SequenceDataset.open(folder)
 
@@ -100,21 +98,21 @@ def test_what_a_log_holds(tmp_path: Path, filters: dict, shift: int) -> None:
     frame = table(shift=shift)
     users = frame.select(user_id=pl.col("user").unique()).with_columns(city=pl.col("user_id") % 4)
     blocks = [(0, frame[start : start + 90]) for start in range(0, frame.height, 90)]
-    streamed = stream(tmp_path / "a", blocks, users, events_per_run=200, events_per_part=50, **filters)
-    assert held(streamed) == expected(frame, users, **filters)
+    encoded = encode(tmp_path / "a", blocks, users, events_per_run=200, events_per_part=50, **filters)
+    assert held(encoded) == expected(frame, users, **filters)
     own = [[item for item, _, _ in events] for events in expected(frame, users, **filters)["events"]]
-    assert streamed.schema.counts["repeats"] == sum(len(items) - len(set(items)) for items in own) > 0
+    assert encoded.schema.counts["repeats"] == sum(len(items) - len(set(items)) for items in own) > 0
     if filters:
-        assert streamed.num_events < frame.height
+        assert encoded.num_events < frame.height
 
 
 def test_files_may_come_in_any_order(tmp_path: Path) -> None:
     frame = table(num_users=5)
     first, second = (0, frame[:300]), (1, frame[300:])
     again = [(1, frame[300:310]), (0, frame[:200]), (0, frame[200:300]), (1, frame[310:])]
-    expected = stream(tmp_path / "a", [first, second])
-    assert_same(stream(tmp_path / "b", [second, first]), expected)
-    assert_same(stream(tmp_path / "c", again, events_per_run=64), expected)
+    expected = encode(tmp_path / "a", [first, second])
+    assert_same(encode(tmp_path / "b", [second, first]), expected)
+    assert_same(encode(tmp_path / "c", again, events_per_run=64), expected)
 
 
 def test_a_user_with_228_000_events_and_one_with_one(tmp_path: Path) -> None:
@@ -129,7 +127,7 @@ def test_a_user_with_228_000_events_and_one_with_one(tmp_path: Path) -> None:
         }
     )
     frame = frame[rng.permutation(number + 1)]
-    dataset = stream(tmp_path / "a", [(0, frame)], events_per_run=50_000, events_per_part=1000)
+    dataset = encode(tmp_path / "a", [(0, frame)], events_per_run=50_000, events_per_part=1000)
     assert dataset.lengths.tolist() == [1, number]
     batch = dataset.gather(np.array([1]), np.array([0]), np.array([number]))
     expected = frame.filter(pl.col("user") == 5).sort("time", maintain_order=True)
@@ -139,8 +137,8 @@ def test_a_user_with_228_000_events_and_one_with_one(tmp_path: Path) -> None:
 
 def test_times_too_far_apart_for_one_sort_key(tmp_path: Path) -> None:
     frame = table(num_users=9)
-    apart = stream(tmp_path / "a", [(0, frame.with_columns(pl.col("time") * 2**57))])
-    close = stream(tmp_path / "b", [(0, frame)])
+    apart = encode(tmp_path / "a", [(0, frame.with_columns(pl.col("time") * 2**57))])
+    close = encode(tmp_path / "b", [(0, frame)])
     everyone = np.arange(close.num_users)
     batches = [one.gather(everyone, np.zeros(len(everyone)), one.lengths) for one in (apart, close)]
     np.testing.assert_array_equal(batches[0].items, batches[1].items)
@@ -149,9 +147,9 @@ def test_times_too_far_apart_for_one_sort_key(tmp_path: Path) -> None:
 
 def test_one_user_and_no_users(tmp_path: Path) -> None:
     frame = table(num_users=1)
-    assert stream(tmp_path / "a", [(0, frame)]).num_users == 1
+    assert encode(tmp_path / "a", [(0, frame)]).num_users == 1
     with pytest.raises(ValueError, match="interactions: has no rows"):
-        stream(tmp_path / "b", [(0, frame.clear())])
+        encode(tmp_path / "b", [(0, frame.clear())])
     assert not (tmp_path / "b").exists()
 
 
@@ -163,7 +161,7 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path) -> None:
 
     for _ in range(5):  # what a thread still writes must not outlive the run
         with pytest.raises(ValueError, match="a bad line"):
-            stream(tmp_path / "a", blocks(), events_per_run=50)
+            encode(tmp_path / "a", blocks(), events_per_run=50)
         assert list(tmp_path.iterdir()) == []
 
 
@@ -173,7 +171,7 @@ def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr("hstu.data.external_sort._write_run", full)
     with pytest.raises(ValueError, match=r"a: cannot be written \(No space left on device\); choose another"):
-        stream(tmp_path / "a", [(0, table())])
+        encode(tmp_path / "a", [(0, table())])
     assert list(tmp_path.iterdir()) == []
 
 

@@ -38,8 +38,8 @@ _THREADS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class StreamOptions:
-    """What a streamed data set needs beside its ``InteractionSpec``.
+class EncodingOptions:
+    """What encoding a log needs beside its ``InteractionSpec``.
 
     Args:
         ticks_per_second: Unit of the times: 1 for seconds, 1000 for milliseconds.
@@ -71,10 +71,10 @@ class _Kept:
     filtered: bool
 
 
-def encode_stream(
+def encode_log(
     blocks: Iterable[tuple[int, pl.DataFrame]],
     spec: InteractionSpec,
-    options: StreamOptions,
+    options: EncodingOptions,
     writer: DatasetWriter,
     *,
     users: Callable[[], pl.DataFrame | None],
@@ -121,7 +121,7 @@ def encode_stream(
 
 
 def _spill(
-    blocks: Iterable[tuple[int, pl.DataFrame]], spec: InteractionSpec, options: StreamOptions, writer: DatasetWriter
+    blocks: Iterable[tuple[int, pl.DataFrame]], spec: InteractionSpec, options: EncodingOptions, writer: DatasetWriter
 ) -> Log:
     folder = writer.work / "runs"
     folder.mkdir()
@@ -140,7 +140,7 @@ def _describe(
     log: Log,
     kept: _Kept,
     spec: InteractionSpec,
-    options: StreamOptions,
+    options: EncodingOptions,
     tables: tuple[pl.DataFrame | None, pl.DataFrame | None],
     writer: DatasetWriter,
 ) -> tuple[list[Feature], dict[str, np.ndarray], Callable[[np.ndarray], np.ndarray] | None]:
@@ -182,7 +182,7 @@ def _filter(
     user_counts: tuple[np.ndarray, np.ndarray],
     item_counts: tuple[np.ndarray, np.ndarray],
     spec: InteractionSpec,
-    options: StreamOptions,
+    options: EncodingOptions,
     progress: Progress,
 ) -> _Kept:
     """Drop users and items with too few events."""
@@ -206,7 +206,7 @@ def _recount(
     user_counts: tuple[np.ndarray, np.ndarray],
     item_counts: tuple[np.ndarray, np.ndarray],
     spec: InteractionSpec,
-    options: StreamOptions,
+    options: EncodingOptions,
     progress: Progress,
 ) -> _Kept:
     """Count the events of those who stay, again and again until all have enough, or once."""
@@ -243,7 +243,7 @@ class _PartEncoder:
         runs: Runs,
         kept: _Kept,
         spec: InteractionSpec,
-        options: StreamOptions,
+        options: EncodingOptions,
         action_ids: Callable[[np.ndarray], np.ndarray] | None,
         drop_repeats: bool,
     ) -> None:
