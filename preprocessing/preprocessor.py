@@ -161,12 +161,10 @@ def _make(name: str | None) -> None:
 
 
 def _make_synthetic() -> tuple[Schema, Path]:
-    try:
-        dataset = generate(SyntheticConfig(**_flags_of(SyntheticConfig)))
-        directory = Path(FLAGS.data_dir) / dataset.schema.name
+    directory = Path(FLAGS.data_dir) / "synthetic"
+    with _progress("synthetic", directory) as progress:
+        dataset = generate(SyntheticConfig(**_flags_of(SyntheticConfig)), directory.name, progress)
         write_dataset(dataset, directory)
-    except KeyboardInterrupt as interrupt:
-        raise KeyboardInterrupt(f"while making synthetic: {FLAGS.data_dir} is as it was") from interrupt
     return dataset.schema, directory
 
 

@@ -28,6 +28,13 @@ def test_the_report_shows_what_there_is(tmp_path: Path, capsys: pytest.CaptureFi
     assert str(tmp_path / "picture.png") in out and (tmp_path / "picture.png").is_file()
 
 
+def test_ids_cannot_steer_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_dataset(tmp_path / "odd", [3, 4], num_items=5, originals={"item": [f"\x1b[2J{k}" for k in range(5)]})
+    assert main([str(tmp_path / "odd")]) == 0
+    out = capsys.readouterr().out
+    assert "item \\x1b[2J" in out and "\x1b" not in out
+
+
 def test_data_without_actions_times_and_contexts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_dataset(tmp_path / "bare", [3, 4], num_actions=None, with_time=False, contexts=())
     assert main([str(tmp_path / "bare")]) == 0

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from hstu.data.files import printable
 from hstu.data.reader import SequenceDataset, Sequences
 from hstu.data.seen import MANY_REPEATS, REPEATS_MATTER, count_repeats
 
@@ -141,9 +140,10 @@ def _dominating(dataset: SequenceDataset, found: Overview) -> list[str]:
     lines = []
     for feature, counts in ((dataset.schema.user, found.lengths), (dataset.schema.item, found.popularity)):
         largest, events = int(counts.argmax()), int(counts.sum())
-        if counts[largest] > events * max(LARGE_SHARE, 1.5 / np.count_nonzero(counts)):  # few have large shares all
-            name = printable(repr(dataset.vocabulary(feature.name)[largest]))
-            lines.append(f"one {feature.role} is large: {name} has {counts[largest]:,} of {events:,} events; is it one "
+        # Few users have large shares each.
+        if counts[largest] > events * max(LARGE_SHARE, 1.5 / np.count_nonzero(counts)):
+            (original,) = dataset.vocabulary(feature.name)[[largest]].tolist()
+            lines.append(f"one {feature.role} is large: {original!r} has {counts[largest]:,} of {events:,} events; is it one "
                          f"{feature.role}, or what stands for an unknown one?")  # fmt: skip
     return lines
 

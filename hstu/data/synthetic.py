@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -18,15 +20,17 @@ from typing import Literal, get_args
 import numpy as np
 import pyarrow as pa
 
+from hstu.data.planted import PlantedModel, Sampler, draw_items, oracle_ranks
 from hstu.data.schema import Feature, Schema, count_statistics
+from hstu.data.spill import Progress
 from hstu.data.splits import MIN_EVENTS
 from hstu.data.writer import EncodedDataset, write_dataset
 
 Distribution = Literal["uniform", "normal", "zipf", "lognormal"]
 
-_BLOCK = 512  # users drawn at once: the [users, items] temporaries stay in cache
+_BLOCK = 512  # users drawn at once; with another number, other data
+_THREADS = 2
 _START = 1_600_000_000  # seconds
-_NONE = -1  # the cluster before the first event
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,41 +95,6 @@ class SyntheticConfig:
             raise ValueError(f"{name} = {getattr(self, name)!r} {reason}")
 
 
-@dataclass(frozen=True, kw_only=True)
-class PlantedModel:
-    """The known probabilities.
-
-    Args:
-        cluster: Cluster of each item, [N].
-        choice: Probability of each item given its cluster, [N].
-        transition: Probability of the next cluster given the last, [K, K].
-        interest: Probability of a cluster given the type, [G, K].
-        transition_weight: Weight of ``transition`` in the mixture with ``interest``.
-        action: Probability of a positive action given type and item, [G, N].
-    """
-
-    cluster: np.ndarray
-    choice: np.ndarray
-    transition: np.ndarray
-    interest: np.ndarray
-    transition_weight: float
-    action: np.ndarray
-
-    def next_item(self, types: np.ndarray, last_cluster: np.ndarray, seen: np.ndarray) -> np.ndarray:
-        """Probability of each item, [B, N].
-
-        Args:
-            types: Type of each user, [B].
-            last_cluster: Cluster of the last item, [B]; -1 where there is none yet.
-            seen: Items already seen, bool [B, N].
-        """
-        weight = np.where(last_cluster == _NONE, 0.0, self.transition_weight)[:, None]
-        clusters = (1 - weight) * self.interest[types] + weight * self.transition[last_cluster]
-        probability = clusters[:, self.cluster] * self.choice
-        probability[seen] = 0
-        return probability / probability.sum(axis=1, keepdims=True)
-
-
 def distribution_weights(distribution: Distribution, size: int) -> np.ndarray:
     """Probabilities of the values 1..size, [size]: what "uniform", "normal", "zipf", "lognormal" mean here.
 
@@ -171,52 +140,6 @@ def plant(config: SyntheticConfig, rng: np.random.Generator) -> PlantedModel:
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Drawn:
-    """Sequences of some users, flat, and the oracle's rank of each user's last two items."""
-
-    items: np.ndarray  # [T]
-    ranks: np.ndarray  # [B, 2]: valid, test
-
-
-def _draw_items(model: PlantedModel, types: np.ndarray, lengths: np.ndarray, rng: np.random.Generator) -> _Drawn:
-    """Draw the items of a block of users, one step of all of them at a time."""
-    steps, num_items = int(lengths.max()), len(model.cluster)
-    items = np.full((len(types), steps), _NONE, dtype=np.int64)
-    seen = np.zeros((len(types), num_items), dtype=bool)
-    last_cluster = np.full(len(types), _NONE)
-    ranks = np.zeros((len(types), 2))
-    for step in range(steps):
-        active = np.flatnonzero(lengths > step)
-        probability = model.next_item(types[active], last_cluster[active], seen[active])
-        cumulative = probability.cumsum(axis=1)
-        # Scaled by the last sum, which is 1 up to rounding, so that no draw lies beyond the last item.
-        draw = rng.random(len(active))[:, None] * cumulative[:, -1:]
-        chosen = (cumulative <= draw).sum(axis=1)
-        held_out = step - lengths[active] + 2
-        for split in (0, 1):
-            rows = np.flatnonzero(held_out == split)
-            ranks[active[rows], split] = average_tie_rank(probability[rows], chosen[rows], seen[active[rows]])
-        items[active, step] = chosen
-        seen[active, chosen] = True
-        last_cluster[active] = model.cluster[chosen]
-    return _Drawn(items=items[items != _NONE], ranks=ranks)
-
-
-def average_tie_rank(scores: np.ndarray, target: np.ndarray, seen: np.ndarray) -> np.ndarray:
-    """1 + number of unseen items that score strictly higher + half of the other ones that tie, [B].
-
-    Args:
-        scores: [B, N].
-        target: Item of each row, [B]; unseen.
-        seen: Items left out, bool [B, N].
-    """
-    own = np.take_along_axis(scores, target[:, None], axis=1)
-    higher = ((scores > own) & ~seen).sum(axis=1)
-    ties = ((scores == own) & ~seen).sum(axis=1) - 1
-    return 1 + higher + ties / 2
-
-
 def ranking_metrics(ranks: np.ndarray) -> dict[str, float]:
     """HR@10, HR@50, NDCG@10 and MRR of average-tie ranks [S]."""
     gains = np.where(ranks <= 10, 1 / np.log2(ranks + 1), 0)
@@ -238,8 +161,15 @@ def area_under_curve(scores: np.ndarray, labels: np.ndarray) -> float:
     return float((positive * (below + negative / 2)).sum() / pairs) if pairs else 0.5
 
 
-def generate(config: SyntheticConfig, name: str = "synthetic") -> EncodedDataset:
-    """Draw a planted data set; the same config gives the same data, bit for bit."""
+def generate(
+    config: SyntheticConfig,
+    name: str = "synthetic",
+    progress: Progress = lambda what, events, share: None,
+) -> EncodedDataset:
+    """Draw a planted data set; the same config gives the same data, bit for bit.
+
+    Memory grows with the events (some 40 bytes each) and with the catalogue, not with their product.
+    """
     seeds = np.random.SeedSequence(config.seed).spawn(6)
     plan, sizes, draws, labels, context, clock = (np.random.default_rng(seed) for seed in seeds)
     model = plant(config, plan)
@@ -247,19 +177,17 @@ def generate(config: SyntheticConfig, name: str = "synthetic") -> EncodedDataset
     types = plan.integers(config.num_types, size=users)
     weights = distribution_weights(config.seqlen_distribution, config.max_seqlen - config.min_seqlen + 1)
     lengths = config.min_seqlen + sizes.choice(len(weights), size=users, p=weights)
-    blocks = [slice(start, start + _BLOCK) for start in range(0, users, _BLOCK)]
-    drawn = [_draw_items(model, types[block], lengths[block], draws) for block in blocks]
-    items = np.concatenate([block.items for block in drawn])
+    items = _draw_all(model, types, lengths, draws, progress)
     probability = model.action[np.repeat(types, lengths), items]
     actions = (labels.random(len(items)) < probability).astype(np.int64)
     shown = context.random(users) < config.context_visibility
     segment = np.where(shown, types, context.integers(config.num_types, size=users))
     last = np.cumsum(lengths) - 1
-    best = {}
+    progress("scoring the oracle", len(items), 0.0)
+    ranks, best = oracle_ranks(model, types, items, lengths), {}
     for split, (column, events) in {"valid": (0, last - 1), "test": (1, last)}.items():
-        ranks = np.concatenate([block.ranks[:, column] for block in drawn])
         auc = area_under_curve(probability[events], actions[events])
-        best[split] = {"AUC": auc, **ranking_metrics(ranks)}
+        best[split] = {"AUC": auc, **ranking_metrics(ranks[:, column])}
     schema = Schema(
         name=name,
         features=(
@@ -283,6 +211,31 @@ def generate(config: SyntheticConfig, name: str = "synthetic") -> EncodedDataset
         vocabularies={feature: pa.array(np.arange(size)) for feature, size in sizes_of.items()},
         categories={"cluster": model.cluster},
     )
+
+
+def _draw_all(
+    model: PlantedModel, types: np.ndarray, lengths: np.ndarray, rng: np.random.Generator, progress: Progress
+) -> np.ndarray:
+    """Draw the items of all users, blocks of them in threads; flat, [T]."""
+    sampler, total, lock = Sampler(model), int(lengths.sum()), threading.Lock()
+    drawn = 0
+
+    def tell(events: int) -> None:
+        nonlocal drawn
+        with lock:
+            drawn += events
+            progress("drawing events", drawn, drawn / total)
+
+    def draw(block: slice, uniform: np.ndarray) -> np.ndarray:
+        return draw_items(sampler, types[block], lengths[block], uniform, tell)
+
+    blocks = [slice(start, start + _BLOCK) for start in range(0, len(types), _BLOCK)]
+    uniform = [rng.random(int(lengths[block].sum())) for block in blocks]
+    pool = ThreadPoolExecutor(_THREADS)
+    try:
+        return np.concatenate(list(pool.map(draw, blocks, uniform)))
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _draw_times(lengths: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -311,3 +311,111 @@ def test_repeated_rows_are_found_wherever_they_are(rows: int, monkeypatch: pytes
     assert dropped.schema == wanted.schema and dropped.schema.counts["events"] < 40
     for name in wanted.events:
         np.testing.assert_array_equal(dropped.events[name], wanted.events[name])
+
+
+def test_every_row_is_an_event_or_counted_as_dropped(caplog: pytest.LogCaptureFixture) -> None:
+    frame = pl.DataFrame(
+        {
+            "user_id": ["1", "NA", "1", "2", "", "2", "2", "nan", "2", "1", None],
+            "item_id": ["5", "5", "6", "None", "6", "7", "8", "8", "8", "7", "5"],
+            "t": [1, 2, None, 4, 5, 6, 7, 8, 7, 9, 10],
+            "a": [1, 1, 1, 1, 1, 1, 0, 1, 0, 1, 1],
+        }
+    )
+    with pytest.raises(ValueError, match="log.csv: column 'user_id', row 11: value None is missing; .*--missing drop"):
+        encode(frame, file="log.csv")
+    with pytest.raises(ValueError, match="row 5: value '' is empty; .*--missing drop"):
+        encode(frame[:10], file="log.csv")
+    with pytest.raises(ValueError, match="row 2: value 'NA' stands for a missing id; .*--missing drop.*--missing keep"):
+        encode(frame[:4], file="log.csv")
+    with caplog.at_level("INFO"):
+        dataset = encode(frame, file="log.csv", missing="drop", duplicates="drop", max_user_events=1)
+    assert "11 rows in, 2 events out, dropped: 4 without 'user_id', 1 without 'item_id', 1 without 't'; " in caplog.text
+    assert "1 duplicates; 2 by the filters" in caplog.text
+    assert originals(dataset, "user_id").tolist() == [1, 2]  # numbers, once what is none is gone
+    kept = encode(frame[:2].with_columns(item_id=pl.lit("None")), missing="keep")
+    assert originals(kept, "user_id").tolist() == ["1", "NA"] and originals(kept, "item_id").tolist() == ["None"]
+
+
+@pytest.mark.parametrize("role", ["user_id", "item_id"])
+def test_padded_ids_are_refused(role: str) -> None:
+    frame = log().with_columns(pl.format("x{}", role).alias(role))
+    frame = frame.with_columns(pl.when(pl.col("line") == 9).then(pl.lit("x1 ")).otherwise(role).alias(role))
+    with pytest.raises(ValueError, match=f"column '{role}', row 10: value 'x1 ' is padded with blanks; remove them"):
+        encode(frame)
+
+
+def test_rows_after_dropped_ones_are_named_by_their_place() -> None:
+    frame = log().with_columns(pl.col("user_id").cast(pl.String), a=pl.lit(1.0))
+    frame = frame.with_columns(pl.when(pl.col("line") < 9).then(None).otherwise("user_id").alias("user_id"))
+    frame = frame.with_columns(pl.when(pl.col("line") == 20).then(float("inf")).otherwise("a").alias("a"))
+    with pytest.raises(ValueError, match="column 'a', row 21: value inf is not finite"):
+        encode(frame, missing="drop")
+
+
+def test_columns_of_yes_and_no_become_the_named_bits_of_a_mask() -> None:
+    frame = log().with_columns(
+        click=pl.col("line") % 2,
+        like=pl.col("line") % 3 == 0,
+        buy=pl.when(pl.col("line") % 5 == 0).then(7).otherwise(0),
+    )
+    dataset = encode(frame, action_column="click, like,buy")
+    action = dataset.schema.action
+    assert (action.action_type, action.vocab_size, action.bits) == ("bitmask", 8, ("click", "like", "buy"))
+    masks = frame.select("user_id", "t", "line", mask=(pl.col("line") % 2) + 2 * (pl.col("line") % 3 == 0)
+                         + 4 * (pl.col("line") % 5 == 0)).sort("user_id", "t", "line")["mask"]  # fmt: skip
+    assert dataset.events["action"].tolist() == masks.to_list()
+    words = frame.with_columns(click=pl.col("click").cast(pl.String), like=pl.col("like").cast(pl.String))
+    np.testing.assert_array_equal(encode(words, action_column="click,like,buy").events["action"], masks)
+    for column, value in (("buy", -1), ("click", "often"), ("like", "nan")):
+        wrong = frame.with_columns(
+            pl.when(pl.col("line") == 7)
+            .then(pl.lit(str(value)))
+            .otherwise(pl.col(column).cast(pl.String))
+            .alias(column)
+        )
+        with pytest.raises(ValueError, match=f"column '.*{column}.*', row 8: value"):
+            encode(wrong, action_column="click,like,buy")
+    with pytest.raises(ValueError, match="column 'share' is missing"):
+        encode(frame, action_column="click,share")
+
+
+def test_a_continuous_column_is_no_action() -> None:
+    frame = log().with_columns(a=pl.col("line") / 7)
+    with pytest.raises(ValueError, match="column 'a' has more than 256 values, an action is one of a few classes; cut"):
+        encode(frame)
+    assert encode(frame.with_columns(a=pl.col("line") % 256 / 7)).schema.action.vocab_size == 256
+
+
+@pytest.mark.parametrize(
+    ("times", "time_format"),
+    [
+        (["2019-10-01 00:00:00 UTC", "2019-10-01 01:00:00 GMT", "2019-10-01 04:00:00 +0200"], None),
+        (["01.10.2019 00:00", "01.10.2019 01:00", "01.10.2019 02:00"], "%d.%m.%Y %H:%M"),
+        (["10/01/2019 12:00:00 AM", "10/01/2019 01:00:00 AM", "10/01/2019 02:00:00 AM"], "%m/%d/%Y %I:%M:%S %p"),
+        ([201910010000, 201910010100, 201910010200], "%Y%m%d%H%M"),
+    ],
+)
+def test_times_in_words_and_formats(times: list, time_format: str | None) -> None:
+    frame = pl.DataFrame({"user_id": [1, 1, 1], "item_id": [5, 6, 7], "t": times, "a": [1, 0, 1]})
+    dataset = encode(frame, time_format=time_format)
+    assert dataset.events["timestamp"].tolist() == [1_569_888_000 + 3600 * hour for hour in range(3)]
+    wrong = frame.with_columns(t=pl.col("t").cast(pl.String).str.replace("2019", "20x9", literal=True))
+    with pytest.raises(ValueError, match="column 't', row 1: value .* (is no time|does not follow --time_format)"):
+        encode(wrong, time_format=time_format)
+
+
+def test_one_row_a_user_with_lists(tmp_path: Path) -> None:
+    frame = log()
+    expected = encode(frame.drop("line"), duplicates="keep")
+    lists = frame.group_by("user_id", maintain_order=True).agg("item_id", "t", "a")
+    lists.write_parquet(tmp_path / "lists.parquet")
+    lists.write_ndjson(tmp_path / "lists.jsonl")
+    for table in (lists, tmp_path / "lists.parquet", tmp_path / "lists.jsonl"):
+        found = encode(table)  # equal entries of a list are no repeated rows
+        for name in expected.events:
+            np.testing.assert_array_equal(found.events[name], expected.events[name])
+    with pytest.raises(ValueError, match=r"row 1: \d+ values in column 't', \d+ in 'item_id'; give one for each item"):
+        encode(lists.with_columns(t=pl.col("t").list.head(2)))
+    with pytest.raises(ValueError, match="column 't' holds lists, the item column 'item_id' does not"):
+        encode(lists.with_columns(item_id=1))

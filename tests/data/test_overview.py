@@ -62,6 +62,14 @@ def test_cold_items_and_a_single_action_are_named(tmp_path: Path) -> None:
     assert "cold items: 4 of 4 items" in text and "one action" in text
 
 
+def test_a_user_or_an_item_with_more_than_a_tenth_of_all_events_is_named(tmp_path: Path) -> None:
+    items = np.concatenate([np.zeros(20, np.int64), np.arange(1, 49)])
+    options = {"num_items": 49, "items": items, "originals": {"user": [*"abcdefghijklm", "N\x1bA"]}}
+    text = "\n".join(overview.overview(make_dataset(tmp_path / "large", [4, *[2] * 12, 40], **options)).warnings)
+    assert "one user is large: 'N\\x1bA' has 40 of 68 events; is it one user, or what stands" in text
+    assert "one item is large: 0 has 20 of 68 events" in text
+
+
 def test_examples_show_original_values_of_the_newest_events(tmp_path: Path) -> None:
     originals = {"user": list("abcdef"), "item": [f"film {i}" for i in range(40)]}
     dataset = crowded(tmp_path / "small", originals=originals)

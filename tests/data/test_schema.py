@@ -35,6 +35,15 @@ def test_schema_survives_saving(tmp_path: Path) -> None:
     assert schema.time.name == "timestamp"
 
 
+def test_bits_have_names(tmp_path: Path) -> None:
+    action = Feature(name="action", role="action", vocab_size=8, action_type="bitmask", bits=("click", "like", "buy"))
+    schema = make(features=(USER, ITEM, action))
+    schema.save(tmp_path)
+    assert Schema.load(tmp_path) == schema and schema.action.bits == ("click", "like", "buy")
+    with pytest.raises(ValueError, match="bits .* do not name those of a bitmask of 4"):
+        Feature(name="action", role="action", vocab_size=4, action_type="bitmask", bits=("click", "like", "buy"))
+
+
 def test_action_and_time_are_optional() -> None:
     schema = make(features=(USER, ITEM))
     assert schema.action is None and schema.time is None and schema.contexts == ()

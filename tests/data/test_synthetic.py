@@ -9,7 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hstu.data import EncodedDataset, SequenceDataset, SyntheticConfig, generate, leave_one_out, write_synthetic
+from hstu.data import (
+    EncodedDataset,
+    SequenceDataset,
+    SyntheticConfig,
+    generate,
+    leave_one_out,
+    write_synthetic,
+)
 from hstu.data.synthetic import PlantedModel, area_under_curve, distribution_weights, plant
 
 TINY = SyntheticConfig(num_users=200, num_items=60, num_clusters=8, num_types=3, min_seqlen=3, max_seqlen=30)
@@ -93,6 +100,26 @@ def test_items_and_actions_follow_the_known_probabilities() -> None:
             actions[:, min(int(10 * p), 9)] += label - p, p * (1 - p)
     assert abs(surprise) < 4 * math.sqrt(variance)
     assert np.all(np.abs(actions[0]) < 4 * np.sqrt(actions[1]))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_items": 31},
+        {"num_clusters": 3},
+        {"value_distribution": "uniform"},
+        {"min_seqlen": 29, "num_items": 31},
+    ],
+)
+def test_a_large_catalogue_in_segments_is_drawn_as_if_whole(changes: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = generate(replace(TINY, **changes))
+    monkeypatch.setattr(module, "_DIRECT", 8)
+    monkeypatch.setattr(module, "_SEGMENT", 7)
+    told: list[float] = []
+    found = generate(replace(TINY, **changes), progress=lambda what, events, share: told.append(share))
+    np.testing.assert_array_equal(found.events["item_id"], whole.events["item_id"])
+    assert found.schema == whole.schema and max(told) == 1.0 and len(told) > 20
 
 
 def test_same_config_gives_the_same_files(tmp_path: Path) -> None:

@@ -123,6 +123,9 @@ def test_each_binary_task_reads_its_bit() -> None:
         assert scores.metrics[f"ACCURACY/{k}"] == np.mean((p[:, k] > 0.5) == bits)
     assert math.isnan(scores.metrics["AUC/2"]) and scores.left_out["AUC"] == 1
     assert scores.metrics["AUC"] == pytest.approx((scores.metrics["AUC/0"] + scores.metrics["AUC/1"]) / 2)
+    named = ranking_scores(("AUC",), p, y, np.zeros(50, np.int64), multiclass=False, tasks=("click", "buy"))
+    assert list(named.metrics) == ["AUC", "AUC/click", "AUC/buy", "AUC/2"]
+    assert named.metrics["AUC/buy"] == scores.metrics["AUC/1"]
 
 
 def test_one_binary_task_has_no_numbered_copy() -> None:

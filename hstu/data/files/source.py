@@ -17,6 +17,8 @@ from typing import Any, BinaryIO, TypeVar
 
 import pyarrow as pa
 
+from hstu.data.files.formats import shorten
+
 CHUNK = 1 << 24  # bytes; blocks of less than 32 MiB are given back to the allocator, not to the system
 LONGEST_ROW = 1 << 26  # bytes
 _SAMPLE = 1 << 12  # bytes that tell an encoding
@@ -125,10 +127,11 @@ class Source:
 
     def _refuse_endless(self, content: bytes, line: int, quoted: bool) -> None:
         if quoted and b'"' in content:
-            line += content.count(b"\n", 0, content.rfind(b'"'))
+            odd = next(row for row in content.split(b"\n") if row.count(b'"') % 2)
+            line += content.count(b"\n", 0, content.index(odd))
             raise ValueError(
-                f"{self.path}: line {line}: a double quote opens here or before and is never closed; close it, or read "
-                "quotes as characters with --quoting none"
+                f"{self.path}: line {line}: the first with an odd number of double quotes, one of them never closed: "
+                f"{shorten(odd.decode('utf-8', 'replace'))}; close it, or read quotes as characters with --quoting none"
             )
         raise ValueError(f"{self.path}: line {line} has more than {len(content):,} bytes; end rows with line feeds")
 
