@@ -143,8 +143,10 @@ def _dominating(dataset: SequenceDataset, found: Overview) -> list[str]:
         # Few users have large shares each.
         if counts[largest] > events * max(LARGE_SHARE, 1.5 / np.count_nonzero(counts)):
             (original,) = dataset.vocabulary(feature.name)[[largest]].tolist()
-            lines.append(f"one {feature.role} is large: {original!r} has {counts[largest]:,} of {events:,} events; is it one "
-                         f"{feature.role}, or what stands for an unknown one?")  # fmt: skip
+            lines.append(
+                f"one {feature.role} is large: {original!r} has {counts[largest]:,} of {events:,} events; is it one "
+                f"{feature.role}, or what stands for an unknown one?"
+            )
     return lines
 
 

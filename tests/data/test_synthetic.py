@@ -17,6 +17,7 @@ from hstu.data import (
     leave_one_out,
     write_synthetic,
 )
+from hstu.data import planted as module
 from hstu.data.synthetic import PlantedModel, area_under_curve, distribution_weights, plant
 
 TINY = SyntheticConfig(num_users=200, num_items=60, num_clusters=8, num_types=3, min_seqlen=3, max_seqlen=30)
