@@ -245,7 +245,7 @@ class DynamicTables(ShardedTables):
         found = torch.full_like(ids, -1)
         found[mine] = torch.where(places < rows.map.size, rows.map.row_of(places), -1).cpu()
         if mesh.world_size > 1:
-            torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, group=mesh.host_group)
+            torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, group=mesh.world.host_group)
         rows.history.steps[places] = 1  # all that a new run holds is new since its step 0
         rows.tally[0] = (found >= 0).sum()
         return found
