@@ -22,8 +22,8 @@ SHORT = (
     "NetworkArgs.kv_channels=16",
 )
 STEPS = {"ranking": 240, "retrieval": 360}
-# How near to the best possible score a model has to come. Measured with three seeds each on
-# one thread, two threads and ATEN_CPU_CAPABILITY=default (best possible AUC 0.827, HR@10 0.699, NDCG@10 0.398):
+# How near to the best possible score a model has to come. Measured with three seeds, each
+# as it is and with ATEN_CPU_CAPABILITY=default (best possible AUC 0.827, HR@10 0.699, NDCG@10 0.398):
 #   as shipped                   AUC 0.772 to 0.788   HR@10 0.635 to 0.642   NDCG@10 0.352 to 0.358
 #   floors                       AUC 0.727            HR@10 0.524            NDCG@10 0.259
 #   tables that do not learn     AUC 0.681            HR@10 0.291            NDCG@10 0.152

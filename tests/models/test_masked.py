@@ -133,7 +133,7 @@ def test_learns_what_follows_what(tmp_path: Path) -> None:
     full = ("RetrievalArgs.loss='full_softmax'", "RetrievalArgs.num_negatives=-1", "RetrievalArgs.temperature=0.1")
     config = config_of(*full, "NetworkArgs.hidden_size=16", "RetrievalArgs.mask_last_probability=0.3")
     assert learnt(dataset, config, steps=0) < 0.3
-    # At least 0.83 with three seeds, one and two threads, and ATEN_CPU_CAPABILITY=default; chance: 0.05.
+    # At least 0.83 with three seeds, also with ATEN_CPU_CAPABILITY=default; chance: 0.05.
     assert learnt(dataset, config, steps=200) > 0.4
 
 

@@ -157,7 +157,7 @@ def test_learns_what_follows_what(name: str, tmp_path: Path) -> None:
     network = ("NetworkArgs.backbone='gru'", "NetworkArgs.hidden_size=16", "RetrievalArgs.temperature=0.1")
     config = make_config("retrieval", *network, *LEARN[name])
     assert learnt(dataset, config, 0, counts) < 0.3  # at most 0.13
-    # bce at least 0.88, mol 0.96, the others 1.0: three seeds, one and two threads, ATEN_CPU_CAPABILITY=default.
+    # bce at least 0.88, mol 0.96, the others 1.0: three seeds, also with ATEN_CPU_CAPABILITY=default.
     # The standard error over 48 users is 0.05.
     assert learnt(dataset, config, 40 if name == "mol" else 100, counts) > 0.6
 
