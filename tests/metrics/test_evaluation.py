@@ -187,12 +187,10 @@ def evaluate_ranks(model: Any, ranks: list[BatchLoader], config: Config) -> list
         return values
 
     def mesh(rank: int) -> Any:
-        return SimpleNamespace(
-            is_main=rank == 0,
-            device=torch.device("cpu"),
-            sum=lambda x: torch.stack(exchange(rank, x)).sum(0),
-            gather=lambda x: torch.cat(exchange(rank, x)),
+        tokens = SimpleNamespace(
+            sum=lambda x: torch.stack(exchange(rank, x)).sum(0), gather=lambda x: torch.cat(exchange(rank, x))
         )
+        return SimpleNamespace(is_main=rank == 0, device=torch.device("cpu"), tokens=tokens)
 
     with ThreadPoolExecutor(len(ranks)) as pool:
         futures = [pool.submit(evaluate, model, loader, mesh(loader.rank), config, 0) for loader in ranks]
