@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ MOST_CELLS = 512  # of a sequence, so that planning takes time in proportion to 
 CHUNK_SCORES = 768 * 1024  # scores of a chunk: a buffer of these in float32 is 3 MB
 PADDING = 0.6  # the shortest of a group against its longest
 SMALL_GROUP = 96 * 1024  # scores below which the calls cost more than padding does
+ENDLESS = 1 << 62
 KEPT_PER_TOKEN = 256  # of a mask that no distance describes: bytes kept for the layers and the backward
 
 
@@ -35,8 +37,8 @@ class Group:
         context: ``[g]`` context tokens.
         history: ``[g]`` place of the first candidate.
         shift: the start of every sequence, None where they differ.
-        has_candidates: whether any sequence has candidates.
-        min_history: the least of ``history``.
+        context_span: least and greatest of ``context``.
+        history_span: of ``history``, which is endless where there are no candidates.
     """
 
     index: int
@@ -51,8 +53,8 @@ class Group:
     context: Tensor
     history: Tensor
     shift: int | None
-    has_candidates: bool
-    min_history: int
+    context_span: tuple[int, int]
+    history_span: tuple[int, int]
 
     @property
     def block(self) -> int:
@@ -102,9 +104,19 @@ class Tile:
     def distance(self) -> int | None:
         """Distance of the last row to the first column, which tells those of all; None where samples differ."""
         group = self.group
-        if group.shift is None or (group.has_candidates and group.shift + self.r1 > group.min_history):
+        if group.shift is None or group.shift + self.r1 > group.history_span[0]:
             return None  # a candidate's position is not its place
         return self.c0 - (group.shift + self.r1 - 1)
+
+    def common(self) -> tuple[int, int] | None:
+        """Context and history of every sequence, as far as the tile goes; None where they differ."""
+        group = self.group
+        if group.shift is None:
+            return None
+        # Beyond the tile it does not matter where context ends and candidates begin.
+        end = max(group.shift + self.r1, self.c1)
+        context, history = ([min(x, end) for x in span] for span in (group.context_span, group.history_span))
+        return (context[0], history[0]) if context[0] == context[1] and history[0] == history[1] else None
 
     def places(self) -> tuple[Tensor, Tensor]:
         """Places of the rows, ``[g or 1, R, 1]``, and of the columns, ``[1, 1, C]``."""
@@ -179,8 +191,11 @@ class Plan:
         """What the mask hides of a tile; None for nothing."""
         if tile in self._hidden:
             return self._hidden[tile]
-        visible = self._visible(tile)
-        hidden = _describe(visible, tile, None if len(visible) == 1 else tile.valid())
+        shift, common = tile.group.shift, tile.common()
+        if common is None or shift is None or self._segments is not None or self._memory is not None:
+            hidden = _describe(self._visible(tile), tile.valid(), tile.distance is not None)
+        else:
+            hidden = _hidden_of_all(self.mask, (shift + tile.r0, shift + tile.r1), (tile.c0, tile.c1), *common)
         size = 0 if hidden is None or hidden.pairs is None else hidden.pairs.numel()
         if size <= self._room:
             self._room -= size
@@ -196,23 +211,16 @@ class Plan:
         return values[group.first_column :][: group.size * group.m].view(group.size, group.m)
 
     def _visible(self, tile: Tile) -> Tensor:
-        """``[g, R, C]``, or ``[1, R, C]`` where all sequences are alike as far as the tile goes."""
+        """``[g, R, C]``."""
         group, (i, j) = tile.group, tile.places()
         flags: list[tuple[Tensor, Tensor] | None] = [None, None]
         for which, values in enumerate((self._segments, self._memory)):
             if values is not None:
                 rows, columns = self.rows(self.query_tokens, group), self.columns(self.keys.tokens, group)
                 flags[which] = values[rows[:, tile.r0 : tile.r1, None]], values[columns[:, None, tile.c0 : tile.c1]]
-        # Beyond the tile it does not matter where context ends and candidates begin.
-        end = max(int(i.max()), int(j.max())) + 1
-        context = group.context.clamp(max=end)
-        history = torch.where(group.history < group.num_keys, group.history, end).clamp(max=end)
-        facts = torch.stack([group.start, context, history])
-        size = 1 if flags == [None, None] and bool((facts == facts[:, :1]).all()) else group.size
-        return self.mask.visible(
-            i[:size], j, context=context[:size, None, None], history=history[:size, None, None],
-            segments=flags[0], memory=flags[1],
-        )  # fmt: skip
+        context, history = group.context[:, None, None], group.history[:, None, None]
+        visible = self.mask.visible(i, j, context=context, history=history, segments=flags[0], memory=flags[1])
+        return visible.expand(tile.shape)
 
     def _tiles(self, group: Group) -> Iterator[tuple[int, int, int, int]]:
         """Rows and columns of tiles that contain every visible score of a group."""
@@ -269,21 +277,32 @@ def _runs(cells: list[bool]) -> Iterator[tuple[int, int]]:
             start = None
 
 
-def _describe(visible: Tensor, tile: Tile, valid: Tensor | None) -> Hidden | None:
-    """Put what is hidden in the shortest form; ``valid`` is False at padding."""
+@lru_cache(maxsize=512)
+def _hidden_of_all(
+    mask: Mask, rows: tuple[int, int], columns: tuple[int, int], context: int, history: int
+) -> Hidden | None:
+    """What is hidden of a tile in which all sequences are alike: tiles of many batches are the same."""
+    i, j = torch.arange(*rows)[None, :, None], torch.arange(*columns)
+    return _describe(mask.visible(i, j, context=context, history=history), None, rows[1] <= history)
+
+
+def _describe(visible: Tensor, valid: Tensor | None, by_distance: bool) -> Hidden | None:
+    """Put what is hidden in the shortest form.
+
+    Args:
+        visible: ``[g, R, C]``, or ``[1, R, C]`` for all sequences.
+        valid: likewise, False at padding; None for none.
+        by_distance: whether positions are places, so that the distance may tell.
+    """
     hidden = ~visible if valid is None else valid & ~visible
     if not bool(hidden.any()):
         return None
-    hidden_by_all, seen = hidden.any(0), (visible if valid is None else valid & visible).any(0)
-    _, rows, columns = tile.shape
-    hidden_by_all, seen = hidden_by_all.expand(rows, columns), seen.expand(rows, columns)
-    if tile.distance is not None:
-        distances, seen_at = _any_by_distance(hidden_by_all), _any_by_distance(seen)
-        if not bool((distances & seen_at).any()):
+    of_any, seen = hidden.any(0), (visible if valid is None else valid & visible).any(0)
+    if by_distance:
+        distances = _any_by_distance(of_any)
+        if not bool((distances & _any_by_distance(seen)).any()):
             return Hidden(distances=distances)
-    if not bool((hidden_by_all & seen).any()):
-        return Hidden(pairs=hidden_by_all[None])
-    return Hidden(pairs=hidden)
+    return Hidden(pairs=hidden if bool((of_any & seen).any()) else of_any[None])
 
 
 def _any_by_distance(pairs: Tensor) -> Tensor:
@@ -330,17 +349,19 @@ def _make_groups(sizes: list[int], order: Tensor, layout: Layout, keys: Layout) 
     """The groups of the sequences ``order``."""
     groups: list[Group] = []
     numbers = torch.stack([layout.lengths, keys.lengths, keys.lengths - layout.lengths, keys.context, keys.history])
-    first_row = first_column = 0
-    for index, own in enumerate(numbers[:, order].split(sizes, 1)):
+    numbers = numbers[:, order]
+    on_host, first, first_row, first_column = numbers.tolist(), 0, 0, 0
+    for index, own in enumerate(numbers.split(sizes, 1)):
         num_queries, num_keys, start, context, history = own
-        size, n, m = own.shape[1], int(num_queries.max()), int(num_keys[0])
-        shift = 0 if keys is layout else int(start[0])
+        size = own.shape[1]
+        queries, lengths, starts, contexts, histories = (x[first : first + size] for x in on_host)
+        ends = [h if h < m else ENDLESS for h, m in zip(histories, lengths, strict=True)]
         groups.append(
             Group(
                 index=index,
                 size=size,
-                n=n,
-                m=m,
+                n=max(queries),
+                m=lengths[0],
                 first_row=first_row,
                 first_column=first_column,
                 num_queries=num_queries,
@@ -348,10 +369,10 @@ def _make_groups(sizes: list[int], order: Tensor, layout: Layout, keys: Layout) 
                 start=start,
                 context=context,
                 history=history,
-                shift=shift if keys is layout or bool((start == shift).all()) else None,
-                has_candidates=keys.num_candidates is not None and bool((history < num_keys).any()),
-                min_history=int(history.min()),
+                shift=starts[0] if min(starts) == max(starts) else None,
+                context_span=(min(contexts), max(contexts)),
+                history_span=(min(ends), max(ends)),
             )
         )
-        first_row, first_column = first_row + size * n, first_column + size * m
+        first, first_row, first_column = first + size, first_row + size * max(queries), first_column + size * lengths[0]
     return groups
