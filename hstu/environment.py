@@ -38,6 +38,7 @@ PACKAGES = (
     "matplotlib",
 )
 OPTIONAL = frozenset({"triton", "fbgemm-gpu-cpu"})
+_CPUINFO = Path("/proc/cpuinfo")
 _CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16")
 
 
@@ -60,19 +61,23 @@ def versions() -> dict[str, str | None]:
     return found
 
 
+def cpu_flags() -> set[str]:
+    """What the processor says that it can do; empty where the system does not tell."""
+    lines = _CPUINFO.read_text().splitlines() if _CPUINFO.exists() else []
+    told = (line.partition(":")[2] for line in lines if line.partition(":")[0].strip() in ("flags", "Features"))
+    return {flag for line in told for flag in line.split()}
+
+
 def devices() -> dict[str, Any]:
     """The processor (with the flags that matter to matrix products), the memory in GiB, and the GPUs."""
     import psutil
     import torch
 
-    flags, model = set[str](), platform.processor() or platform.machine()
-    if (cpuinfo := Path("/proc/cpuinfo")).exists():
-        for line in cpuinfo.read_text().splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                model = value.strip()
-            elif key.strip() == "flags":
-                flags.update(value.split())
+    flags, model = cpu_flags(), platform.processor() or platform.machine()
+    for line in _CPUINFO.read_text().splitlines() if _CPUINFO.exists() else ():
+        key, _, value = line.partition(":")
+        if key.strip() == "model name":
+            model = value.strip()
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     gpus = []
     for index in range(torch.cuda.device_count()):

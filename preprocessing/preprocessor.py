@@ -35,6 +35,7 @@ from hstu.data.seen import MANY_REPEATS, REPEATS_MATTER
 from hstu.data.synthetic import Distribution, SyntheticConfig, generate
 from hstu.data.table import encode
 from hstu.data.writer import write_dataset, writing
+from hstu.interrupt import StopRequest, requested
 from preprocessing import amazon, kuairand, movielens
 from preprocessing.progress import Progress
 from preprocessing.published import make_published
@@ -103,6 +104,12 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 def _guarded(argv: list[str]) -> int:
+    # A library that asks nobody for long is ended in the midst of it; the next run clears away what is left.
+    with StopRequest(lambda: f"interrupted: {FLAGS.data_dir} is as it was"):
+        return _answer(argv)
+
+
+def _answer(argv: list[str]) -> int:
     logger = logging.getLogger("hstu")
     logger.addHandler(logging.StreamHandler(sys.stdout))
     logger.setLevel(logging.INFO)
@@ -111,7 +118,6 @@ def _guarded(argv: list[str]) -> int:
         if len(argv) > 1:
             raise ValueError(f"argument {argv[1]!r} is no flag; flags start with --")
         _refuse_foreign_flags()
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
         if FLAGS.dataset_name == "all":  # one whose files are not to be had keeps nobody from the others
             return max([_reported(name) for name in NAMED])
         _make(FLAGS.dataset_name)
@@ -119,7 +125,7 @@ def _guarded(argv: list[str]) -> int:
         return _report(error)
     except KeyboardInterrupt as interrupt:
         print(f"interrupted {interrupt}".rstrip(), file=sys.stderr)
-        return 130
+        return 128 + (requested() or signal.SIGINT)
     return 0
 
 

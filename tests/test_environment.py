@@ -209,3 +209,12 @@ def test_describe_is_json_and_true():
     assert record["versions"]["torch"] == torch.__version__
     assert len(record["devices"]["gpus"]) == torch.cuda.device_count()
     assert record["devices"]["memory_gib"] >= record["devices"]["memory_free_gib"] > 0
+
+
+def test_flags_of_processors_by_intel_and_arm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "_CPUINFO", tmp_path / "cpuinfo")
+    assert environment.cpu_flags() == set()
+    (tmp_path / "cpuinfo").write_text("processor : 0\nflags\t\t: fpu avx2\n\nprocessor : 1\nflags\t\t: fpu avx2\n")
+    assert environment.cpu_flags() == {"fpu", "avx2"}
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\nFeatures\t: fp asimd bf16\n")
+    assert environment.cpu_flags() == {"fp", "asimd", "bf16"}

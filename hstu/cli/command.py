@@ -8,11 +8,13 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from hstu.config import ConfigError, DatasetArgs, load_config, task_of
+from hstu.interrupt import GRACE, Stopped, StopRequest
 
 if TYPE_CHECKING:
+    from hstu.data.column_cache import Check
     from hstu.data.reader import SequenceDataset
     from hstu.parallel import Mesh
     from hstu.training.run_directory import RunDirectory
@@ -22,32 +24,53 @@ ROOT = Path(__file__).resolve().parents[2]
 logger = logging.getLogger("hstu.cli")
 
 
-def run_on_mesh(action: Callable[[Mesh], None]) -> int:
-    """Join the ranks and run ``action``; a user's mistake ends in one line and exit code 2."""
-    from hstu.parallel import Mesh
+def run_on_mesh(action: Callable[[Mesh], None], unfinished: str = "") -> int:
+    """Join the ranks and run ``action``.
+
+    Args:
+        action: What every rank does.
+        unfinished: What to say of it when a signal ends it.
+
+    Returns:
+        The exit code: 2 for a user's mistake, in one line; 130 and 143 for Ctrl-C and SIGTERM.
+    """
+    with StopRequest(
+        lambda: f"interrupted{unfinished}", grace=0.0
+    ) as stop:  # while imports and other ranks are awaited
+        from hstu.parallel import Mesh
+
+        with Mesh.create() as mesh:
+            stop.grace = GRACE
+            return _run(action, mesh, unfinished)
+
+
+def _run(action: Callable[[Mesh], None], mesh: Mesh, unfinished: str) -> int:
     from hstu.parallel.mistakes import is_first_to_tell, is_told
+    from hstu.training.file_errors import describe, is_foreseeable
     from hstu.training.meter import TrainingError
     from hstu.training.run_directory import configure_logging
 
-    with Mesh.create() as mesh:
+    try:
         configure_logging(None, is_main=mesh.is_main)
-        try:
-            action(mesh)
-        except KeyboardInterrupt:  # before the first step, or a second one while the first is obeyed
-            if mesh.is_main:
-                print("interrupted", file=sys.stderr)
-            return 130
-        except (ValueError, TrainingError) as error:
-            logger.debug("traceback", exc_info=True)
-            if is_first_to_tell(str(error)):  # what all ranks find is printed once
-                print(f"error{'' if mesh.is_main else f' on rank {mesh.rank}'}: {error}", file=sys.stderr)
-            return 2
-        except Exception:
-            if is_told():
-                logger.debug("traceback, after another rank's mistake", exc_info=True)
-                return 1
-            print(f"rank {mesh.rank} of {mesh.world_size} failed:\n{traceback.format_exc()}", file=sys.stderr, end="")
+        action(mesh)
+    except Stopped as stopped:
+        if mesh.is_main and not stopped.told:
+            print(f"interrupted{unfinished}", file=sys.stderr)
+        return stopped.exit_code
+    except (ValueError, TrainingError) as error:
+        logger.debug("traceback", exc_info=True)
+        if is_first_to_tell(str(error)):  # what all ranks find is printed once
+            print(f"error{'' if mesh.is_main else f' on rank {mesh.rank}'}: {error}", file=sys.stderr)
+        return 2
+    except Exception as error:
+        if is_told():
+            logger.debug("traceback, after another rank's mistake", exc_info=True)
             return 1
+        if isinstance(error, OSError) and is_foreseeable(error):
+            print(f"error: {describe(error)}", file=sys.stderr)
+            return 2
+        print(f"rank {mesh.rank} of {mesh.world_size} failed:\n{traceback.format_exc()}", file=sys.stderr, end="")
+        return 1
     return 0
 
 
@@ -86,6 +109,8 @@ def open_trained(run_dir: str | Path, choice: str, bindings: list[str], mesh: Me
     trainer = Trainer(config, dataset, mesh, run)
     step = trainer.checkpointer.load(checkpoint, optimizer=False).step
     logger.info("%s of %s, step %d", task, run.path, step)
+    for note in trainer.notes:
+        logger.info("%s", note)
     return trainer, step
 
 
@@ -119,8 +144,7 @@ def find_dataset(args: DatasetArgs, run: RunDirectory) -> Path:
     places = [Path.cwd() / "tmp_data" / name, ROOT / "tmp_data" / name]
     if args.dataset_path is not None:
         places = [Path(args.dataset_path), Path(args.dataset_path) / name]
-    environment = run.path / "environment.json"
-    record = json.loads(environment.read_text()).get("dataset", {}) if environment.is_file() else {}
+    record = _trained_on(run.path / "environment.json")
     if (record.get("name"), record.get("given")) == (name, args.dataset_path):
         places.insert(0, Path(record["path"]))  # the working directory may be another one now
     for place in places:
@@ -133,9 +157,22 @@ def find_dataset(args: DatasetArgs, run: RunDirectory) -> Path:
     )
 
 
-def open_dataset(path: Path, mesh: Mesh) -> SequenceDataset:
-    """Open a data set on every rank; rank 0 first, which writes its columns once for all."""
+def _trained_on(environment: Path) -> dict[str, Any]:
+    """Return the ``dataset_record`` of a run; empty if there is none."""
+    try:
+        record = json.loads(environment.read_bytes()).get("dataset", {}) if environment.is_file() else {}
+        if record:
+            record["name"], Path(record["path"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{environment}: is damaged ({error}); remove it, and the data set is looked for in tmp_data"
+        ) from None
+    return record
+
+
+def open_dataset(path: Path, mesh: Mesh, *, check: Check = "some") -> SequenceDataset:
+    """Open a data set on every rank; rank 0 first, which writes its columns once for all, or checks them."""
     from hstu.data.reader import SequenceDataset
 
-    mesh.on_main(lambda: SequenceDataset.open(path).num_users)
-    return SequenceDataset.open(path)
+    mesh.on_main(lambda: SequenceDataset.open(path, check).num_users)
+    return SequenceDataset.open(path, "none")

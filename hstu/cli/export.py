@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--since", type=int, metavar="STEP", help="only what changed after STEP; see above")
     add_user_flags(parser)
     args = parser.parse_args(underscore_flags(sys.argv[1:] if argv is None else argv))
-    return run_on_mesh(lambda mesh: export(args, mesh))
+    return run_on_mesh(lambda mesh: export(args, mesh), f"; {args.output} is not written")
 
 
 def export(args: argparse.Namespace, mesh: Mesh) -> None:

@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
-        dataset = SequenceDataset.open(arguments.path)
+        dataset = SequenceDataset.open(arguments.path, check="all")
         found = overview(dataset)
         print(report(dataset, found))
         if arguments.output is not None:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 def main(argv: list[str] | None = None) -> int:
     """Write the answers; 2 for a user's mistake."""
     args = make_parser().parse_args(underscore_flags(sys.argv[1:] if argv is None else argv))
-    return run_on_mesh(lambda mesh: predict(args, mesh))
+    return run_on_mesh(lambda mesh: predict(args, mesh), f"; {args.output} is as it was")
 
 
 def make_parser() -> argparse.ArgumentParser:

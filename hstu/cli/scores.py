@@ -24,7 +24,7 @@ def read(run_dir: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: not found; a run writes it when training or --mode eval has finished")
     try:
         record = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error}); run --mode eval again") from None
     if not isinstance(record, dict) or not isinstance(record.get("metrics"), dict):
         raise ValueError(f"{path}: has no 'metrics'; run --mode eval again")

@@ -54,20 +54,29 @@ def main(task: Literal["ranking", "retrieval"]) -> None:
         if int(os.environ.get("RANK", 0)) == 0:  # all ranks have the same flags
             print(f"error: {error} (--help lists the flags)".replace("\n", " "), file=sys.stderr)
         sys.exit(2)
-    sys.exit(run_on_mesh(lambda mesh: _run(task, mesh)))
+    unfinished = "; nothing was trained" if FLAGS.mode == "train" else "; nothing was written"
+    sys.exit(run_on_mesh(lambda mesh: _run(task, mesh), unfinished))
 
 
 def _run(task: Literal["ranking", "retrieval"], mesh: Any) -> None:
+    from hstu.training.run_directory import RunDirectory
+
+    run = RunDirectory(mesh.world.broadcast(_run_path()))
+    try:
+        _train_or_score(task, mesh, run)
+    finally:
+        run.unlock()
+
+
+def _train_or_score(task: Literal["ranking", "retrieval"], mesh: Any, run: Any) -> None:
     from hstu.training.checkpoint_files import find_checkpoint
     from hstu.training.init_from import find_source
     from hstu.training.logging import check_loggers
-    from hstu.training.run_directory import RunDirectory, configure_logging
+    from hstu.training.run_directory import configure_logging
     from hstu.training.trainer import Trainer
 
-    run = RunDirectory(mesh.world.broadcast(_run_path()))
     loaded = _load(task, run)
     path = find_dataset(loaded.config.dataset, run)
-    dataset = open_dataset(path, mesh)
     training = FLAGS.mode == "train"
     started = mesh.world.broadcast(run.has_run())
     restarted = training and mesh.on_main(run.has_begun)  # which has obeyed --resume and --checkpoint before
@@ -75,7 +84,8 @@ def _run(task: Literal["ranking", "retrieval"], mesh: Any) -> None:
         raise ValueError(f"--run-dir = {str(run.path)!r}: holds a run, and --resume=never; choose another directory")
     if training:
         check_loggers(loaded.config.trainer.loggers)
-        mesh.on_main(run.lock)
+    killed = training and mesh.on_main(run.lock)  # then a whole look at what the machine may not have written
+    dataset = open_dataset(path, mesh, check="all" if killed else "some")
     choice = FLAGS.checkpoint or ("latest" if training else "best")
     checkpoint = mesh.on_main(lambda: find_checkpoint(run.checkpoints, "latest")) if restarted else None
     checkpoint = checkpoint or mesh.on_main(lambda: find_checkpoint(run.checkpoints, choice))
@@ -87,10 +97,13 @@ def _run(task: Literal["ranking", "retrieval"], mesh: Any) -> None:
     source = None
     if init_from is not None and checkpoint is None:
         source = mesh.on_main(lambda: find_source(init_from, run.path))
+    problem = mesh.on_main(lambda: _problem(run)) if not training and started else None
+    if problem is not None:
+        logger.warning("%s; the scores are only printed", problem)
     trainer = Trainer(loaded.config, dataset, mesh, run)
     if not training:
         assert checkpoint is not None
-        _score(trainer, checkpoint, choice)
+        _score(trainer, checkpoint, choice, writable=problem is None)
         return
     if checkpoint is not None:
         trainer.resume(checkpoint)
@@ -114,16 +127,28 @@ def _run(task: Literal["ranking", "retrieval"], mesh: Any) -> None:
     trainer.train()
 
 
-def _score(trainer: Any, checkpoint: Path, choice: str) -> None:
+def _problem(run: Any) -> str | None:
+    """Return why ``run`` cannot be written, if it cannot."""
+    try:
+        run.create()
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _score(trainer: Any, checkpoint: Path, choice: str, *, writable: bool) -> None:
     from hstu.training.logging import format_metrics
 
+    for note in trainer.notes:
+        logger.info("%s", note)
     records = trainer.evaluate(checkpoint)
-    trainer.mesh.on_main(trainer.run.create)
-    name = "eval.json" if choice == "best" else f"eval_{checkpoint.name}.json"
-    trainer.mesh.on_main(lambda: trainer.run.write_json(name, records[-1]))
     for record in records:
         logger.info("step %d  %s  %s", record["step"], record["split"], format_metrics(record["metrics"]))
-    logger.info("result: %s", trainer.run.path / name)
+    if writable:
+        trainer.mesh.on_main(trainer.run.create)
+        name = "eval.json" if choice == "best" else f"eval_{checkpoint.name}.json"
+        trainer.mesh.on_main(lambda: trainer.run.write_json(name, records[-1]))
+        logger.info("result: %s", trainer.run.path / name)
 
 
 def _load(task: Literal["ranking", "retrieval"], run: Any) -> LoadedConfig:

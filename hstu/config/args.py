@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 from hstu.config.backbones import HUGGING_FACE, backbone_defaults, check_backbone, check_degrees
 from hstu.config.base import UNSET, Args, ConfigError
@@ -60,9 +60,18 @@ class DatasetArgs(Args):
     #: Who reads and collates batches: 0, the training thread; 1, a thread ahead of the step; more, as many processes.
     num_workers: int = 1
 
+    limits: ClassVar = {
+        **dict.fromkeys(("max_history_seqlen", "train_stride"), (1, 2**20)),
+        "max_num_candidates": (0, 2**20),
+        "num_windows": (2, 10**6),
+        **dict.fromkeys(("window", "train_windows"), (0, 10**6)),
+        **dict.fromkeys(("temporal_cuts", "actions_without_loss"), (-(2**62), 2**62)),
+        **dict.fromkeys(("history_start", "history_end"), (-(2**31), 2**31)),
+        **dict.fromkeys(("temporal_quantiles", "history_sampling_ratio"), (0, 1)),
+        "num_workers": (0, 64),
+    }
+
     def validate(self) -> None:
-        self.require_positive("max_history_seqlen")
-        self.require_range("num_workers", 0, 65)
         if not 0 < self.history_sampling_ratio <= 1:
             raise self.error("history_sampling_ratio", "must be above 0 and at most 1")
         self._validate_cuts()
@@ -72,7 +81,6 @@ class DatasetArgs(Args):
             raise self.error("history_end", "must be above DatasetArgs.history_start, or no event is left")
         if end == 0:
             raise self.error("history_end", "leaves no event; use None for the whole history")
-        self.require_range("max_num_candidates", 0, 2**31)
         if not self.dataset_name:
             raise self.error("dataset_name", "must name a data set")
 
@@ -86,8 +94,6 @@ class DatasetArgs(Args):
             raise self.error("temporal_cuts", "must be ascending times in seconds")
         if cuts is not None and self.protocol == "temporal" and len(cuts) != 2:
             raise self.error("temporal_cuts", "must be two times for 'temporal'")
-        self.require_range("num_windows", 2, 2**31)
-        self.require_range("window", 0, 2**31)
         self.require_range("train_windows", 1, self.window + 2)
         for name in ("num_windows", "window", "train_windows"):
             if self.protocol != "windows" and getattr(self, name) != self.__dataclass_fields__[name].default:
@@ -96,7 +102,6 @@ class DatasetArgs(Args):
     def _validate_stride(self) -> None:
         if self.train_stride is None:
             return
-        self.require_positive("train_stride")
         longest = self.max_num_candidates or self.max_history_seqlen
         if self.train_stride > longest:
             raise self.error("train_stride", f"must be at most {longest} (max_num_candidates, or max_history_seqlen "
@@ -181,6 +186,20 @@ class NetworkArgs(Args):
     recompute_input_silu: bool = False
     recompute_gate: bool = False
 
+    limits: ClassVar = {
+        **dict.fromkeys(("num_layers", "num_attention_heads", "num_query_groups"), (1, 1024)),
+        **dict.fromkeys(("hidden_size", "kv_channels", "value_channels"), (1, 2**17)),
+        "ffn_hidden_size": (1, 2**20),
+        **dict.fromkeys(("item_embedding_dim", "action_embedding_dim", "contextual_embedding_dim"), (-1, 2**17)),
+        **dict.fromkeys(("num_bias_time_buckets", "num_position_buckets"), (1, 2**24)),
+        "num_time_buckets": (0, 2**24),
+        **dict.fromkeys(("max_attn_len", "target_group_size"), (1, 2**31)),
+        "scaling_seqlen": (-1, 2**31),
+        **dict.fromkeys(("hidden_dropout", "input_dropout"), (0, 1)),
+        **dict.fromkeys(("dense_initializer_normal_std", "embedding_initializer_std"), (1e-20, 100)),
+        "norm_epsilon": (1e-20, 1),
+    }
+
     def resolve(self) -> None:
         width = self.hidden_size
         self.default(**backbone_defaults(self))
@@ -188,13 +207,8 @@ class NetworkArgs(Args):
         self.default(input_dropout=self.hidden_dropout, norm_epsilon=1e-5, is_causal=self.backbone != "bert")
 
     def validate(self) -> None:
-        self.require_positive("num_layers", "hidden_size", "num_attention_heads", "kv_channels")
-        self.require_positive("value_channels", "max_attn_len", "num_position_buckets", "target_group_size")
-        self.require_positive("num_bias_time_buckets", "norm_epsilon", "dense_initializer_normal_std")
-        self.require_positive("embedding_initializer_std")
         self.require_range("hidden_dropout", 0, 1)
         self.require_range("input_dropout", 0, 1)
-        self.require_range("num_time_buckets", 0, 2**31)
         for name in (
             "scaling_seqlen",
             "item_embedding_dim",
@@ -203,7 +217,6 @@ class NetworkArgs(Args):
         ):
             if getattr(self, name) != -1:
                 self.require_positive(name)
-        self.require_positive("ffn_hidden_size", "num_query_groups")
         check_backbone(self)
 
     @property
@@ -223,8 +236,7 @@ class ContextParallelArgs(Args):
 
     context_parallel_size: int = 1
 
-    def validate(self) -> None:
-        self.require_positive("context_parallel_size")
+    limits: ClassVar = {"context_parallel_size": (1, 2**16)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,8 +247,9 @@ class TensorModelParallelArgs(Args):
     #: Also split tokens over these ranks between the products, where every rank would hold all of them.
     sequence_parallel: bool = False
 
+    limits: ClassVar = {"tensor_model_parallel_size": (1, 1024)}
+
     def validate(self) -> None:
-        self.require_positive("tensor_model_parallel_size")
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             raise self.error("sequence_parallel", "needs TensorModelParallelArgs.tensor_model_parallel_size above 1")
 
@@ -255,8 +268,10 @@ class RankingArgs(Args):
     num_tasks: int = 1
     eval_metrics: tuple[str, ...] = ("AUC",)
 
+    limits: ClassVar = {"prediction_head_arch": (1, 2**17), "num_tasks": (1, 2**17)}
+
     def validate(self) -> None:
-        if not self.prediction_head_arch or min(self.prediction_head_arch) <= 0:
+        if not self.prediction_head_arch:
             raise self.error("prediction_head_arch", "must list at least one positive width")
         if self.num_tasks not in (1, self.prediction_head_arch[-1]):
             raise self.error("num_tasks", "must be 1 (one softmax) or the last width of prediction_head_arch")

@@ -6,7 +6,12 @@ import dataclasses
 import math
 import types
 import typing
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+_LONGEST = 300  # characters of a value in an error message
+STEPS = 10**9 - 1
+"""The most steps: the names of checkpoints have nine digits."""
 
 UNSET: Any = None
 """Default of a field that takes its value from others in ``resolve``; None stays where the field has no use."""
@@ -49,12 +54,40 @@ def _coerce(annotation: Any, value: Any) -> Any:
     if annotation is type(None) and value is None:
         return None
     if annotation is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        if math.isfinite(value):
-            return float(value)
+        try:
+            if math.isfinite(value):
+                return float(value)
+        except OverflowError:  # an integer of hundreds of digits
+            pass
         raise TypeError("a finite number")
     if annotation in (int, str, bool) and type(value) is annotation:
         return value
     raise TypeError(_describe(annotation))
+
+
+def brief(value: Any) -> str:
+    """Return ``repr`` of a value, shortened when it does not fit into a line."""
+    try:
+        text = repr(value)
+    except ValueError:  # the interpreter writes no integer of so many digits
+        text = hex(value) if isinstance(value, int) else "numbers of thousands of digits"
+    return shortened(text)
+
+
+def shortened(text: str) -> str:
+    """Return the beginning of a text that does not fit into a line."""
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]}... ({len(text):,} characters)"
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    """Yield the numbers in a field's value."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        yield value
+    elif isinstance(value, tuple):
+        for item in value:
+            yield from _numbers(item)
+    elif isinstance(value, dict):
+        yield from _numbers(tuple(value.values()))
 
 
 def _describe(annotation: Any) -> str:
@@ -80,9 +113,15 @@ class Args:
     A list becomes a tuple and an integer may stand for a float; nothing else is converted: a string
     in place of a number is an error.
 
+    Attributes:
+        limits: The least and the largest value of each number, of lists and dicts of their numbers: wider than what
+            anybody needs, and before what hangs or overflows.
+
     Raises:
         ConfigError: naming the field, the value and what is accepted.
     """
+
+    limits: ClassVar[dict[str, tuple[float, float]]] = {}
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
@@ -95,6 +134,10 @@ class Args:
             except TypeError as expected:
                 optional = " or None" if field.default is UNSET and "None" not in str(expected) else ""
                 raise self.error(field.name, f"must be {expected}{optional}") from None
+        for name, (low, high) in self.limits.items():
+            for value in _numbers(getattr(self, name)):
+                if not low <= value <= high:
+                    raise self.error(name, f"must be at least {low:,} and at most {high:,}")
         self.resolve()
         self.validate()
 
@@ -108,11 +151,11 @@ class Args:
                 object.__setattr__(self, field, value)
 
     def validate(self) -> None:
-        """Check ranges and combinations; subclasses override."""
+        """Check combinations, and ranges that are no ``limits``; subclasses override."""
 
     def error(self, field: str, message: str) -> ConfigError:
         """Build the error for ``field``: ``Class.field = value: message``."""
-        return ConfigError(f"{type(self).__name__}.{field}", f"= {getattr(self, field)!r}: {message}")
+        return ConfigError(f"{type(self).__name__}.{field}", f"= {brief(getattr(self, field))}: {message}")
 
     def require_positive(self, *fields: str) -> None:
         """Raise unless each of ``fields`` that is set is above zero."""

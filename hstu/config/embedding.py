@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from hstu.config.base import Args
 
@@ -23,6 +23,8 @@ class EmbeddingArgs(Args):
     uvm_caching_tables: tuple[str, ...] = ()
     #: Share of their rows that the cache holds.
     uvm_cache_load_factor: float = 0.2
+
+    limits: ClassVar = {"uvm_cache_load_factor": (0, 1)}
 
     def of(self, table: str) -> str:
         """Return the sharding type of ``table``."""
@@ -48,6 +50,8 @@ class FeatureArgs(Args):
     #: values that the data set lacks.
     unknown_rate: float = 0.01
 
+    limits: ClassVar = {"unknown_rate": (0, 1)}
+
     def validate(self) -> None:
         self.require_range("unknown_rate", 0, 1)
 
@@ -71,12 +75,9 @@ class DynamicEmbeddingArgs(Args):
     #: How often an id has to be met, lately, before it gets a row; at most 255.
     min_count: int = 1
 
+    limits: ClassVar = {"capacity": (32, 2**40), "ttl": (1, 2**40), "min_count": (1, 255)}
+
     def validate(self) -> None:
-        for table, rows in self.capacity.items():
-            if rows < 32:
-                raise self.error("capacity", f"table {table!r} needs at least 32 rows")
-        self.require_positive("ttl")
-        self.require_range("min_count", 1, 256)
         if (self.ttl is None) == (self.evict_strategy == "ttl"):
             raise self.error(
                 "ttl", f"goes with evict_strategy = 'ttl' and no other, and that is {self.evict_strategy!r}"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hstu.config import args
-from hstu.config.base import Args, ConfigError
+from hstu.config.base import Args, ConfigError, brief
 from hstu.config.parse import Binding, read_bindings
 
 # In a clone configs/ stands beside the package; a wheel puts it under the environment's data directory.
@@ -121,8 +121,8 @@ def load_config(
         ConfigError: in one line that names the field, its value, what is accepted, and where it was set.
     """
     bound = read_bindings([find_config(f) for f in files], bindings, tuple(_CLASSES), CONFIG_DIRECTORY)
-    given = _given(bound)
     notes: list[str] = []
+    as_given = bound
     bound = _apply_reference_names(bound, notes)
     try:
         config = _build(task, bound, notes)
@@ -130,7 +130,7 @@ def load_config(
         if error.field not in bound:
             raise
         raise ConfigError(error.field, f"{error.message} (set in {bound[error.field].where})") from None
-    return LoadedConfig(config=config, given=given, notes=tuple(notes))
+    return LoadedConfig(config=config, given=_given(as_given), notes=tuple(notes))
 
 
 def task_of(files: Sequence[str], bindings: Sequence[str] = ()) -> Literal["ranking", "retrieval"]:
@@ -207,7 +207,7 @@ def _construct(name: str, fields: dict[str, Any]) -> Args:
     for unknown in fields.keys() - known.keys():
         close = difflib.get_close_matches(unknown, known, n=1)
         hint = f"did you mean {close[0]}?" if close else f"fields: {', '.join(known)}"
-        raise ConfigError(f"{name}.{unknown}", f"= {fields[unknown]!r}: no such field; {hint}")
+        raise ConfigError(f"{name}.{unknown}", f"= {brief(fields[unknown])}: no such field; {hint}")
     for field in known.values():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and field.name not in fields:

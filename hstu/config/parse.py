@@ -13,8 +13,9 @@ from typing import Any
 
 from gin import config_parser
 
-from hstu.config.base import ConfigError
+from hstu.config.base import ConfigError, brief, shortened
 
+_DEEPEST = 50  # includes in one another
 BINDINGS_FLAG = "--gin-bindings"
 
 
@@ -72,7 +73,7 @@ def read_bindings(
     fields = {key: Binding(_resolved(key, b.value, b, macros, used), b.where) for key, b in fields.items()}
     for name, macro in macros.items():
         if name not in used:
-            raise ConfigError(name, f"= {macro.value!r}: names no class and nothing uses %{name}; "
+            raise ConfigError(name, f"= {brief(macro.value)}: names no class and nothing uses %{name}; "
                               f"write Class.{name} (set in {macro.where})")  # fmt: skip
     return fields
 
@@ -87,7 +88,7 @@ def _key(statement: config_parser.BindingStatement, where: str, classes: Sequenc
     if owner not in classes:
         close = difflib.get_close_matches(owner, classes, n=1)
         hint = f"did you mean {close[0]}?" if close else f"classes: {', '.join(classes)}"
-        raise ConfigError(f"{owner}.{name}", f"= {statement.value!r}: no such class; {hint} (set in {where})")
+        raise ConfigError(f"{owner}.{name}", f"= {brief(statement.value)}: no such class; {hint} (set in {where})")
     return f"{owner}.{name}"
 
 
@@ -126,6 +127,9 @@ def _expanded(text: str, path: Path | None, include_from: Path, within: tuple[Pa
             raise ConfigError(where, f": include {statement.filename!r}: no such file; tried {tried}")
         if found in within:
             raise ConfigError(where, f": include {statement.filename!r}: includes itself")
+        if len(within) >= _DEEPEST:
+            raise ConfigError(where, f": include {statement.filename!r}: stands in {_DEEPEST} files that include one "
+                              "another; put them into fewer")  # fmt: skip
         yield from _expanded(_read(found), found, include_from, (*within, found))
 
 
@@ -142,17 +146,19 @@ def _statements(text: str, path: Path | None) -> Iterator[tuple[Any, str]]:
     try:
         for statement in config_parser.ConfigParser(SimpleNamespace(readline=next_line), _Delegate()):
             yield statement, BINDINGS_FLAG if path is None else f"{path}:{statement.location.line_num}"
-    except (SyntaxError, tokenize.TokenError) as error:
+    except (SyntaxError, tokenize.TokenError, ValueError, RecursionError, MemoryError) as error:
         line = getattr(error, "lineno", None) or lines_read
-        where = f"{BINDINGS_FLAG} {text!r}" if path is None else f"{path}:{line}"
+        where = f"{BINDINGS_FLAG} {brief(text)}" if path is None else f"{path}:{line}"
         raise ConfigError(where, f": {_reason(error)}") from None
 
 
 def _reason(error: Exception) -> str:
+    if isinstance(error, (RecursionError, MemoryError)):
+        return "brackets stand too deep in one another"
     message = str(getattr(error, "msg", None) or error.args[0])
     if isinstance(error, tokenize.TokenError):
         return "a bracket or quote is not closed"
     first, _, token = message.partition("Failed to parse token ")
     if token:
-        return f"cannot read the value {token}; strings stand in quotes: Class.field = 'text'"
+        return f"cannot read the value {shortened(token)}; strings stand in quotes: Class.field = 'text'"
     return f"{first.strip().splitlines()[0].rstrip('.')}; a line looks like Class.field = value"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from hstu.config.base import UNSET, Args
 
@@ -61,20 +61,24 @@ class RetrievalArgs(Args):
         if self.loss == "sampled_softmax":
             self.default(sampling_strategy="in_batch" if self.num_negatives == -1 else "uniform")
 
+    limits: ClassVar = {
+        "num_negatives": (-1, 2**24),
+        **dict.fromkeys(("mask_probability", "mask_last_probability", "label_smoothing", "mol_dropout"), (0, 1)),
+        **dict.fromkeys(("mol_query_groups", "mol_item_groups"), (1, 1024)),
+        **dict.fromkeys(("mol_channels", "mol_gate_channels"), (1, 2**14)),
+        "mol_mutual_information": (0, 1e6),
+        "temperature": (1e-6, 1e6),
+        "l2_norm_eps": (1e-20, 1),
+    }
+
     def validate(self) -> None:
-        self.require_positive("temperature", "l2_norm_eps")
-        self.require_positive("mol_query_groups", "mol_item_groups", "mol_channels", "mol_gate_channels")
         self.require_range("mol_dropout", 0, 1)
-        self.require_range("mol_mutual_information", 0, float("inf"))
         self.require_range("label_smoothing", 0, 1)
-        for name in ("mask_probability", "mask_last_probability"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise self.error(name, "must be at least 0 and at most 1")
         if self.num_negatives != -1:
             self.require_positive("num_negatives")
         self._validate_loss()
         for metric in self.eval_metrics:
-            if not re.fullmatch(rf"((HR|NDCG)@[1-9]\d*|MRR)({SAMPLED_100})?", metric):
+            if not re.fullmatch(rf"((HR|NDCG)@[1-9]\d{{0,8}}|MRR)({SAMPLED_100})?", metric):
                 raise self.error(
                     "eval_metrics",
                     f"must be made of HR@k, NDCG@k and MRR, such as 'HR@10', or 'HR@10{SAMPLED_100}' by its own name",

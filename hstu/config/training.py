@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
-from hstu.config.base import UNSET, Args
+from hstu.config.base import STEPS, UNSET, Args
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,18 +56,25 @@ class TrainerArgs(Args):
     profile_step_start: int = 100
     profile_step_end: int = 200
 
+    limits: ClassVar = {
+        **dict.fromkeys(("train_batch_size", "eval_batch_size", "gradient_accumulation_steps"), (1, 2**24)),
+        **dict.fromkeys(
+            ("eval_interval", "log_interval", "max_train_iters", "max_epochs", "max_eval_iters"), (1, STEPS)
+        ),
+        **dict.fromkeys(("profile_step_start", "profile_step_end"), (0, STEPS)),
+        "ckpt_save_interval": (-1, STEPS),
+        **dict.fromkeys(("seed", "early_stopping_patience"), (0, 2**31 - 1)),
+        "keep_last_checkpoints": (1, 10**6),
+        "hang_timeout_seconds": (1e-3, 1e7),
+    }
+
     def resolve(self) -> None:
         if self.max_train_iters is None:
             self.default(max_epochs=1)
 
     def validate(self) -> None:
-        self.require_positive("train_batch_size", "eval_batch_size", "eval_interval", "log_interval")
-        self.require_positive("max_train_iters", "max_epochs", "max_eval_iters", "keep_last_checkpoints")
-        self.require_positive("gradient_accumulation_steps", "hang_timeout_seconds")
         if self.init_from is not None and not self.init_from.strip():
             raise self.error("init_from", "must name a run directory or a checkpoint; use None to start afresh")
-        self.require_range("seed", 0, 2**31)
-        self.require_range("early_stopping_patience", 0, 2**31)
         if self.nonfinite_loss == "skip" and self.gradient_accumulation_steps > 1:
             raise self.error("nonfinite_loss", "tables have stepped on the batches before; use 'stop', or "
                              "TrainerArgs.gradient_accumulation_steps = 1")  # fmt: skip
@@ -109,6 +116,15 @@ class OptimizerArgs(Args):
     #: Clip each number of the gradient of a looked-up row to [-x, x], before those of one row are summed; 0: off.
     sparse_max_gradient: float = 0.0
 
+    limits: ClassVar = {
+        **dict.fromkeys(("learning_rate", "sparse_learning_rate"), (1e-30, 1e6)),
+        **dict.fromkeys(("min_learning_rate", "sparse_min_learning_rate"), (0, 1e6)),
+        **dict.fromkeys(("adam_beta1", "adam_beta2", "sgd_momentum"), (0, 1)),
+        **dict.fromkeys(("clip_grad", "sparse_max_gradient", "weight_decay"), (0, 1e9)),
+        **dict.fromkeys(("warmup_steps", "sparse_warmup_steps"), (0, STEPS)),
+        "adam_eps": (1e-20, 1),  # below, a float32 without a gradient is divided by zero
+    }
+
     def resolve(self) -> None:
         self.default(
             sparse_optimizer_str="adam" if self.optimizer_str == "adamw" else self.optimizer_str,
@@ -121,13 +137,8 @@ class OptimizerArgs(Args):
             self.default(sparse_min_learning_rate=share * self.sparse_learning_rate)
 
     def validate(self) -> None:
-        self.require_positive("learning_rate", "sparse_learning_rate", "adam_eps")
         for name in ("adam_beta1", "adam_beta2", "sgd_momentum"):
             self.require_range(name, 0, 1)
-        for name in ("weight_decay", "clip_grad", "warmup_steps", "min_learning_rate", "sparse_warmup_steps"):
-            self.require_range(name, 0, float("inf"))
-        for name in ("sparse_min_learning_rate", "sparse_max_gradient"):
-            self.require_range(name, 0, float("inf"))
         if self.use_distributed_optimizer and self.optimizer_str == "sgd":
             raise self.error("use_distributed_optimizer", "works with adam and adamw")
         if self.min_learning_rate > self.learning_rate:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import io
+import json
 import logging
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from hstu.data.checksums import SummedFile, find_damage
 from hstu.data.schema import DATA_DIR, SCHEMA_FILE, Feature, Schema
 
 logger = logging.getLogger(__name__)
@@ -21,15 +25,28 @@ logger = logging.getLogger(__name__)
 OFFSETS = ".offsets"  # key beside the features, none of which can begin with a dot
 _PREFIX, _PARTIAL = ".columns-", ".partial-columns-"
 _EVENTS_AT_ONCE = 1 << 21
-_FORMAT = b"1"
+_FORMAT = b"2"
+_SUMS_FILE = "checksums.json"
+Check = Literal["none", "some", "all"]
 
 
-def map_columns(path: Path, schema: Schema) -> dict[str, np.ndarray]:
+class DamageError(ValueError):
+    """A column is not what was written."""
+
+
+def map_columns(path: Path, schema: Schema, check: Check = "some") -> dict[str, np.ndarray]:
     """Return the columns of the data set in ``path``; only the pages that are touched occupy memory.
 
     The first time they are written to ``.columns-<fingerprint>`` beside the parquet files, and checked. The
-    fingerprint changes with the schema and with name, size and time of the files. Where ``path`` cannot be
-    written, the columns live in a temporary file for as long as this process.
+    fingerprint changes with the schema and with name, size and time of the files. Columns that are not what was
+    written are made again, and the log says so. Where ``path`` cannot be written, the columns live in a temporary file
+    for as long as this process.
+
+    Args:
+        path: The data set.
+        schema: Its description.
+        check: "some": the sizes and a sample of the contents of columns that were written before; "all": everything;
+            "none": another process of this job has checked them.
 
     Returns:
         ``OFFSETS`` -> [users + 1] int64, context feature -> [users], event feature -> [events]; ids in the
@@ -42,15 +59,20 @@ def map_columns(path: Path, schema: Schema) -> dict[str, np.ndarray]:
     if not files:
         raise ValueError(f"{path / DATA_DIR}: no parquet files; run the preprocessor again")
     folder = path / f"{_PREFIX}{_fingerprint(path, files)}"
-    if not folder.is_dir():
-        try:
-            _publish(folder, files, schema)
-        except OSError as error:
-            logger.warning("%s cannot be written (%s): its columns are made again for each run", path, error.strerror)
-            with tempfile.TemporaryDirectory(prefix="hstu-columns-") as temporary:
-                _write_columns(Path(temporary), files, schema)
-                return _load(Path(temporary), schema)  # a mapping outlives the name of its file
-    return _load(folder, schema)
+    try:
+        if folder.is_dir():
+            try:
+                return _load(folder, schema, check)
+            except DamageError as damage:
+                logger.warning("%s; the columns are made again from the parquet files", damage)
+                shutil.rmtree(folder)
+        _publish(folder, files, schema)
+    except OSError as error:
+        logger.warning("%s cannot be written (%s): its columns are made again for each run", path, error.strerror)
+        with tempfile.TemporaryDirectory(prefix="hstu-columns-") as temporary:
+            _write_columns(Path(temporary), files, schema)
+            return _load(Path(temporary), schema, "none")  # a mapping outlives the name of its file
+    return _load(folder, schema, "none")
 
 
 def event_features(schema: Schema) -> list[Feature]:
@@ -66,12 +88,23 @@ def _fingerprint(path: Path, files: list[Path]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _load(folder: Path, schema: Schema) -> dict[str, np.ndarray]:
+def _load(folder: Path, schema: Schema, check: Check) -> dict[str, np.ndarray]:
     names = [OFFSETS, *(feature.name for feature in (*schema.contexts, *event_features(schema)))]
     try:
-        return {name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in names}
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder}: is damaged ({error}); remove it, it is made again") from error
+        sums = json.loads((folder / _SUMS_FILE).read_bytes())
+        for name in names if check != "none" else ():
+            problem = find_damage(folder / f"{name}.npy", sums[f"{name}.npy"], whole=check == "all")
+            if problem is not None:
+                raise DamageError(f"{folder / name}.npy {problem}")
+        columns = {name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in names}
+        offsets, events = columns[OFFSETS], columns[schema.item.name].size
+        if offsets[0] != 0 or offsets[-1] != events or (offsets[1:] < offsets[:-1]).any():
+            raise DamageError(f"{folder / OFFSETS}.npy does not divide {events} events among users")
+        return columns
+    except DamageError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise DamageError(f"{folder} is damaged ({str(error) or type(error).__name__})") from error
 
 
 def _publish(folder: Path, files: list[Path], schema: Schema) -> None:
@@ -112,8 +145,8 @@ def _write_columns(folder: Path, files: list[Path], schema: Schema) -> None:
             columns[OFFSETS].append(offsets)
             for name, values in chunk.items():
                 columns[name].append(values)
-    for column in columns.values():
-        column.file.close()
+    sums = {f"{name}.npy": column.file.finish() for name, column in columns.items()}
+    (folder / _SUMS_FILE).write_text(json.dumps(sums))
     for key, stated, read in (("users", users, columns[OFFSETS].size - 1), ("events", events, int(found[0]))):
         if stated != read:
             raise ValueError(
@@ -131,13 +164,15 @@ class _Column:
 
     def __init__(self, folder: Path, name: str, dtype: np.dtype, size: int) -> None:
         self.dtype, self.size = dtype, 0
-        self.file = open(folder / f"{name}.npy", "wb")  # noqa: SIM115 - closed when all columns are whole
+        self.file, head = SummedFile(folder / f"{name}.npy"), io.BytesIO()
         header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (size,)}
-        np.lib.format.write_array_header_1_0(self.file, header)
+        np.lib.format.write_array_header_1_0(head, header)
+        self.file.write(head.getvalue())
 
     def append(self, values: np.ndarray) -> None:
-        self.file.write(np.ascontiguousarray(values, self.dtype).data)
-        self.size += values.size
+        if values.size:
+            self.file.write(np.ascontiguousarray(values, self.dtype).data)
+            self.size += values.size
 
 
 def _read_chunks(file: Path, schema: Schema, first_row: int) -> Iterator[dict[str, np.ndarray]]:

@@ -8,8 +8,8 @@ from typing import Protocol
 
 import numpy as np
 
-from hstu.data.column_cache import OFFSETS, event_features, map_columns
-from hstu.data.schema import Schema
+from hstu.data.column_cache import OFFSETS, Check, DamageError, event_features, map_columns
+from hstu.data.schema import Feature, Schema
 from hstu.data.vocabulary import Vocabularies
 
 
@@ -62,8 +62,12 @@ class SequenceDataset:
         self.lengths = np.diff(self._offsets)
 
     @classmethod
-    def open(cls, path: str | Path) -> SequenceDataset:
+    def open(cls, path: str | Path, check: Check = "some") -> SequenceDataset:
         """Map the data set in directory ``path`` into memory; the first time, check it against its schema.
+
+        Args:
+            path: The directory.
+            check: How much of what was written the first time is checked for damage, see ``map_columns``.
 
         Raises:
             ValueError: If the schema or the parquet files are missing, a column is missing or of another
@@ -72,7 +76,7 @@ class SequenceDataset:
         """
         path = Path(path)
         schema = Schema.load(path)
-        return cls(path, schema, map_columns(path, schema))
+        return cls(path, schema, map_columns(path, schema, check))
 
     @property
     def num_users(self) -> int:
@@ -93,7 +97,7 @@ class SequenceDataset:
             stop: End of each window, int64 [B].
 
         Raises:
-            ValueError: If a user or a window is out of range.
+            ValueError: If a user or a window is out of range, or the columns hold an id that cannot be.
         """
         users, start, stop = (np.asarray(array, dtype=np.int64) for array in (users, start, stop))
         if not users.shape == start.shape == stop.shape or users.ndim != 1:
@@ -113,15 +117,21 @@ class SequenceDataset:
         schema = self.schema
         return Sequences(
             users=users,
-            contexts={name: column[users].astype(np.int64) for name, column in self._contexts.items()},
+            contexts={feature.name: self._take(self._contexts, feature, users) for feature in schema.contexts},
             lengths=lengths,
-            items=self._take(schema.item.name, index),
-            actions=self._take(schema.action.name, index) if schema.action else None,
-            times=self._take(schema.time.name, index) if schema.time else None,
+            items=self._take(self._events, schema.item, index),
+            actions=self._take(self._events, schema.action, index) if schema.action else None,
+            times=self._take(self._events, schema.time, index) if schema.time else None,
         )
 
-    def _take(self, name: str, index: np.ndarray) -> np.ndarray:
-        return self._events[name][index].astype(np.int64, copy=False)
+    def _take(self, columns: dict[str, np.ndarray], feature: Feature, index: np.ndarray) -> np.ndarray:
+        values = columns[feature.name][index].astype(np.int64, copy=False)
+        if feature.vocab_size is not None and values.size and values.max() >= feature.vocab_size:
+            raise DamageError(
+                f"{self.path}: the column of {feature.name!r} is damaged: it holds {values.max()} of "
+                f"{feature.vocab_size} ids; python -m hstu.cli.inspect {self.path} makes it again"
+            )
+        return values
 
     def count_before(self, time: int) -> np.ndarray:
         """Return the number of events of each user before ``time``, int64 [U].

@@ -84,6 +84,9 @@ def model_inputs(config: Config, schema: Schema) -> Inputs:
     """
     collator = make_collator(config, schema)
     network = config.network
+    if config.retrieval is not None and (schema.item.vocab_size or 0) < 2:
+        raise ConfigError("DatasetArgs.dataset_name", f"= {config.dataset.dataset_name!r}: has one item, so that there "
+                          "is nothing to choose from; retrieval needs two or more")  # fmt: skip
     if network.token_layout != "item" and schema.action is None:
         raise ConfigError(
             "NetworkArgs.token_layout",

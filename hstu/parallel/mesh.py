@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
+from hstu.interrupt import Stopped, requested
 from hstu.parallel.rendezvous import join
 
 
@@ -216,6 +218,11 @@ class Mesh:
         if isinstance(outcome, _Failure):
             raise outcome.error
         return outcome
+
+    def obey_signals(self) -> None:
+        """Raise ``Stopped`` on every rank if a signal asked some rank to end."""
+        if self.world.any(requested() is not None):
+            raise Stopped(requested() or signal.SIGTERM)
 
     def set_timeout(self, seconds: float) -> None:
         """Let a collective operation on any group wait for other ranks so long at most."""

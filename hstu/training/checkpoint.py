@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import shutil
-import uuid
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,10 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.remote_device import _remote_device
 
 from hstu.config import RECOMPUTE, Config
+from hstu.data.checksums import file_sums
 from hstu.parallel import Parallelized
 from hstu.training.checkpoint_files import (
     MARKER,
-    STAMP,
     CheckpointError,
     Progress,
     complete_checkpoints,
@@ -32,7 +31,7 @@ from hstu.training.checkpoint_files import (
     point,
     read_marker,
     step_name,
-    write_atomically,
+    write_marker,
 )
 from hstu.training.optimizer import Optimizer
 from hstu.training.vocabularies import Record
@@ -81,8 +80,8 @@ class Checkpointer:
     """Writes and reads ``step_000000500`` directories below ``directory``.
 
     Tensors are safetensors files, one a rank: loading executes no pickle, and any number of ranks may load.
-    A checkpoint is written beside its place, completed by a marker that lists the files, and renamed: one
-    without the marker does not exist. ``latest`` and ``best`` are links.
+    A checkpoint is written beside its place, completed by a marker with the checksum of each file and its own, and
+    renamed: one without the marker does not exist. ``latest`` and ``best`` are links.
 
     Training waits for a copy of the tensors to host memory; a thread of each rank writes it. Used as a context, the
     end waits for this rank's thread.
@@ -112,26 +111,38 @@ class Checkpointer:
         # Of their own: what the threads of the ranks say to each other must not meet what training says.
         self._writers = torch.distributed.new_group(backend="gloo")
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._pending: Future[None] | None = None
+        self._pending: list[Future[None]] = []
+        self._copying = False
 
-    def save(self, progress: Progress, *, best: bool = False) -> None:
-        """Copy the state after ``progress.step`` steps, and have it written; ``best`` moves the ``best`` link to it.
+    def save(self, progress: Progress) -> None:
+        """Copy the state after ``progress.step`` steps, and have it written; nothing to do if it is there.
 
         Raises:
             Exception: what kept the save before this one from being written.
         """
-        self.wait()
-        final = self.directory / step_name(progress.step)
         if self._saved_step == progress.step:
-            self.mesh.on_main(lambda: self._publish(final, best))
             return
-        partial = self.directory / f".{final.name}.partial"
-        stamp = self.mesh.on_main(lambda: _start(partial))
-        tensors = {name: _host_copy(value) for name, value in self._tensors().items()}
-        tensors[f"{STAMP}{self.mesh.rank}"] = torch.tensor([stamp])
-        at = dataclasses.replace(progress, since_last_line=list(progress.since_last_line))
-        self._pending = self._executor.submit(self._write, tensors, at, stamp, partial, final, best)
-        self._saved_step = progress.step
+        self._copying = True
+        try:
+            self.wait()
+            final, at = self.directory / step_name(progress.step), _copy(progress)
+            partial = self.directory / f".{final.name}.partial"
+            self.mesh.on_main(lambda: shutil.rmtree(partial, ignore_errors=True))
+            tensors = {name: _host_copy(value) for name, value in self._tensors().items()}
+            self._pending.append(self._executor.submit(self._write, tensors, at, partial, final))
+            self._saved_step = progress.step
+        finally:
+            self._copying = False
+
+    def amend(self, progress: Progress, *, best: bool) -> None:
+        """Have the checkpoint of this step say ``progress``, for it was evaluated since; ``best`` links to it."""
+        assert self._saved_step == progress.step
+        if self.mesh.is_main:
+            self._pending.append(self._executor.submit(self._amend, _copy(progress), best))
+
+    def busy(self) -> bool:
+        """Return whether a save is under way."""
+        return self._copying or any(not pending.done() for pending in self._pending)
 
     def wait(self) -> None:
         """Wait until the last save is written by all ranks.
@@ -139,34 +150,42 @@ class Checkpointer:
         Raises:
             Exception: what kept it from being written, on every rank.
         """
-        pending = self._pending
-        error = None if pending is None else pending.exception()
-        failed = pending is not None and self.mesh.world.any(error is not None)
-        self._pending = None
-        if failed:
+        error = self._failure()
+        self._pending = []
+        if self.mesh.world.any(error is not None):
             raise error or CheckpointError(f"a checkpoint in {self.directory} was not written: another rank failed")
+
+    def _failure(self) -> BaseException | None:
+        """Wait for this rank's writer, and return what went wrong first."""
+        errors = [pending.exception() for pending in self._pending]
+        return next((error for error in errors if error is not None), None)
 
     def __enter__(self) -> Checkpointer:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        pending = self._pending
-        if error is not None and pending is not None and not pending.done():
+        if error is not None and self.busy():
             logger.error("rank %d: %s; a checkpoint is still being written", self.mesh.rank, first_line(error))
         self._executor.shutdown()  # asks no other rank, for one may be gone
-        failure = None if pending is None else pending.exception()
+        failure = self._failure()
         if failure is not None:
-            logger.error("rank %d: the last checkpoint was not written", self.mesh.rank, exc_info=failure)
+            what = f"{type(failure).__name__}: {first_line(failure)}"
+            logger.error("rank %d: the last checkpoint was not written: %s", self.mesh.rank, what)
+            logger.debug("traceback", exc_info=failure)
 
-    def _write(
-        self, tensors: dict[str, Any], progress: Progress, stamp: int, partial: Path, final: Path, best: bool
-    ) -> None:
+    def _write(self, tensors: dict[str, Any], progress: Progress, partial: Path, final: Path) -> None:
         writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
-        # Returns on rank 0 when every rank has written.
-        dcp.save(tensors, storage_writer=writer, process_group=self._writers)
+        try:
+            dcp.save(tensors, storage_writer=writer, process_group=self._writers)
+        except CheckpointException as error:
+            raise _reason(error, partial) from error
+        own = file_sums(sorted(partial.glob(f"shard-{self.mesh.rank + 1:05d}-*.safetensors")))
+        sums: list[dict[str, Any]] = [{}] * self.mesh.world_size
+        torch.distributed.all_gather_object(sums, own, group=self._writers)
         if self.mesh.is_main:
-            self._complete(partial, final, progress, stamp)
-            self._publish(final, best)
+            self._complete(partial, final, progress, {name: value for part in sums for name, value in part.items()})
+            point(self.directory / "latest", final.name)
+            self._prune()
 
     def load(self, path: Path, *, optimizer: bool = True) -> Progress:
         """Load ``path`` in place and return where it stood.
@@ -199,13 +218,15 @@ class Checkpointer:
             reader = HuggingFaceStorageReader(str(path))
             dcp.load(tensors, storage_reader=reader, process_group=self.mesh.world.host_group)
         except (Exception, CheckpointException) as error:  # the latter is no Exception
-            reason = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+            reason = _reason(error, path) if isinstance(error, CheckpointException) else error
             raise CheckpointError(f"checkpoint {path} cannot be read: {first_line(reason)}") from error
         progress = Progress(**marker["progress"])
         self.parallel.dense.load(_below(_DENSE, tensors))
         self.parallel.tables.forget_cached_rows()
         self.parallel.tables.set_step(progress.table_steps)
         if optimizer:
+            if path.resolve().parent == self.directory.resolve():
+                self._saved_step = progress.step
             self.optimizer.load(_below(_DENSE_OPTIMIZER, tensors), progress.dense_steps)
         if same_ranks:
             _set_random_state({name: value for name, value in tensors.items() if name.startswith("rng/")})
@@ -228,24 +249,25 @@ class Checkpointer:
                 state |= {f"tables_optimizer/{width}/{weight}/{name}": value for name, value in moments.items()}
         return state | _random_state(self.mesh.rank)
 
-    def _complete(self, partial: Path, final: Path, progress: Progress, stamp: int) -> None:
+    def _complete(self, partial: Path, final: Path, progress: Progress, sums: dict[str, Any]) -> None:
         marker = {
-            "stamp": stamp,
             "progress": dataclasses.asdict(progress),
             "ranks": self.mesh.degrees,
             "model": self.identity,
             "vocabularies": self.vocabularies,
-            "files": {path.name: path.stat().st_size for path in sorted(partial.glob("*.safetensors"))},
+            "files": sums,
         }
-        write_atomically(partial / MARKER, json.dumps(marker, indent=1))
+        write_marker(partial, marker)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
 
-    def _publish(self, final: Path, best: bool) -> None:
-        # In this order: a run killed in between goes on from before the best one and finds it again.
-        if best:
+    def _amend(self, progress: Progress, best: bool) -> None:
+        final = self.directory / step_name(progress.step)
+        marker = json.loads((final / MARKER).read_text())
+        del marker["checksum"]
+        if best:  # first: a run killed in between goes on before the evaluation and finds it again
             point(self.directory / "best", final.name)
-        point(self.directory / "latest", final.name)
+        write_marker(final, marker | {"progress": dataclasses.asdict(progress)})
         self._prune()
 
     def _prune(self) -> None:
@@ -260,10 +282,16 @@ class Checkpointer:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _start(partial: Path) -> int:
-    """Make room for a checkpoint, and return the number that all of its files will hold."""
-    shutil.rmtree(partial, ignore_errors=True)
-    return uuid.uuid4().int >> 65
+def _reason(error: CheckpointException, path: Path) -> BaseException:
+    """Return what went wrong on the first rank on which something did, with a path."""
+    reason = next(iter(error.failures.values()))[0]
+    if isinstance(reason, OSError) and reason.filename is None:
+        reason.filename = str(path)
+    return reason
+
+
+def _copy(progress: Progress) -> Progress:
+    return dataclasses.replace(progress, since_last_line=list(progress.since_last_line))
 
 
 def _below(prefix: str, tensors: dict[str, Any]) -> dict[str, Any]:

@@ -10,12 +10,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from hstu.data.checksums import file_sums, record_sum
 
 logger = logging.getLogger(__name__)
 
 MARKER = "complete.json"
-STAMP = "stamp/"  # begins the name of a number that all files of one checkpoint hold, and of no other
 
 
 class CheckpointError(ValueError):
@@ -34,7 +33,9 @@ class Progress:
         best_score: Best validation score so far.
         best_step: Its step.
         evaluations_since_best: For early stopping.
+        evaluated_step: The last step that was validated.
         stopped_early: Whether early stopping has ended the run.
+        records: Lines of ``metrics.jsonl`` that were written, but for the test score's.
         since_last_line: Sums that the next log line goes on from, see ``Meter.state``.
     """
 
@@ -45,7 +46,9 @@ class Progress:
     best_score: float | None = None
     best_step: int | None = None
     evaluations_since_best: int = 0
+    evaluated_step: int = 0
     stopped_early: bool = False
+    records: int = 0
     since_last_line: list[float] = dataclasses.field(default_factory=list)
 
 
@@ -87,36 +90,37 @@ def read_marker(path: Path) -> dict[str, Any]:
     """Return what a checkpoint says of itself.
 
     Raises:
-        CheckpointError: if it is not a finished checkpoint, or one of its files is missing, cut short or of another.
+        CheckpointError: if it is not a finished checkpoint, or one of its files is not what was written.
     """
     try:
         marker: dict[str, Any] = json.loads((path / MARKER).read_text())
         Progress(**marker["progress"])
         marker["model"], marker["ranks"]
-        sizes = dict(marker["files"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"checkpoint {path} has no readable {MARKER}: {first_line(error)}") from error
-    for name, size in sizes.items():
+        wanted = {name: (sums["bytes"], sums["sha256"]) for name, sums in marker["files"].items()}
+        checksum = marker.pop("checksum")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"misses {error}, as of an earlier version" if isinstance(error, KeyError) else first_line(error)
+        raise CheckpointError(f"checkpoint {path} has no readable {MARKER}: {reason}") from error
+    problem = None if record_sum(marker) == checksum else f"{MARKER} has other contents than were written"
+    for name, (size, _) in wanted.items():
         found = (path / name).stat().st_size if (path / name).is_file() else None
-        if found != size:
-            state = "is missing" if found is None else f"has {found} bytes instead of {size}"
-            raise CheckpointError(f"checkpoint {path} is damaged: {name} {state}; choose another with --checkpoint")
-    for file in sorted(path.glob("*.safetensors")):
-        if file.name not in sizes or _stamps(file) != {marker.get("stamp")} - {None}:
-            raise CheckpointError(
-                f"checkpoint {path} is damaged: {file.name} is not of this checkpoint; choose another with --checkpoint"
-            )
+        if problem is None and found != size:
+            problem = f"{name} " + ("is missing" if found is None else f"has {found} bytes instead of {size}")
+    if problem is None:
+        files = file_sums(sorted(path.glob("*.safetensors")))
+        for name, sums in files.items():
+            if problem is None and name not in wanted:
+                problem = f"{name} is not of this checkpoint"
+            elif problem is None and sums["sha256"] != wanted[name][1]:
+                problem = f"{name} has other contents than were written"
+    if problem is not None:
+        raise CheckpointError(f"checkpoint {path} is damaged: {problem}; choose another with --checkpoint")
     return marker
 
 
-def _stamps(file: Path) -> set[int]:
-    """Return the stamps in ``file``: one, or none in a checkpoint of a version without them."""
-    try:
-        with safe_open(file, "pt") as tensors:
-            return {int(tensors.get_tensor(name)) for name in tensors.keys() if name.startswith(STAMP)}  # noqa: SIM118
-    except SafetensorError as error:
-        problem = f"checkpoint {file.parent} is damaged: {file.name} cannot be read: {first_line(error)}"
-        raise CheckpointError(problem) from error
+def write_marker(path: Path, marker: dict[str, Any]) -> None:
+    """Write what a checkpoint says of itself, which makes it one."""
+    write_atomically(path / MARKER, json.dumps(marker | {"checksum": record_sum(marker)}, indent=1))
 
 
 def _newest_sound(directory: Path) -> Path | None:
@@ -144,7 +148,7 @@ def supersede(directory: Path, progress: Progress, *, after: int) -> bool:
     They move to ``superseded``, where a path still finds them.
 
     Returns:
-        Whether ``best`` points to the best that ``progress`` knows of, which may be gone.
+        Whether ``best`` points to the best that ``progress`` knows of, which may be gone or damaged.
     """
     later = [path for path in complete_checkpoints(directory) if path.name > step_name(after)]
     # The links first: a run killed in between must not go on from a later one.
@@ -161,7 +165,11 @@ def supersede(directory: Path, progress: Progress, *, after: int) -> bool:
             shutil.rmtree(aside / path.name, ignore_errors=True)
             os.replace(path, aside / path.name)
         logger.info("the checkpoints after step %d are superseded: %s", after, aside)
-    return is_complete(directory / "best")
+    try:
+        return is_complete(directory / "best") and bool(read_marker((directory / "best").resolve()))
+    except CheckpointError as error:
+        logger.warning("%s; the search for the best one starts anew", error)
+        return False
 
 
 def point(link: Path, target: str) -> None:

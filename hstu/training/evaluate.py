@@ -92,6 +92,7 @@ def _batches(loader: BatchLoader, config: Config, mesh: Mesh) -> Iterator[Batch]
     for batch in tqdm(batches, loader.split.name, total, leave=False, unit="batch", disable=not shown):
         yield batch.to(mesh.device, non_blocking=True)
         beat()
+        mesh.obey_signals()
 
 
 def _ranking(model: RankingModel, loader: BatchLoader, mesh: Mesh, config: Config) -> dict[str, Any]:

@@ -1,14 +1,19 @@
-"""What GPUs can do, by their makers' data sheets: for MFU and for planning."""
+"""What the devices can do: GPUs by their makers' data sheets, for MFU and for planning; CPUs by their flags."""
 
 from __future__ import annotations
 
 import logging
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from hstu.config import Config
+from hstu.environment import cpu_flags
+
 logger = logging.getLogger(__name__)
+
+_BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # the last is Arm's
 
 
 @dataclass(frozen=True)
@@ -118,3 +123,15 @@ def present_peak(dtype: str) -> float | None:
         logger.info("no MFU: the peak of %s in %s is not known", name, dtype)
         return None
     return peak.of(dtype)
+
+
+def on_device(config: Config, device: torch.device) -> tuple[Config, tuple[str, ...]]:
+    """Return the config as ``device`` computes it, and a line for what is not as it was asked for.
+
+    A CPU without bfloat16 units emulates them, ten times slower than it computes in float32.
+    """
+    flags = cpu_flags()
+    if device.type != "cpu" or config.network.dtype_str != "bfloat16" or not flags or flags & _BFLOAT16_FLAGS:
+        return config, ()
+    note = "note: NetworkArgs.dtype_str = 'bfloat16' is computed in float32: this CPU has no units for bfloat16"
+    return replace(config, network=replace(config.network, dtype_str="float32")), (note,)

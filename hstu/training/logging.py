@@ -14,6 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from hstu.config import Config, ConfigError
+from hstu.parallel import Mesh
 from hstu.quiet import warn_only
 from hstu.training.checkpoint_files import write_atomically
 from hstu.training.run_directory import RunDirectory
@@ -103,6 +104,32 @@ class RunLogger:
         done = step - self.first_step
         seconds = (time.perf_counter() - self.started) / max(1, done) * (self.total_steps - step)
         return tqdm.format_interval(seconds)
+
+
+class SilentLogger:
+    """Stands in for ``RunLogger`` on ranks other than 0."""
+
+    def __enter__(self) -> SilentLogger:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def tick(self) -> None:
+        pass
+
+    def train(self, record: dict[str, Any]) -> None:
+        pass
+
+    def evaluation(self, record: dict[str, Any], note: str = "") -> None:
+        pass
+
+
+def make_logger(
+    mesh: Mesh, run: RunDirectory, config: Config, first_step: int, total_steps: int
+) -> RunLogger | SilentLogger:
+    """Return what this rank logs with."""
+    return RunLogger(run, config, first_step, total_steps) if mesh.is_main else SilentLogger()
 
 
 def format_metrics(metrics: dict[str, float | None]) -> str:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import psutil
 import torch
 
+from hstu.config import Config
 from hstu.data.batch import Batch
 from hstu.models.losses import LossSum
 from hstu.parallel import Mesh
@@ -18,9 +19,19 @@ class TrainingError(RuntimeError):
     """Training cannot go on: the loss is not finite, or there is nothing to learn from."""
 
 
-def not_finite(what: str, step: int, where: str = "") -> TrainingError:
-    """Return the error for a loss or weight that is not a number any more."""
-    remedy = "lower OptimizerArgs.learning_rate or set clip_grad"
+def not_finite(what: str, step: int, config: Config, dense_steps: int, where: str = "") -> TrainingError:
+    """Return the error for a loss or weight that is not a number after ``dense_steps`` changes of the weights."""
+    args, rate = config.optimizer, f"OptimizerArgs.learning_rate = {config.optimizer.learning_rate:g}"
+    if dense_steps == 0:
+        remedy = "no weight has moved yet, so that no learning rate is the reason; lower NetworkArgs."
+        remedy += "embedding_initializer_std" + (
+            "" if config.retrieval is None else " or raise RetrievalArgs.temperature"
+        )
+    elif args.sparse_learning_rate > args.learning_rate:
+        remedy = f"lower OptimizerArgs.sparse_learning_rate = {args.sparse_learning_rate:g} (and {rate}), or set "
+        remedy += "sparse_max_gradient and clip_grad"
+    else:
+        remedy = f"lower {rate} or set clip_grad"
     return TrainingError(f"{what} is not finite at step {step}: {remedy}{where}")
 
 

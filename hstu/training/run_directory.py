@@ -15,7 +15,9 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from hstu.config import LoadedConfig
-from hstu.training.checkpoint_files import write_atomically
+from hstu.training.checkpoint_files import Progress, write_atomically
+
+logger = logging.getLogger(__name__)
 
 
 class RunDirectory:
@@ -33,6 +35,7 @@ class RunDirectory:
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
         self.figures = path / "figures"
+        self.num_records = 0  # in metrics.jsonl, but for the test score's; of rank 0
         self._lock: TextIO | None = None
 
     def create(self) -> None:
@@ -48,14 +51,17 @@ class RunDirectory:
     def _unwritable(self, error: OSError) -> ValueError:
         return ValueError(f"--run-dir = {str(self.path)!r}: cannot be written ({error.strerror}); choose another")
 
-    def lock(self) -> None:
-        """Keep other processes from training here until this one ends; nothing to do before there is a directory.
+    def lock(self) -> bool:
+        """Keep other processes from training here until ``unlock``; nothing to do before there is a directory.
+
+        Returns:
+            Whether the run before this one did not get as far as ``unlock``.
 
         Raises:
             ValueError: if another one does, or the directory cannot be written.
         """
         if self._lock is not None or not self.path.is_dir():
-            return
+            return False
         try:
             file = open(self.path / ".lock", "a+")  # noqa: SIM115 (the system gives up the lock with the process)
         except OSError as error:
@@ -73,10 +79,20 @@ class RunDirectory:
                 f"--run-dir = {str(self.path)!r}: its file system locks no files ({error.strerror}), so that two runs "
                 "could write there; choose a directory on another one"
             ) from None
+        file.seek(0)
+        killed = bool(file.read())
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
         self._lock = file
+        return killed
+
+    def unlock(self) -> None:
+        """Let others train here, and know that this run was not killed."""
+        if self._lock is not None:
+            self._lock.truncate(0)
+            self._lock.close()
+            self._lock = None
 
     def describe(self, loaded: LoadedConfig, environment: dict[str, Any]) -> None:
         """Write ``config.gin`` (as given), ``operative.gin`` (every value that applies) and ``environment.json``."""
@@ -85,16 +101,15 @@ class RunDirectory:
         write_atomically(self.path / "environment.json", json.dumps(environment, indent=1, default=str))
 
     def records(self, up_to: int | None = None) -> list[dict[str, Any]]:
-        """Return the records of ``metrics.jsonl`` up to step ``up_to``; a last line cut short is left out."""
+        """Return the records of ``metrics.jsonl`` up to step ``up_to``; lines that are none are left out, and told."""
         if not self.metrics.is_file():
             return []
-        found = []
-        for line in self.metrics.read_text().splitlines():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # a killed process may leave half of a line
-            if up_to is None or record["step"] <= up_to:
+        found, lines = [], self.metrics.read_bytes().splitlines()
+        for number, line in enumerate(lines, 1):
+            record = _parsed(line)
+            if record is None and number < len(lines):  # a killed process may leave half of a line at the end
+                logger.warning("%s: line %d is no record of a run and is left out", self.metrics, number)
+            if record is not None and (up_to is None or record["step"] <= up_to):
                 found.append(record)
         return found
 
@@ -103,15 +118,29 @@ class RunDirectory:
         found = (record for record in self.records(0) if record["kind"] == "init")
         return next(found, None)
 
-    def rewind(self, step: int) -> None:
-        """Drop the records that a run resumed at ``step`` will write again: later ones, and the test score."""
+    def rewind(self, progress: Progress, *, evaluated: bool) -> None:
+        """Drop the records that a run resumed at ``progress`` will write again: later ones, and the test score.
+
+        Args:
+            progress: Where it goes on.
+            evaluated: Whether it does so after the evaluation of that step, if there is one.
+        """
+        step = progress.step
+        records = [record for record in self.records(step) if record.get("split") != "test"] if step else []
+        if not evaluated:
+            records = [record for record in records if (record["kind"], record["step"]) != ("eval", step)]
+        self.num_records = len(records)
+        if self.num_records < progress.records:
+            logger.warning(
+                "%s holds %d of the %d records up to step %d: the others are lost, and its curves have gaps",
+                self.metrics, self.num_records, progress.records, step,
+            )  # fmt: skip
         if self.metrics.is_file():
-            records = [record for record in self.records(step) if record.get("split") != "test"] if step else []
-            kept = "".join(json.dumps(record) + "\n" for record in records)
-            write_atomically(self.metrics, kept)
+            write_atomically(self.metrics, "".join(json.dumps(record) + "\n" for record in records))
 
     def append(self, record: dict[str, Any]) -> None:
         """Add one record to ``metrics.jsonl``."""
+        self.num_records += record.get("split") != "test"
         with open(self.metrics, "a") as file:
             file.write(json.dumps(record) + "\n")
 
@@ -130,9 +159,25 @@ class RunDirectory:
         note = self.path / ".job"
         return note.is_file() and note.read_text() == _job()
 
+    def kept(self) -> str:
+        """Return what a run that ends now goes on from, and how."""
+        latest = self.checkpoints / "latest"
+        kept = f"{latest.resolve().name} is the last checkpoint" if latest.exists() else "there is no checkpoint yet"
+        return f"{kept}; go on with --run-dir {self.path}"
+
     def has_run(self) -> bool:
         """Return whether a run has been here."""
         return self.metrics.is_file() or any(self.checkpoints.glob("step_*"))
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    """Return the record in ``line``, if it is one."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    whole = isinstance(record, dict) and isinstance(record.get("step"), int) and isinstance(record.get("kind"), str)
+    return record if whole else None
 
 
 def _job() -> str | None:

@@ -65,7 +65,7 @@ class Stepper:
             with self.parallel.dense.accumulate(last=number == len(batches)):
                 loss, broken = self._run(batch, labels)
                 if broken is not None:
-                    self._refuse(batch, broken, progress.step + 1)
+                    self._refuse(batch, broken, progress)
                     break
             progress.table_steps += 1
             work = batch_flops(self.model, self.config, batch)
@@ -121,13 +121,14 @@ class Stepper:
             scaled.backward()
         return result
 
-    def _refuse(self, batch: Batch, broken: bool, step: int) -> None:
+    def _refuse(self, batch: Batch, broken: bool, progress: Progress) -> None:
         """Stop, or say that the step is left out; all ranks agree, for they sum the same facts."""
         rows = self.mesh.tokens.gather(batch.users if broken else batch.users[:0])
         users = self.mesh.on_main(lambda: self._original_users(rows))
-        logger.debug("step %d: users of the batches whose loss is not finite: %s", step, ", ".join(users))
+        logger.debug("step %d: users of batches whose loss is not finite: %s", progress.step + 1, ", ".join(users))
         more = f" and {len(users) - _NAMED_USERS} more in train.log" if len(users) > _NAMED_USERS else ""
-        error = not_finite("the loss", step, f"; users of the batch: {', '.join(users[:_NAMED_USERS])}{more}")
+        where = f"; users of the batch: {', '.join(users[:_NAMED_USERS])}{more}"
+        error = not_finite("the loss", progress.step + 1, self.config, progress.dense_steps, where)
         self.skipped_in_a_row += 1
         if self.config.trainer.nonfinite_loss == "stop" or self.skipped_in_a_row > _MOST_SKIPPED:
             raise error

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from hstu.config import Config
+from hstu.data.loader import BatchLoader
 from hstu.data.reader import SequenceDataset
-from hstu.parallel import Parallelized
+from hstu.parallel import Mesh, Parallelized
 from hstu.training.optimizer import Optimizer
 
 _ROW = "  {:<28} {:>16} {:>14} {:>12} {:>12}"
@@ -19,6 +22,20 @@ def describe_data(dataset: SequenceDataset, config: Config) -> str:
         f"{config.task} on {dataset.schema.name}: {counts['users']:,} users, {counts['items']:,} items, "
         f"{counts['events']:,} events"
     )
+
+
+def describe_plan(mesh: Mesh, train: BatchLoader, total_steps: int) -> str:
+    """Return ranks and steps, in one line."""
+    return (
+        f"{mesh.world_size} rank(s) on {mesh.device.type}; {total_steps:,} steps of {train.global_batch_size} "
+        f"sequences, {train.steps_per_epoch} an epoch"
+    )
+
+
+def describe_unmet(met: dict[str, np.ndarray]) -> list[str]:
+    """Return a line that counts the values that training does not meet, of each table, if there are some."""
+    unmet = [f"{int((~row[:-1]).sum()):,} of {name}" for name, row in met.items() if not row[:-1].all()]
+    return [f"values that no training sample has, which are read as unknown: {', '.join(unmet)}"] if unmet else []
 
 
 def memory_table(parallel: Parallelized, optimizer: Optimizer) -> str:

@@ -16,6 +16,7 @@ from hstu.data.loader import BatchLoader
 from hstu.data.reader import SequenceDataset
 from hstu.data.seen import met_categories, met_contexts, trained_items
 from hstu.data.splits import Split, make_splits
+from hstu.interrupt import Stopped, patience
 from hstu.models import RetrievalModel, build_model, fit_to_data, make_collator
 from hstu.models.negatives import count_items
 from hstu.parallel import Mesh, parallelize
@@ -24,17 +25,18 @@ from hstu.quiet import warn_only
 from hstu.training.checkpoint import Checkpointer, model_identity
 from hstu.training.checkpoint_files import Progress, find_checkpoint, read_marker, supersede
 from hstu.training.evaluate import best_possible, decide_filter_seen, evaluate, improves
-from hstu.training.hardware import present_peak
+from hstu.training.file_errors import describe, is_foreseeable
+from hstu.training.hardware import on_device, present_peak
 from hstu.training.init_from import in_words, initialize, open_source
-from hstu.training.interrupt import StopRequest
-from hstu.training.logging import RunLogger, format_metrics
-from hstu.training.meter import Meter, not_finite
+from hstu.training.logging import RunLogger, SilentLogger, format_metrics, make_logger
+from hstu.training.memory import require_memory
+from hstu.training.meter import Meter, TrainingError, not_finite
 from hstu.training.optimizer import Optimizer
 from hstu.training.plot import draw_curves, sketch_curves
 from hstu.training.profile import profiler
 from hstu.training.run_directory import RunDirectory
 from hstu.training.step import Stepper
-from hstu.training.summary import describe_data, memory_table
+from hstu.training.summary import describe_data, describe_plan, describe_unmet, memory_table
 from hstu.training.vocabularies import (
     describe_vocabularies,
     embedded_features,
@@ -55,11 +57,16 @@ class Trainer:
         mesh: The ranks.
         run: Where results go.
 
+    Attributes:
+        config: The run as these devices compute it.
+        notes: Lines about what was asked for and is computed otherwise.
+
     Raises:
         ConfigError: if config and data do not fit together.
     """
 
     def __init__(self, config: Config, dataset: SequenceDataset, mesh: Mesh, run: RunDirectory) -> None:
+        config, self.notes = on_device(config, mesh.device)
         mesh = mesh.with_degrees(
             config.context_parallel.context_parallel_size, config.tensor_model_parallel.tensor_model_parallel_size
         )
@@ -92,6 +99,7 @@ class Trainer:
             for name, split in splits.items()
         }
         self.total_steps = self._total_steps()
+        require_memory(config, dataset.schema, mesh, self.loaders["train"])
         model = build_model(config, dataset.schema, allocate_tables=False)
         if model.categories is not None:
             if config.feature.unknown_rate:
@@ -155,7 +163,7 @@ class Trainer:
                                   f"{self.total_steps}; raise TrainerArgs.max_train_iters or max_epochs")  # fmt: skip
             self.resumed_at = -1
             # The best of another run is not here to be tested.
-            fresh = dict(best_score=None, best_step=None, evaluations_since_best=0, stopped_early=False)
+            fresh = dict(best_score=None, best_step=None, evaluations_since_best=0, stopped_early=False, records=0)
             self.progress = replace(self.progress, **fresh)  # type: ignore[arg-type]
 
     def start_from(self, checkpoint: Path) -> None:
@@ -168,21 +176,19 @@ class Trainer:
         source = open_source(checkpoint, self.mesh, own.identity, here, own.vocabularies)
         self.progress, self.started_from = initialize(source, self.parallel, self.optimizer, own.identity)
 
-    def train(self) -> dict[str, Any] | None:
+    def train(self) -> dict[str, Any]:
         """Train to the end, then score the best checkpoint on the test split once.
 
         Returns:
-            The test record, or None if a signal stopped the run (its state is saved).
+            The test record.
 
         Raises:
+            Stopped: if a signal asked for it; the state is saved.
             TrainingError: if the loss is not finite or there are no negatives; the last checkpoint stays.
         """
         logger.info("%s\n%s", describe_data(self.dataset, self.config), memory_table(self.parallel, self.optimizer))
-        logger.info(self._plan())
-        if unmet := {
-            name: f"{int((~met[:-1]).sum()):,} of {name}" for name, met in self.met.items() if not met[:-1].all()
-        }:
-            logger.info("values that no training sample has, which are read as unknown: %s", ", ".join(unmet.values()))
+        plan = describe_plan(self.mesh, self.loaders["train"], self.total_steps)
+        logger.info("\n".join([f"{plan}; run directory {self.run.path}", *describe_unmet(self.met), *self.notes]))
         if self.config.retrieval is not None:
             logger.info("RetrievalArgs.filter_seen = %s: %s", self.config.retrieval.filter_seen, self.filtering)
         self._rewind()
@@ -195,22 +201,37 @@ class Trainer:
         seconds, stacks = self.config.trainer.hang_timeout_seconds, self.run.path / "stacks"
         self.mesh.on_main(lambda: keep_stacks(stacks))
         with (
-            StopRequest() as stop,
+            patience(lambda: f"stopped in the middle of something; {self.run.kept()}", self.checkpointer.busy),
             watchdog(stacks, self.mesh.rank, seconds),
             self.checkpointer,  # whose writer may hang as well
-            self._logger() as log,
+            make_logger(self.mesh, self.run, self.config, self.progress.step, self.total_steps) as log,
         ):
+            outcome = self._to_the_end(log)
+        if isinstance(outcome, Stopped):
+            raise outcome
+        self.mesh.on_main(lambda: self._draw(outcome))
+        return outcome
+
+    def _to_the_end(self, log: RunLogger | SilentLogger) -> dict[str, Any] | Stopped:
+        """Train and test; returns the test record, or the signal that came first."""
+        outcome: dict[str, Any] | Stopped
+        try:
             self.model.train()
             with profiler(self.config.trainer, self.run.path, self.progress.step, self.mesh.rank) as profile:
-                finished = self._loop(stop, log, profile)
+                self._loop(log, profile)
             self.checkpointer.wait()
             beat()
-            if not finished:
-                logger.info("stopped at step %d, saved; go on with --run-dir %s", self.progress.step, self.run.path)
-                return None
-            record = self._test(log)
-        self.mesh.on_main(lambda: self._draw(record))
-        return record
+            outcome = self._test(log)
+        except Stopped as stopped:
+            self.checkpointer.wait()
+            beat()
+            logger.info("stopped at step %d, saved; go on with --run-dir %s", self.progress.step, self.run.path)
+            stopped.told, outcome = True, stopped
+        except OSError as error:
+            if not is_foreseeable(error):
+                raise
+            raise TrainingError(f"{describe(error)}; {self.run.kept()}") from error
+        return outcome
 
     def evaluate(self, checkpoint: Path, splits: tuple[str, ...] = ("valid", "test")) -> list[dict[str, Any]]:
         """Score ``checkpoint``; returns one record per split."""
@@ -226,16 +247,18 @@ class Trainer:
     def _rewind(self) -> None:
         """Drop what a run that goes on from here will write again."""
         progress, checkpoints = self.progress, self.run.checkpoints
-        self.mesh.on_main(lambda: self.run.rewind(progress.step))
+        self.mesh.on_main(lambda: self.run.rewind(progress, evaluated=not self._owes_evaluation()))
         if not self.mesh.on_main(lambda: supersede(checkpoints, progress, after=self.resumed_at)):
             progress.best_score = progress.best_step = None  # its checkpoint is gone: the search starts anew
         self.mesh.on_main(self.run.begin)
 
-    def _loop(self, stop: StopRequest, log: RunLogger | _Silent, profile: Any) -> bool:
-        """Take steps until the end; return False if a signal came first."""
+    def _loop(self, log: RunLogger | SilentLogger, profile: Any) -> None:
+        """Take steps until the end, or until a signal raises ``Stopped``, with the state being saved."""
         args, progress, loader = self.config.trainer, self.progress, self.loaders["train"]
         size = len(loader.split)
         self.meter.start()
+        if self._owes_evaluation():  # the run was stopped in it
+            self._after_step(log)
         while progress.step < self.total_steps and not progress.stopped_early:
             epoch, first = divmod(progress.samples, size)
             batches = self.meter.waiting(loader.epoch(epoch, first))
@@ -249,31 +272,39 @@ class Trainer:
                 done = progress.step == self.total_steps
                 if (progress.step % args.log_interval == 0 or done) and self.meter.batches:
                     log.train(self._train_record(epoch, rate))
-                self._after_step(log, done)
+                self._after_step(log)
                 if done or progress.stopped_early:
                     break
-                if self.mesh.world.any(stop.requested):
+                try:
+                    self.mesh.obey_signals()
+                except Stopped:
                     self._save()
-                    return False
-        return True
+                    raise
 
-    def _after_step(self, log: RunLogger | _Silent, done: bool) -> None:
-        """Validate and save when it is time to."""
-        args, progress = self.config.trainer, self.progress
-        best = False
-        if progress.step % args.eval_interval == 0 or done:
-            with self.meter.paused():
+    def _owes_evaluation(self) -> bool:
+        """Return whether the weights as they are now are to be validated and have not been."""
+        progress = self.progress
+        due = progress.step % self.config.trainer.eval_interval == 0 or progress.step == self.total_steps
+        return due and progress.evaluated_step != progress.step > 0
+
+    def _after_step(self, log: RunLogger | SilentLogger) -> None:
+        """Validate and save when it is time to; saved first, for an evaluation may take long."""
+        interval, progress = self.config.trainer.ckpt_save_interval, self.progress
+        owes = self._owes_evaluation()
+        with self.meter.paused():
+            if owes or (interval != -1 and progress.step % interval == 0):
+                self._save()
+            if owes:
                 record = self._score("valid", progress.step)
-            best = self._note(record)
-            log.evaluation(record, "  (best so far)" if best else "")
-        periodic = args.ckpt_save_interval != -1 and progress.step % args.ckpt_save_interval == 0
-        if best or periodic or done or progress.stopped_early:
-            with self.meter.paused():
-                self._save(best=best)
+                best = self._note(record)
+                log.evaluation(record, "  (best so far)" if best else "")
+                progress.records = self.mesh.world.broadcast(self.run.num_records)
+                self.checkpointer.amend(progress, best=best)
 
     def _note(self, record: dict[str, Any]) -> bool:
         """Keep the best validation score; returns whether this is it."""
         name, progress = self.config.eval_metrics[0], self.progress
+        progress.evaluated_step = progress.step
         if improves(name, record["metrics"][name], progress.best_score):
             progress.best_score, progress.best_step = record["metrics"][name], progress.step
             progress.evaluations_since_best = 0
@@ -285,22 +316,25 @@ class Trainer:
             logger.info("no better %s in %d evaluations: training stops early", name, patience)
         return False
 
-    def _save(self, *, best: bool = False) -> None:
+    def _save(self) -> None:
         self.progress.since_last_line = self.meter.state()
+        self.progress.records = self.mesh.world.broadcast(self.run.num_records)
         # A finite loss says nothing of the step that came after it.
         if self.mesh.world.any(not all(bool(p.isfinite().all()) for p in self.model.parameters())):
-            raise not_finite("a weight", self.progress.step)
-        self.checkpointer.save(self.progress, best=best)
+            raise not_finite("a weight", self.progress.step, self.config, self.progress.dense_steps)
+        self.checkpointer.save(self.progress)
         beat()
 
-    def _test(self, log: RunLogger | _Silent) -> dict[str, Any]:
+    def _test(self, log: RunLogger | SilentLogger) -> dict[str, Any]:
         """Score the best checkpoint on the test split, once."""
         name = self.config.eval_metrics[0]
         checkpoint = self.mesh.world.broadcast(find_checkpoint(self.run.checkpoints, "best"))
         if checkpoint is None:  # no validation score was a number
             checkpoint = self.mesh.world.broadcast(find_checkpoint(self.run.checkpoints, "latest"))
         (record,) = self.evaluate(checkpoint, ("test",))
-        logger.info("best validation %s at step %d; its test score:", name, record["step"])
+        best = "best validation %s at step %d; its test score:"
+        undefined = "validation %s is undefined, so that there is no best step; the test score of the last one, %d:"
+        logger.info(undefined if self.progress.best_step is None else best, name, record["step"])
         log.evaluation(record)
         if record.get("best_possible"):
             logger.info("best possible on this data:    %s", format_metrics(record["best_possible"]))
@@ -336,11 +370,6 @@ class Trainer:
             logger.info("curves: %s", path)
         logger.info("result: %s", self.run.path / "eval.json")
 
-    def _logger(self) -> RunLogger | _Silent:
-        if not self.mesh.is_main:
-            return _Silent()
-        return RunLogger(self.run, self.config, self.progress.step, self.total_steps)
-
     def _total_steps(self) -> int:
         """Return the steps at the end: those taken, and those that the rest of the last epoch needs."""
         args, loader, progress = self.config.trainer, self.loaders["train"], self.progress
@@ -362,29 +391,3 @@ class Trainer:
                 "%d steps in all",
                 first, epoch, loader.global_batch_size, self.total_steps,
             )  # fmt: skip
-
-    def _plan(self) -> str:
-        mesh, loader = self.mesh, self.loaders["train"]
-        return (
-            f"{mesh.world_size} rank(s) on {mesh.device.type}; {self.total_steps:,} steps of "
-            f"{loader.global_batch_size} sequences, {loader.steps_per_epoch} an epoch; run directory {self.run.path}"
-        )
-
-
-class _Silent:
-    """Stands in for the logger on ranks other than 0."""
-
-    def __enter__(self) -> _Silent:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def tick(self) -> None:
-        pass
-
-    def train(self, record: dict[str, Any]) -> None:
-        pass
-
-    def evaluation(self, record: dict[str, Any], note: str = "") -> None:
-        pass

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -117,6 +119,21 @@ def test_scoring_a_checkpoint_into_a_new_directory(place: Path, tmp_path: Path) 
     assert made.read_text() == (place / "run" / "eval.json").read_text()
 
 
+def test_scores_are_printed_whatever_happens_to_files(copy: Path) -> None:
+    """Directories stand where files should be, for a root user may write anywhere else."""
+    recorded = json.loads((copy / "run" / "eval.json").read_text())
+    shown = f"step {recorded['step']}  test  AUC {recorded['metrics']['AUC']:.4f}"
+    (copy / "run" / "eval.json").unlink()
+    (copy / "run" / "eval.json").mkdir()  # noticed at the end
+    done = entrypoint()("ranking", "--mode=eval", "--run-dir=run", cwd=copy)
+    assert shown in done.out
+    assert f"{copy / 'run' / 'eval.json'}" in mistake(done) or "eval.json" in done.err
+    (copy / "run" / "..writable.new").mkdir()  # noticed at once
+    done = entrypoint()("ranking", "--mode=eval", "--run-dir=run", cwd=copy)
+    assert done.code == 0 and done.err == "", done
+    assert done.out.index("cannot be written") < done.out.index("the scores are only printed") < done.out.index(shown)
+
+
 def test_the_runs_own_config_goes_on(copy: Path) -> None:
     done = entrypoint()("ranking", "--run-dir=run", "--gin-bindings=TrainerArgs.max_train_iters=5", cwd=copy)
     assert done.code == 0, done.err
@@ -210,7 +227,7 @@ def test_damaged_data(copy: Path, damage: str) -> None:
 
 
 def test_a_loss_that_is_not_finite_is_one_line(copy: Path) -> None:
-    rate = ("OptimizerArgs.optimizer_str='sgd'", "OptimizerArgs.learning_rate=1e30", "TrainerArgs.log_interval=1")
+    rate = ("OptimizerArgs.optimizer_str='sgd'", "OptimizerArgs.learning_rate=1e6", "TrainerArgs.eval_interval=9")
     flags = ("--gin-config-file=synthetic_ranking.gin", "--run-dir=new", *(f"--gin-bindings={line}" for line in rate))
     assert "is not finite at step" in mistake(train(copy, *flags))
     assert not list((copy / "new" / "checkpoints").iterdir())
@@ -221,12 +238,14 @@ def test_help_lists_the_flags(place: Path) -> None:
     assert all(name in done.out for name in ("gin_config_file", "gin_bindings", "resume", "run_dir", "checkpoint"))
 
 
-def test_an_interruption_outside_the_steps_is_one_word(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_outside_the_steps_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     def interrupted(_: object) -> None:
-        raise KeyboardInterrupt
+        signal.raise_signal(number)
+        time.sleep(60)
 
     monkeypatch.setattr("hstu.training.run_directory.configure_logging", lambda *_, **__: None)
-    assert run_on_mesh(interrupted) == 130
-    assert capsys.readouterr().err == "interrupted\n"
+    assert run_on_mesh(interrupted, "; nothing was written") == 128 + number
+    assert capsys.readouterr().err == "interrupted; nothing was written\n"

@@ -5,13 +5,15 @@ from __future__ import annotations
 import ast
 import dataclasses
 import re
+import typing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from hstu.config import ConfigError, load_config
 from hstu.config.backbones import _USES
-from hstu.config.load import CONFIG_DIRECTORY
+from hstu.config.load import _CLASSES, CONFIG_DIRECTORY, _construct
 
 BASE = """\
 TrainerArgs.train_batch_size = 8
@@ -134,8 +136,8 @@ MISTAKES = [
     ("RankingArgs.prediction_head_arch = [8, '5']", ["prediction_head_arch = [8, '5']", "an integer"]),
     ("RankingArgs.eval_metrics = ('AUK',)", ["RankingArgs.eval_metrics = ('AUK',)", "AUC, GAUC, NE"]),
     ("EmbeddingArgs.table_sharding_types = {'a': 'x'}", ["table_sharding_types", "'row_wise'"]),
-    ("TrainerArgs.train_batch_size = 0", ["TrainerArgs.train_batch_size = 0", "above zero"]),
-    ("TrainerArgs.ckpt_save_interval = -2", ["ckpt_save_interval = -2", "above zero"]),
+    ("TrainerArgs.train_batch_size = 0", ["TrainerArgs.train_batch_size = 0", "at least 1 and"]),
+    ("TrainerArgs.ckpt_save_interval = -2", ["ckpt_save_interval = -2", "at least -1"]),
     ("TrainerArgs.seed = -1", ["TrainerArgs.seed = -1", "at least 0"]),
     ("NetworkArgs.hidden_dropout = 1", ["NetworkArgs.hidden_dropout = 1.0", "below 1"]),
     ("OptimizerArgs.min_learning_rate = 2", ["OptimizerArgs.min_learning_rate = 2.0", "learning_rate"]),
@@ -172,6 +174,78 @@ def test_a_mistake_in_a_file_names_field_value_remedy_file_and_line(
 def test_a_mistake_in_a_binding_names_the_flag(line: str, parts: list[str], tmp_path: Path) -> None:
     message = message_of(tmp_path, RANKING, (line,))
     assert "--gin-bindings" in message and "run.gin" not in message, message
+
+
+def has_number(hint: Any) -> bool:
+    return hint in (int, float) or any(has_number(part) for part in typing.get_args(hint))
+
+
+NUMBERS = [
+    (cls, field, hints[field.name])
+    for cls in _CLASSES.values()
+    for hints in (typing.get_type_hints(cls),)
+    for field in dataclasses.fields(cls)
+    if has_number(hints[field.name])
+]
+
+
+@pytest.mark.parametrize("value", [10**30, -(10**30), 1e300, 10**400, 1 << 20000], ids=list("abcde"))
+def test_no_number_is_too_large_for_its_error(value: float) -> None:
+    """Each number of each class has a smallest and a largest value, and is refused in one line beyond them."""
+    for cls, field, hint in NUMBERS:
+        name = f"{cls.__name__}.{field.name}"
+        task = "retrieval" if cls.__name__ == "RetrievalArgs" else "ranking"
+        given = {"dict": {"item": value}, "tuple": (value,) * 2}
+        kind = next((k for k in given if k in str(hint)), None)
+        if isinstance(value, float) and not has_float(hint):
+            continue
+        with pytest.raises(ConfigError) as caught:
+            _construct(cls.__name__, minimal(task, cls.__name__) | {field.name: given.get(kind, value)})
+        assert str(caught.value).startswith(name) and len(str(caught.value)) < 500, name
+        assert field.name in cls.limits, f"{name} needs limits"
+
+
+def has_float(hint: Any) -> bool:
+    return hint is float or any(has_float(part) for part in typing.get_args(hint))
+
+
+def minimal(task: str, owner: str) -> dict[str, Any]:
+    """Return the fields of one class in the texts above."""
+    lines = [line.partition(" = ") for line in TEXTS[task].splitlines() if line.startswith(owner + ".")]
+    return {key.partition(".")[2]: ast.literal_eval(value) for key, _, value in lines}
+
+
+SENSELESS = {
+    "RetrievalArgs.temperature": 1e-45,
+    "OptimizerArgs.adam_eps": 1e-300,
+    "OptimizerArgs.sparse_learning_rate": 1e30,
+    "NetworkArgs.hidden_size": 10**9,
+    "NetworkArgs.num_layers": 10**9,
+    "RetrievalArgs.num_negatives": 10**12,
+    "TrainerArgs.hang_timeout_seconds": 1e18,
+    "RetrievalArgs.eval_metrics": ("HR@" + "9" * 30,),
+}
+
+
+@pytest.mark.parametrize("name", SENSELESS)
+def test_what_can_only_fail_later_is_refused(name: str, tmp_path: Path) -> None:
+    message = message_of(tmp_path, RETRIEVAL, (f"{name} = {SENSELESS[name]!r}",), task="retrieval")
+    assert message.startswith(f"{name} = ") and "must be" in message
+
+
+def test_includes_stand_in_one_another_only_so_deep(tmp_path: Path) -> None:
+    for number in range(1500):
+        write(tmp_path, f"include '{number + 1}.gin'\n", f"{number}.gin")
+    write(tmp_path, RANKING, "1500.gin")
+    message = message_of(tmp_path, "include '0.gin'\n")
+    assert message.startswith(f"{tmp_path}/48.gin:1: include '49.gin': stands in 50 files that include one another")
+    load_config("ranking", [str(tmp_path / "1480.gin")])
+
+
+@pytest.mark.parametrize("text", ["[" * 30000 + "]" * 30000, "-" * 9000 + "1", "9" * 5000], ids=list("abc"))
+def test_text_that_no_parser_reads_is_one_short_line(text: str, tmp_path: Path) -> None:
+    message = message_of(tmp_path, RANKING, (f"TrainerArgs.seed = {text}",))
+    assert message.startswith("--gin-bindings 'TrainerArgs.seed = ") and len(message) < 700
 
 
 def test_recomputing_needs_the_fused_layer(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import tempfile
 from pathlib import Path
 
@@ -334,11 +335,46 @@ def test_categorical_actions_keep_their_original_values(
     assert dataset.action_ids(wanted) == ids
 
 
-@pytest.mark.parametrize("damage", ["cut", "gone"])
-def test_damaged_columns_are_named(tmp_path: Path, damage: str) -> None:
-    make_dataset(tmp_path / "small", [3, 4])
-    (folder,) = (tmp_path / "small").glob(".columns-*")
-    path = folder / "item.npy"
-    path.write_bytes(path.read_bytes()[:-4]) if damage == "cut" else path.unlink()
-    with pytest.raises(ValueError, match=r"\.columns-\w+: is damaged .*; remove it"):
-        SequenceDataset.open(tmp_path / "small")
+def one_bit(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGE = {
+    "cut": ("item.npy", lambda path: path.write_bytes(path.read_bytes()[:-4]), "has .* bytes instead of"),
+    "gone": ("item.npy", Path.unlink, "is missing"),
+    "one bit": ("item.npy", lambda path: one_bit(path, -1), "has other contents than were written, near byte 0"),
+    "an offset": (".offsets.npy", lambda path: one_bit(path, -8), "has other contents"),
+    "no sums": ("checksums.json", Path.unlink, "No such file"),
+    "foreign sums": ("checksums.json", lambda path: path.write_text("{}"), "is damaged"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_columns_are_named_and_made_again(
+    tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    dataset = make_dataset(tmp_path / "small", [3, 4])
+    items = dataset.gather(np.arange(2), np.zeros(2), dataset.lengths).items
+    (folder,) = columns_folders(tmp_path / "small")
+    name, change, words = DAMAGE[damage]
+    change(folder / name)
+    with caplog.at_level(logging.WARNING, "hstu"):
+        again = SequenceDataset.open(tmp_path / "small")
+    assert re.search(f"{folder.name}.*{words}.*made again from the parquet files", caplog.text), caplog.text
+    assert again.gather(np.arange(2), np.zeros(2), dataset.lengths).items.tolist() == items.tolist()
+    caplog.clear()
+    SequenceDataset.open(tmp_path / "small", check="all")
+    assert not caplog.text
+
+
+def test_damage_that_no_sample_met_is_refused_where_it_cannot_be_an_id(tmp_path: Path) -> None:
+    make_dataset(tmp_path / "small", [3, 4], num_items=20)
+    (folder,) = columns_folders(tmp_path / "small")
+    content = bytearray((folder / "item.npy").read_bytes())
+    content[-1] = 255
+    (folder / "item.npy").write_bytes(content)
+    dataset = SequenceDataset.open(tmp_path / "small", check="none")
+    with pytest.raises(ValueError, match="the column of 'item' is damaged: it holds 255 of 20 ids; python -m hstu.cli"):
+        dataset.gather(np.array([1]), np.array([0]), np.array([4]))

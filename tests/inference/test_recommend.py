@@ -24,7 +24,7 @@ from hstu.training.evaluate import evaluate
 from tests.tiny import BINDINGS, SHAPE, write_tiny
 
 ALONE = SimpleNamespace(rank=0, size=1, gather=lambda values: values, sum=lambda values: values)
-MESH = SimpleNamespace(tokens=ALONE, is_main=True, device=torch.device("cpu"))
+MESH = SimpleNamespace(tokens=ALONE, is_main=True, device=torch.device("cpu"), obey_signals=lambda: None)
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from tests.samples import make_config, make_dataset
 
 LENGTHS = [3, 9, 4, 12, 5, 3, 7, 20, 6, 4, 8]
 ALONE = SimpleNamespace(sum=lambda x: x, gather=lambda x: x)
-MESH: Any = SimpleNamespace(is_main=True, device=torch.device("cpu"), tokens=ALONE)
+MESH: Any = SimpleNamespace(is_main=True, device=torch.device("cpu"), tokens=ALONE, obey_signals=lambda: None)
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +190,7 @@ def evaluate_ranks(model: Any, ranks: list[BatchLoader], config: Config) -> list
         tokens = SimpleNamespace(
             sum=lambda x: torch.stack(exchange(rank, x)).sum(0), gather=lambda x: torch.cat(exchange(rank, x))
         )
-        return SimpleNamespace(is_main=rank == 0, device=torch.device("cpu"), tokens=tokens)
+        return SimpleNamespace(is_main=rank == 0, device=torch.device("cpu"), obey_signals=lambda: None, tokens=tokens)
 
     with ThreadPoolExecutor(len(ranks)) as pool:
         futures = [pool.submit(evaluate, model, loader, mesh(loader.rank), config, 0) for loader in ranks]

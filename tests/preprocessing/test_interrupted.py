@@ -42,7 +42,7 @@ def run(folder: Path, signal: int | None = None) -> subprocess.CompletedProcess[
 def test_an_interrupted_run_says_where_and_leaves_everything_as_it_was(tmp_path: Path, signal: int) -> None:
     write_ml_100k(tmp_path / "raw", ratings())
     result = run(tmp_path, signal)
-    assert result.returncode == 130, result
+    assert result.returncode == 128 + signal, result
     assert result.stderr.startswith("interrupted while reading u.data (event ")
     assert result.stderr.endswith("): data/ml-100k is as it was\n") and result.stderr.count("\n") == 1
     assert list((tmp_path / "data").iterdir()) == []

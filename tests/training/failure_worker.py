@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from hstu.cli.command import run_on_mesh
 from hstu.config import ConfigError
+from hstu.data.batch import Batch
 from hstu.models.losses import LossSum
 from hstu.parallel import Mesh
+from hstu.training import evaluate as evaluation
 from hstu.training.step import Stepper
 from tests.training.runs import trainer
 
@@ -73,8 +78,23 @@ def hang(mesh: Mesh, data: Path, out: Path) -> None:
         run.train()
 
 
+def evaluate(mesh: Mesh, data: Path, out: Path) -> None:
+    """Validate for ever after three steps."""
+    batches = evaluation._batches
+
+    def endless(*args: Any) -> Iterator[Batch]:
+        for batch in itertools.chain.from_iterable(batches(*args) for _ in itertools.count()):
+            (out / f"evaluating{mesh.rank}").touch()
+            yield batch
+
+    evaluation._batches = endless  # type: ignore[assignment]
+    limits = ("TrainerArgs.eval_interval=3", "TrainerArgs.train_batch_size=16")
+    with trainer(data, out / "run", "ranking", *limits, mesh=mesh) as run:
+        run.train()
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     mode, data, out = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
-    action = {"skip": skip, "everywhere": everywhere, "hang": hang}[mode]
+    action = {"skip": skip, "everywhere": everywhere, "hang": hang, "evaluate": evaluate}[mode]
     sys.exit(run_on_mesh(lambda mesh: action(mesh, data, out)))

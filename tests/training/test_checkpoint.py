@@ -12,13 +12,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from hstu.training import checkpoint as module
 from hstu.training.checkpoint_files import CheckpointError, find_checkpoint, read_marker
 from hstu.training.trainer import Trainer
-from tests.training.runs import losses, state_of, trainer
+from tests.training.runs import losses, trainer
 
 MODEL = {
     "NetworkArgs.hidden_size": ("NetworkArgs.hidden_size=8",),
@@ -138,7 +137,22 @@ def one_more(path: Path) -> None:
     shutil.copy(path, path.with_name("foreign.safetensors"))
 
 
-@pytest.mark.parametrize("damage", [cut_short, scramble, Path.unlink, of_another_step, one_more])
+def one_bit(path: Path) -> None:
+    """Flip one bit of the last weight."""
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 64
+    path.write_bytes(content)
+
+
+def another_progress(path: Path) -> None:
+    """Change one digit of what the checkpoint says of itself."""
+    marker = path.parent / "complete.json"
+    marker.write_text(marker.read_text().replace('"step": 6', '"step": 5'))
+
+
+@pytest.mark.parametrize(
+    "damage", [cut_short, scramble, Path.unlink, of_another_step, one_more, one_bit, another_progress]
+)
 def test_a_damaged_latest_is_passed_over(
     copy: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, damage: Any
 ) -> None:
@@ -146,32 +160,34 @@ def test_a_damaged_latest_is_passed_over(
     (file,) = (copy / step(6)).glob("*.safetensors")
     damage(file)
     assert find_checkpoint(copy, "latest") == (copy / step(5)).resolve()
-    named = "foreign.safetensors" if damage is one_more else file.name
+    named = {one_more: "foreign.safetensors", another_progress: "complete.json"}.get(damage, file.name)
     assert f"step_000000006 is damaged: {named} " in caplog.text and "an older one is used" in caplog.text
 
 
-def test_a_checkpoint_without_stamps_is_read(data: Path, copy: Path) -> None:
-    """As they were written before there were any: to the state that the same one with stamps holds."""
-    with trainer(data, copy.parent, "ranking") as run:
-        fresh = state_of(run)
-        run.resume(copy / step(6))
-        progress, wanted = run.progress, state_of(run)
-    (file,) = (copy / step(6)).glob("*.safetensors")
-    with safe_open(file, "pt") as tensors:
-        metadata = tensors.metadata()
-        kept = {name: tensors.get_tensor(name) for name in tensors.keys() if not name.startswith("stamp/")}  # noqa: SIM118
-    own = json.loads(metadata["DCP_SHARDING_INFO"])
-    metadata["DCP_SHARDING_INFO"] = json.dumps({name: own[name] for name in kept})
-    save_file(kept, file, metadata)
+def test_a_checkpoint_without_checksums_is_refused(copy: Path) -> None:
+    """As they were written before there were any."""
     marker = json.loads((copy / step(6) / "complete.json").read_text())
-    del marker["stamp"]
-    marker["files"][file.name] = file.stat().st_size
+    del marker["checksum"]
     (copy / step(6) / "complete.json").write_text(json.dumps(marker))
-    with trainer(data, copy.parent, "ranking") as run:
-        run.resume(copy / step(6))
-        assert run.progress == progress and run.progress.step == 6
-        assert all(torch.equal(found, value) for found, value in zip(state_of(run), wanted, strict=True))
-        assert sum(torch.equal(found, value) for found, value in zip(wanted, fresh, strict=True)) < len(fresh) / 2
+    with pytest.raises(CheckpointError, match="no readable complete.json: misses 'checksum', as of an earlier version"):
+        read_marker(copy / step(6))
+
+
+def test_a_damaged_best_is_named_and_searched_anew(
+    data: Path, copy: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("hstu"), "propagate", True)
+    (file,) = (copy / "best").resolve().glob("*.safetensors")
+    one_bit(file)
+    with trainer(data, copy.parent, "ranking", *SIX) as run:
+        with pytest.raises(CheckpointError, match=f"{file.name} has other contents than were written; choose another"):
+            run.evaluate(copy / "best")
+        sound = find_checkpoint(copy, "latest")
+        assert sound is not None
+        run.resume(sound)
+        run._rewind()
+        assert run.progress.best_score is None
+    assert "the search for the best one starts anew" in caplog.text
 
 
 @pytest.mark.parametrize("field", MODEL)
@@ -196,11 +212,11 @@ def test_what_is_missing_is_named(data: Path, finished: Path, tmp_path: Path) ->
         run.resume(finished / "checkpoints" / "latest")
 
 
-@pytest.mark.parametrize("cut", [1, 2])
+@pytest.mark.parametrize("cut", [1, 2, 3])
 def test_killed_between_the_links(
     data: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: int
 ) -> None:
-    """Whichever of the links was not moved: the resumed run tests the checkpoint that the unbroken one tests."""
+    """Before a link moves, or between it and what the checkpoint says: the resumed run tests the same checkpoint."""
     best = json.loads((finished / "eval.json").read_text())["step"]
     point, moves = module.point, []
 
@@ -211,10 +227,20 @@ def test_killed_between_the_links(
         point(link, target)
 
     bindings = (*SIX, "TrainerArgs.keep_last_checkpoints=1")
+
+    def late(path: Path, marker: dict[str, Any]) -> None:
+        moves.extend(["marker"] if path.name == step(best) and "best" in moves else [])
+        if len(moves) == cut and moves[-1] == "marker":
+            raise KeyboardInterrupt
+        write(path, marker)
+
+    write = module.write_marker
+    monkeypatch.setattr(module, "write_marker", late)
     monkeypatch.setattr(module, "point", dying)
     with trainer(data, tmp_path, "ranking", *bindings) as run, pytest.raises(KeyboardInterrupt):
         run.train()
     monkeypatch.setattr(module, "point", point)
+    monkeypatch.setattr(module, "write_marker", write)
     with trainer(data, tmp_path, "ranking", *bindings) as run:
         latest = find_checkpoint(tmp_path / "checkpoints", "latest")
         if latest is not None:
@@ -267,7 +293,6 @@ def test_a_slow_save_does_not_stop_training(data: Path, tmp_path: Path, monkeypa
     for other in (step(6), step(8)):
         files = [path / "checkpoints" / other for path in (tmp_path, tmp_path / "plain")]
         mine, theirs = (load_file(next(folder.glob("*.safetensors"))) for folder in files)
-        assert mine.pop("stamp/0") != theirs.pop("stamp/0")
         assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 

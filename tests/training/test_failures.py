@@ -8,6 +8,8 @@ import fcntl
 import json
 import logging
 import re
+import resource
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -16,12 +18,18 @@ from typing import Any
 import psutil
 import pytest
 
+from hstu.cli.command import find_dataset, run_on_mesh
+from hstu.config import load_config
 from hstu.models import RetrievalModel
+from hstu.parallel import Mesh
 from hstu.training import evaluate, watchdog
 from hstu.training.checkpoint import Checkpointer
+from hstu.training.checkpoint_files import read_marker
+from hstu.training.meter import TrainingError
 from hstu.training.run_directory import RunDirectory
 from hstu.training.step import Stepper
 from tests.launch import ROOT, run, started, torchrun_command
+from tests.tiny import BINDINGS
 from tests.training.runs import losses, trainer, worst
 from tests.training.test_interruption import flags
 
@@ -168,7 +176,8 @@ def test_a_checkpoint_that_fails_while_a_run_fails_is_told(
         run_.train()
     assert armed == [True]
     assert "rank 0: in a step; a checkpoint is still being written" in caplog.text
-    assert "OSError: the disk is full" in caplog.text
+    assert "rank 0: the last checkpoint was not written: OSError: the disk is full" in caplog.text
+    assert "Traceback" not in caplog.text
 
 
 def test_every_long_phase_ends_in_a_beat(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,3 +225,94 @@ def test_a_directory_that_cannot_be_locked(tmp_path: Path, fault: str, monkeypat
     words = {"directory": "cannot be written .*; choose another", "no locks": "locks no files .*; choose a directory"}
     with pytest.raises(ValueError, match=f"^--run-dir = '{tmp_path}': .*{words[fault]}"):
         RunDirectory(tmp_path).lock()
+
+
+def test_a_disk_that_takes_no_more_is_one_line(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The system itself refuses more than so many bytes of a file: the second checkpoint; the first one is whole."""
+    limits, stopped = resource.getrlimit(resource.RLIMIT_FSIZE), []
+
+    def full(directory: Path) -> None:
+        (file,) = (directory / "latest").resolve().glob("*.safetensors")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size // 2, limits[1]))
+        stopped.append(directory)
+
+    def action(mesh: Mesh) -> None:
+        with trainer(data, tmp_path, "ranking", "TrainerArgs.ckpt_save_interval=2", mesh=mesh) as run_:
+            take = run_.stepper.take
+
+            def taking(batches: Any, progress: Any) -> float:
+                if progress.step == 3:
+                    run_.checkpointer.wait()
+                    full(run_.run.checkpoints)
+                return take(batches, progress)
+
+            run_.stepper.take = taking  # type: ignore[method-assign]
+            run_.train()
+
+    try:
+        assert run_on_mesh(action) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stopped and line == (
+        f"error: {tmp_path}/checkpoints/.step_000000004.partial: File too large; choose a file system that takes "
+        f"larger files; step_000000002 is the last checkpoint; go on with --run-dir {tmp_path}"
+    )
+    assert read_marker(tmp_path / "checkpoints" / "latest")["progress"]["step"] == 2
+
+
+def test_a_run_directory_that_is_removed_is_one_line(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take = Stepper.take
+
+    def removing(self: Stepper, batches: Any, progress: Any) -> float:
+        if progress.step == 2:
+            shutil.rmtree(tmp_path / "run")
+        return take(self, batches, progress)
+
+    monkeypatch.setattr(Stepper, "take", removing)
+    with trainer(data, tmp_path / "run") as run_, pytest.raises(TrainingError) as caught:
+        run_.train()
+    assert str(caught.value).startswith(
+        f"{tmp_path}/run/metrics.jsonl: No such file or directory; was its directory removed?; there is no checkpoint"
+    )
+
+
+def test_lost_and_broken_records_are_told_when_a_run_goes_on(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("hstu"), "propagate", True)
+    with trainer(data, tmp_path, "ranking", "TrainerArgs.max_train_iters=4") as run_:
+        run_.train()
+    metrics, told = tmp_path / "metrics.jsonl", []
+    whole = metrics.read_text().splitlines()
+    for lines in (whole, [*whole[:-1], whole[-1][:9]], [whole[0], *whole[2:]], [whole[0], "{}", *whole[2:]], ["\xff"]):
+        metrics.write_text("".join(f"{line}\n" for line in lines), "latin1")
+        caplog.clear()
+        with trainer(data, tmp_path, "ranking", "TrainerArgs.max_train_iters=4") as run_:
+            run_.resume((tmp_path / "checkpoints" / "latest").resolve())
+            run_._rewind()
+        warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+        told.append(list(dict.fromkeys(warnings)))
+    lost = f"{metrics} holds {{}} of the 5 records up to step 4: the others are lost, and its curves have gaps"
+    broken = f"{metrics}: line 2 is no record of a run and is left out"
+    assert told == [[], [], [lost.format(4)], [broken, lost.format(4)], [lost.format(0)]]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"dataset": {"name": "synthetic"}}', "\xff"])
+def test_a_broken_record_of_the_environment_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "environment.json").write_text(text, "latin1")
+    args = load_config("ranking", [], BINDINGS["ranking"]).config.dataset
+    with pytest.raises(ValueError, match=f"^{tmp_path}/environment.json: is damaged .*; remove it"):
+        find_dataset(args, RunDirectory(tmp_path))
+
+
+def test_a_lock_tells_whether_the_run_before_was_killed(tmp_path: Path) -> None:
+    first, second, third = (RunDirectory(tmp_path) for _ in range(3))
+    assert first.lock() is False
+    first._lock.close()  # type: ignore[union-attr]  # as the system does for a killed process
+    assert second.lock() is True and second.lock() is False
+    second.unlock()
+    assert third.lock() is False
+    third.unlock()

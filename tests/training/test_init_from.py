@@ -15,7 +15,7 @@ import torch
 from hstu.data import write_dataset
 from hstu.parallel import Mesh
 from hstu.parallel.row_map import WAYS
-from hstu.training.checkpoint_files import CheckpointError
+from hstu.training.checkpoint_files import CheckpointError, read_marker, write_marker
 from hstu.training.init_from import find_source
 from hstu.training.saved_tensors import SavedTensors
 from hstu.training.trainer import Trainer
@@ -326,17 +326,17 @@ def test_another_model_is_refused(
 
 def test_features_that_differ_are_named(home: Path, sources: Any, tmp_path: Path, mesh: Mesh) -> None:
     source = sources("row-wise")
-    path = shutil.copytree(source, tmp_path / "run", symlinks=True) / "checkpoints" / "step_000000004" / "complete.json"
-    marker = json.loads(path.read_text())
+    path = shutil.copytree(source, tmp_path / "run", symlinks=True) / "checkpoints" / "step_000000004"
+    marker = read_marker(path)
     marker["vocabularies"]["plan"] = marker["vocabularies"]["segment"]
-    path.write_text(json.dumps(marker))
+    write_marker(path, marker)
     with start(home / "other", tmp_path / "new", "row-wise", source, mesh=mesh) as run:
         with pytest.raises(CheckpointError, match="features that are embedded here and there differ in 'plan'"):
-            run.start_from(path.parent)
+            run.start_from(path)
         del marker["vocabularies"]
-        path.write_text(json.dumps(marker))
+        write_marker(path, marker)
         with pytest.raises(CheckpointError, match="was written by a version that kept no vocabularies"):
-            run.start_from(path.parent)
+            run.start_from(path)
 
 
 def test_what_is_no_source_is_refused(home: Path, sources: Any, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from unittest import mock
 import pytest
 import torch
 
+from hstu.interrupt import Stopped
 from hstu.training.checkpoint import Checkpointer
 from hstu.training.checkpoint_files import find_checkpoint
 from hstu.training.trainer import Trainer
@@ -50,30 +52,14 @@ def broken_run(data: Path, path: Path, variant: str, forget: Callable[[Trainer, 
         second.resume(checkpoint)
         if forget is not None:
             forget(second, checkpoint)
-        assert second.train() is not None
-
-
-class StopAt:
-    """Stands for the signals: one comes in step ``step``."""
-
-    def __init__(self, run: Trainer, step: int) -> None:
-        self.run, self.step = run, step
-
-    @property
-    def requested(self) -> bool:
-        return self.run.progress.step >= self.step
-
-    def __enter__(self) -> StopAt:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
+        second.train()
 
 
 def train_until(run: Trainer, step: int) -> None:
     """Train until a signal comes in step ``step``."""
-    with mock.patch("hstu.training.trainer.StopRequest", lambda: StopAt(run, step)):
-        assert run.train() is None
+    signalled = lambda: signal.SIGTERM if run.progress.step >= step else None  # noqa: E731
+    with mock.patch("hstu.parallel.mesh.requested", signalled), pytest.raises(Stopped):
+        run.train()
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +85,28 @@ def test_a_resumed_run_is_the_unbroken_one(data: Path, unbroken: Any, tmp_path: 
         assert records(tmp_path, kind) == records(unbroken(variant), kind)
     assert losses(tmp_path).keys() == set(range(1, STEPS + 1))
     assert json.loads((tmp_path / "eval.json").read_text()) == json.loads((unbroken(variant) / "eval.json").read_text())
+
+
+@pytest.mark.parametrize("evaluated", [0, STEPS])
+def test_a_run_that_is_stopped_in_an_evaluation_makes_it_again(
+    data: Path, unbroken: Any, tmp_path: Path, evaluated: int
+) -> None:
+    """Between two batches of the first validation (step 10), and of the test: what came before is saved."""
+    bindings = (f"TrainerArgs.max_train_iters={STEPS}", "TrainerArgs.eval_batch_size=16")
+    with trainer(data, tmp_path, "ranking", *bindings) as first:
+        within = lambda: not first.model.training and first.progress.evaluated_step == evaluated  # noqa: E731
+        signalled = mock.patch("hstu.parallel.mesh.requested", lambda: signal.SIGTERM if within() else None)
+        with signalled, pytest.raises(Stopped) as caught:
+            first.train()
+    assert caught.value.exit_code == 143 and first.progress.step == (10 if evaluated == 0 else STEPS)
+    checkpoint = find_checkpoint(tmp_path / "checkpoints", "latest")
+    assert checkpoint is not None and checkpoint.name == f"step_{first.progress.step:09d}"
+    with trainer(data, tmp_path, "ranking", *bindings) as second:
+        second.resume(checkpoint)
+        second.train()
+    for kind in ("train", "eval"):
+        assert records(tmp_path, kind) == records(unbroken("adam"), kind)
+    assert json.loads((tmp_path / "eval.json").read_text()) == json.loads((unbroken("adam") / "eval.json").read_text())
 
 
 def _forget_moments(run: Trainer, checkpoint: Path) -> None:

@@ -13,16 +13,18 @@ from typing import Any
 import pytest
 import torch
 
-from hstu.config import TrainerArgs
+from hstu.config import ConfigError, TrainerArgs, load_config
+from hstu.training import hardware
 from hstu.training import trainer as module
 from hstu.training.checkpoint_files import find_checkpoint
-from hstu.training.meter import TrainingError
+from hstu.training.meter import TrainingError, not_finite
 from hstu.training.optimizer import Optimizer
 from hstu.training.profile import profiler
 from hstu.training.step import Stepper
 from hstu.training.trainer import Trainer
-from tests.tiny import write_tiny
-from tests.training.runs import records, state_of, trainer
+from tests.samples import make_dataset
+from tests.tiny import BINDINGS, write_tiny
+from tests.training.runs import losses, records, state_of, trainer
 from tests.training.test_checkpoint import fake_scores
 
 EVAL_KEYS = {"kind", "split", "step", "protocol", "filter_seen", "num_candidates", "num_users", "tie_rule", "metrics"}
@@ -33,7 +35,7 @@ TEN = ("TrainerArgs.max_train_iters=10", "TrainerArgs.eval_interval=1")
 def test_records(data: Path, tmp_path: Path, task: str) -> None:
     bindings = ("TrainerArgs.max_train_iters=6", "TrainerArgs.log_interval=4", "TrainerArgs.eval_interval=3")
     with trainer(data, tmp_path, task, *bindings, "TrainerArgs.loggers=('tensorboard',)", picture=True) as run:
-        assert run.train() is not None
+        run.train()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(r["kind"], r.get("split"), r["step"]) for r in lines[:-1]] == [
         ("eval", "valid", 3),
@@ -92,7 +94,7 @@ def test_what_only_pleases_the_eye_ends_no_run(
 def test_a_run_over_a_window_of_time(data: Path, tmp_path: Path, task: str) -> None:
     about = ("DatasetArgs.protocol='windows'", "DatasetArgs.num_windows=4", "DatasetArgs.window=1")
     with trainer(data, tmp_path, task, *about, "DatasetArgs.train_stride=4", "TrainerArgs.max_train_iters=3") as run:
-        assert run.train() is not None
+        run.train()
     final = json.loads((tmp_path / "eval.json").read_text())
     assert (final["protocol"], final["window"]) == ("windows", 1) and "best_possible" not in final
     assert final["num_targets"] >= final["num_users"] > 0
@@ -283,7 +285,7 @@ def test_the_clock_leaves_out_evaluations_saves_and_the_start(
     monkeypatch.setattr(Stepper, "take", taking(1, Stepper.take))
     monkeypatch.setattr(Trainer, "_score", taking(100, Trainer._score))
     monkeypatch.setattr(module.Checkpointer, "save", taking(1000, module.Checkpointer.save))
-    monkeypatch.setattr(Trainer, "_logger", taking(10000, Trainer._logger))
+    monkeypatch.setattr(module, "make_logger", taking(10000, module.make_logger))
     bindings = ("TrainerArgs.max_train_iters=4", "TrainerArgs.eval_interval=1", "TrainerArgs.log_interval=2")
     with trainer(data, tmp_path, "ranking", *bindings, "TrainerArgs.ckpt_save_interval=1") as run:
         run.train()
@@ -363,3 +365,72 @@ def test_training_without_negatives_stops(tmp_path: Path) -> None:
     error = pytest.raises(TrainingError, match=r"0\.00 negatives per label at step 4: raise TrainerArgs.train_batch")
     with trainer(data, tmp_path / "run", "retrieval", *bindings) as run, error:
         run.train()
+
+
+def test_a_cpu_without_bfloat16_computes_in_float32_and_says_so(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {}
+    limits = ("TrainerArgs.max_train_iters=2", "NetworkArgs.hidden_dropout=0.0")
+    for name, dtype, flags in (
+        ("plain", "float32", {"avx2"}),
+        ("without", "bfloat16", {"avx2"}),
+        ("with", "bfloat16", {"avx2", "avx512_bf16"}),
+        ("arm", "bfloat16", {"asimd", "bf16"}),
+        ("unknown", "bfloat16", set()),
+    ):
+        monkeypatch.setattr(hardware, "cpu_flags", lambda flags=flags: flags)
+        with trainer(data, tmp_path / name, "ranking", *limits, f"NetworkArgs.dtype_str='{dtype}'") as run:
+            found[name] = run.model.autocast_dtype, run.config.network.dtype_str, len(run.notes)
+            if name in ("plain", "without"):
+                run.train()
+    assert found["without"] == (None, "float32", 1) and found["plain"] == (None, "float32", 0)
+    assert [found[name] for name in ("with", "arm", "unknown")] == [(torch.bfloat16, "bfloat16", 0)] * 3
+    assert losses(tmp_path / "plain") == losses(tmp_path / "without")
+    on_a_gpu = hardware.on_device(run.config, torch.device("cuda"))
+    assert on_a_gpu == (run.config, ()) and run.config.network.dtype_str == "bfloat16"
+
+
+def test_an_undefined_validation_score_is_not_called_the_best(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("hstu"), "propagate", True)
+    caplog.set_level(logging.INFO, "hstu")
+    score = Trainer._score
+    monkeypatch.setattr(Trainer, "_score", lambda *given: score(*given) | {"metrics": {"AUC": None}})
+    with trainer(data, tmp_path, "ranking", "TrainerArgs.max_train_iters=2") as run:
+        run.train()
+    assert (
+        "validation AUC is undefined, so that there is no best step; the test score of the last one, 2:" in caplog.text
+    )
+    assert "best validation" not in caplog.text
+
+
+def test_one_item_is_nothing_to_choose_from(tmp_path: Path) -> None:
+    data = make_dataset(tmp_path / "one", [3, 4, 5], num_items=1).path
+    one = trainer(data, tmp_path / "run", "retrieval", "DatasetArgs.contextual_feature_names=()")
+    with pytest.raises(ConfigError, match="= 'synthetic': has one item, so that there is nothing to choose"), one:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("bindings", "dense_steps", "remedy"),
+    [
+        (
+            (),
+            0,
+            "no learning rate is the reason; lower NetworkArgs.embedding_initializer_std or raise RetrievalArgs.temp",
+        ),
+        ((), 5, "at step 6: lower OptimizerArgs.learning_rate = 0.003 or set clip_grad"),
+        (
+            ("OptimizerArgs.sparse_learning_rate=7",),
+            5,
+            "at step 6: lower OptimizerArgs.sparse_learning_rate = 7 (and Opt",
+        ),
+    ],
+)
+def test_the_remedy_for_a_loss_that_is_not_finite_is_one(
+    bindings: tuple[str, ...], dense_steps: int, remedy: str
+) -> None:
+    config = load_config("retrieval", [], [*BINDINGS["retrieval"], *bindings]).config
+    assert remedy in str(not_finite("the loss", 6, config, dense_steps))

@@ -14,7 +14,7 @@ import pytest
 from hstu.data import Schema, write_dataset
 from hstu.data.vocabulary import Vocabularies
 from hstu.parallel import Mesh
-from hstu.training.checkpoint_files import CheckpointError, read_marker
+from hstu.training.checkpoint_files import CheckpointError, read_marker, write_marker
 from hstu.training.vocabularies import kept_vocabularies
 from tests.tiny import renumber, tiny
 from tests.training.runs import trainer
@@ -104,10 +104,10 @@ def test_bits_of_other_names_are_refused(tmp_path: Path, mesh: Mesh) -> None:
 def test_a_checkpoint_of_before_is_compared_by_sizes(home: Path, tmp_path: Path, mesh: Mesh) -> None:
     checkpoint = tmp_path / "checkpoints" / "step_000000002"
     shutil.copytree(home / "run" / "checkpoints" / "step_000000002", checkpoint)
-    marker = json.loads((checkpoint / "complete.json").read_text())
+    marker = read_marker(checkpoint)
     sizes = {name: entry["size"] for name, entry in marker.pop("vocabularies").items()}
     marker["model"]["tables"] = sizes | {"timestamp": None}
-    (checkpoint / "complete.json").write_text(json.dumps(marker))
+    write_marker(checkpoint, marker)
     with trainer(home / "one", tmp_path / "a", "ranking", *LINES, "TrainerArgs.max_train_iters=3", mesh=mesh) as run:
         run.resume(checkpoint)
     refusal = pytest.raises(CheckpointError, match=r"'item_id' than .* \(121 values instead of 120\)")
