@@ -30,8 +30,8 @@ from hstu.data.atomic_directory import require_writable
 from hstu.data.cleaning import Missing
 from hstu.data.files import FORMATS, FileFormat, printable
 from hstu.data.interactions import Duplicates, InteractionSpec
+from hstu.data.repeats import MANY_REPEATS, REPEATS_MATTER
 from hstu.data.schema import ActionType, Schema
-from hstu.data.seen import MANY_REPEATS, REPEATS_MATTER
 from hstu.data.synthetic import Distribution, SyntheticConfig, generate
 from hstu.data.table import encode
 from hstu.data.writer import write_dataset, writing

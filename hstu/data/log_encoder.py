@@ -26,8 +26,8 @@ from hstu.data.interactions import (
     to_arrow,
 )
 from hstu.data.numbering import Numbering
+from hstu.data.repeats import count_repeats
 from hstu.data.schema import Feature, Role, Schema, count_statistics
-from hstu.data.seen import count_repeats
 from hstu.data.spill import ROW_HASH, Log, Progress, find_repeats, first_of_equals
 from hstu.data.splits import MIN_EVENTS
 from hstu.data.writer import EVENTS_PER_PART, DatasetWriter, part_bounds

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from hstu.data.reader import SequenceDataset, Sequences
-from hstu.data.seen import MANY_REPEATS, REPEATS_MATTER, count_repeats
+from hstu.data.repeats import MANY_REPEATS, REPEATS_MATTER, count_repeats
 
 COLD_EVENTS = 5
 LARGE_SHARE = 0.1  # of all events, when one user or item has more

@@ -1,4 +1,4 @@
-"""What was met before: by a user before a target or an event, by training before anybody asks."""
+"""What was met before: by a user before a target, by training before anybody asks."""
 
 from __future__ import annotations
 
@@ -13,12 +13,6 @@ from hstu.data.reader import Histories, SequenceDataset
 from hstu.data.schema import unknown_id
 from hstu.data.splits import Split
 
-MANY_REPEATS = 0.01
-"""Share of events of items that their user has met before above which one has to think of them."""
-REPEATS_MATTER = (
-    "retrieval keeps seen items in its rankings if more than 1% of the validation targets are such repeats; "
-    "RetrievalArgs.filter_seen = True would make each a miss"
-)
 _EVENTS_AT_ONCE = 1 << 22
 
 
@@ -75,19 +69,6 @@ def _marked(ids: np.ndarray, size: int) -> np.ndarray:
     found = np.zeros(size, bool)
     found[ids] = True
     return found
-
-
-def count_repeats(lengths: np.ndarray, items: np.ndarray) -> int:
-    """Return how many events are of an item that their user met before.
-
-    Args:
-        lengths: Events of each user, int64 [U].
-        items: Item ids, user after user, int64 [T].
-    """
-    if not items.size:
-        return 0
-    pairs = np.sort(np.repeat(np.arange(len(lengths)), lengths) * (int(items.max()) + 1) + items)
-    return int((pairs[1:] == pairs[:-1]).sum())
 
 
 def _blocks(split: Split) -> Iterator[np.ndarray]:

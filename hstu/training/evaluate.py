@@ -19,7 +19,8 @@ from hstu.config.retrieval import SAMPLED_100
 from hstu.data.batch import Batch
 from hstu.data.loader import BatchLoader
 from hstu.data.reader import SequenceDataset
-from hstu.data.seen import MANY_REPEATS, count_seen_targets, is_among, seen_before
+from hstu.data.repeats import MANY_REPEATS
+from hstu.data.seen import count_seen_targets, is_among, seen_before
 from hstu.data.splits import Split
 from hstu.metrics.ranking import LOWER_IS_BETTER, ranking_scores
 from hstu.metrics.retrieval import per_user_metric, sampled_ranks, target_ranks

@@ -186,7 +186,7 @@ def _separators(content: bytes, layout: _Layout) -> int:
 
 def _holds_bare_returns(content: bytes, quoted: bool) -> bool:
     """Whether a carriage return that is not quoted ends no line."""
-    if content.count(b"\r") == content.count(b"\r\n"):
+    if b"\r" not in content or content.count(b"\r") == content.count(b"\r\n"):
         return False
     values = np.frombuffer(content, np.uint8)
     bare = np.flatnonzero((values[:-1] == _RETURN) & (values[1:] != _LINE_FEED))
