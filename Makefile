@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV   := .venv
 BIN    := $(VENV)/bin
 RUN    := runs/demo
-QUICK  := -m pytest -m "not slow" -n 2 --dist loadscope
+QUICK  := -m pytest -m "not slow" -n 2 --dist loadscope --no-loadscope-reorder
 LOCKS  := $(wildcard requirements/*.txt requirements/*/pyproject.toml)
 
 .DEFAULT_GOAL := help

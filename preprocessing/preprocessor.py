@@ -10,6 +10,7 @@ and exit code 2. A run that is stopped leaves the old data set or the new one.
 from __future__ import annotations
 
 import logging
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -145,7 +146,7 @@ def _report(error: ValueError) -> int:
 def _refuse_foreign_flags() -> None:
     """A flag of another data set would be ignored: say so."""
     for flag in (FLAGS[name] for name in FLAGS):
-        owner = flag.help.partition(":")[0]
+        owner = re.sub(r"^<[^>]*>: ", "", flag.help).partition(":")[0]  # a flag of choices names them first
         if flag.present and owner in ("custom", "synthetic") and FLAGS.dataset_name not in (owner, "all"):
             raise ValueError(f"--{flag.name} belongs to --dataset_name {owner}, not {FLAGS.dataset_name}")
         if flag.present and flag.name in FILTERS and FLAGS.dataset_name == "synthetic":

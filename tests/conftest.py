@@ -11,7 +11,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 
+# Started first: each is long and one process runs it alone, so that at the end it would leave the other idle.
+LONGEST = ("tests/end_to_end/", "tests/parallel/", "tests/training/")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(
+        key=lambda item: next((k for k, part in enumerate(LONGEST) if item.nodeid.startswith(part)), len(LONGEST))
+    )
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu_items:
         return

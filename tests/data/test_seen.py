@@ -9,6 +9,7 @@ import pytest
 
 from hstu.config import DatasetArgs
 from hstu.data import make_splits, seen
+from hstu.data.repeats import count_repeats
 from tests.samples import make_dataset
 
 LENGTHS = [3, 9, 4, 12, 5, 1, 7, 20, 6, 4, 8]
@@ -37,4 +38,4 @@ def test_repeats_are_those_of_a_loop(lengths: list[int]) -> None:
     items = np.random.default_rng(0).integers(9, size=sum(lengths))
     own = np.split(items, np.cumsum(lengths)[:-1]) if lengths else []
     expected = sum(len(part) - len(set(part.tolist())) for part in own)
-    assert seen.count_repeats(np.array(lengths, np.int64), items) == expected
+    assert count_repeats(np.array(lengths, np.int64), items) == expected

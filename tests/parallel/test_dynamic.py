@@ -393,7 +393,7 @@ def test_evaluation_changes_nothing(data: Path, tmp_path: Path, mesh: Mesh) -> N
 @pytest.mark.parametrize(
     ("task", "lines", "message"),
     [
-        ("ranking", ("DynamicEmbeddingArgs.capacity={'item_id': 31}",), "capacity = .*needs at least 32 rows"),
+        ("ranking", ("DynamicEmbeddingArgs.capacity={'item_id': 31}",), "capacity = .*must be at least 32"),
         ("ranking", ("DynamicEmbeddingArgs.capacity={'items': 40}",), "capacity: no table 'items'; tables: item_id"),
         ("ranking", ("DynamicEmbeddingArgs.evict_strategy='fifo'",), "evict_strategy = 'fifo'"),
         ("ranking", ("DynamicEmbeddingArgs.evict_strategy='ttl'",), "ttl = None: goes with .*'ttl' and no other"),
@@ -401,9 +401,9 @@ def test_evaluation_changes_nothing(data: Path, tmp_path: Path, mesh: Mesh) -> N
         (
             "ranking",
             ("DynamicEmbeddingArgs.evict_strategy='ttl'", "DynamicEmbeddingArgs.ttl=0"),
-            "ttl = 0: must be above",
+            "ttl = 0: must be at least 1",
         ),
-        ("ranking", ("DynamicEmbeddingArgs.min_count=0",), "min_count = 0: must be at least 1 and below 256"),
+        ("ranking", ("DynamicEmbeddingArgs.min_count=0",), "min_count = 0: must be at least 1 and at most 255"),
         ("ranking", ("DynamicEmbeddingArgs.min_count=256",), "min_count = 256"),
         (
             "retrieval",

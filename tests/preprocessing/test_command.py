@@ -133,7 +133,7 @@ def test_mistakes_end_in_one_line_and_exit_code_2(
 ) -> None:
     (tmp_path / "file").write_text("x")
     assert_refused(command(*flags), *parts)
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["file"]
 
 
 def test_both_spellings_of_flags() -> None:
