@@ -123,18 +123,18 @@ def _write_changes(since: int, trainer: Trainer, mesh: Mesh, folder: Path, about
 def _write_vectors(args: argparse.Namespace, trainer: Trainer, mesh: Mesh, folder: Path, about: dict[str, Any]) -> None:
     import pyarrow as pa
 
-    from hstu.cli.questions import ask
     from hstu.inference import item_vectors, user_vectors
     from hstu.inference.output import ParquetOutput, vector_column
+    from hstu.inference.prediction_requests import make_prediction_requests
     from hstu.models import RetrievalModel
 
     assert isinstance(trainer.model, RetrievalModel)
-    questions = ask(argparse.Namespace(**vars(args), split="future", candidates=None), trainer)
-    loader = replace(trainer.loaders["test"], dataset=questions.dataset, split=questions.split)
+    requests = make_prediction_requests(argparse.Namespace(**vars(args), split="future", candidates=None), trainer)
+    loader = replace(trainer.loaders["test"], dataset=requests.dataset, split=requests.split)
     index: list[Any] = []
     with ParquetOutput(folder / "items.parquet", mesh, about) as output:
         for first, vectors in item_vectors(trainer.model, loader, mesh):
-            output.write({"item": questions.vocabulary.slice(first, len(vectors)), "vector": vector_column(vectors)})
+            output.write({"item": requests.vocabulary.slice(first, len(vectors)), "vector": vector_column(vectors)})
             if args.faiss and mesh.is_main:
                 import faiss
 
@@ -144,7 +144,7 @@ def _write_vectors(args: argparse.Namespace, trainer: Trainer, mesh: Mesh, folde
         faiss.write_index(index[0], str(folder / "items.faiss"))
     with ParquetOutput(folder / "users.parquet", mesh, about) as output:
         for rows, vectors in user_vectors(trainer.model, loader, mesh):
-            output.write({"user": questions.users.take(pa.array(rows.cpu().numpy())), "vector": vector_column(vectors)})
+            output.write({"user": requests.users.take(pa.array(rows.cpu().numpy())), "vector": vector_column(vectors)})
     if trainer.model.args.similarity == "mol":
         logger.info(
             "note: dot products of these vectors are not the scores of a mixture of logits: its similarity module, "

@@ -28,8 +28,8 @@ logger = logging.getLogger("hstu.cli")
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from hstu.cli.questions import Questions
     from hstu.config import Config
+    from hstu.inference.prediction_requests import PredictionRequests
     from hstu.parallel import Mesh
 
 
@@ -118,13 +118,13 @@ def predict(args: argparse.Namespace, mesh: Mesh) -> None:
     Raises:
         ValueError: for flags that do not fit the run, and for malformed files.
     """
-    from hstu.cli.questions import ask
     from hstu.inference.output import ParquetOutput
+    from hstu.inference.prediction_requests import make_prediction_requests
 
     if args.top_k < 1:
         raise ValueError(f"--top_k = {args.top_k}: must be at least 1")
     trainer, step = open_trained(args.run_dir, args.checkpoint, args.gin_bindings, mesh)
-    questions = ask(args, trainer)
+    requests = make_prediction_requests(args, trainer)
     if trainer.config.task == "retrieval" and args.candidates is not None:
         raise ValueError("--candidates: a retrieval run ranks the whole catalogue; leave it out, or give a ranking run")
     if trainer.config.task == "ranking" and args.trained_only:
@@ -146,7 +146,7 @@ def predict(args: argparse.Namespace, mesh: Mesh) -> None:
             "ties": "lower item id first",
         }
     with ParquetOutput(args.output, mesh, about) as output:
-        for columns in _answers(args, trainer, questions, mesh, about):
+        for columns in _answers(args, trainer, requests, mesh, about):
             output.write(columns)
     logger.info("%d rows: %s", output.rows, args.output)
 
@@ -160,15 +160,15 @@ def _check_approximate(args: argparse.Namespace, config: Config) -> None:
 
 
 def _answers(
-    args: argparse.Namespace, trainer: Any, questions: Questions, mesh: Mesh, about: dict[str, Any]
+    args: argparse.Namespace, trainer: Any, requests: PredictionRequests, mesh: Mesh, about: dict[str, Any]
 ) -> Iterator[dict[str, pa.Array]]:
     """Yield the columns of the file, batch by batch; at the end ``about`` has the number of requests answered."""
     from hstu.inference import recommend, score_candidates
 
-    loader = replace(trainer.loaders["test"], dataset=questions.dataset, split=questions.split)
+    loader = replace(trainer.loaders["test"], dataset=requests.dataset, split=requests.split)
     if trainer.config.retrieval is None:
         for rows, scores in score_candidates(trainer.model, loader, mesh):
-            yield questions.scores(rows, scores)
+            yield requests.scores(rows, scores)
         return
     filter_seen = trainer.config.retrieval.filter_seen
     options: dict[str, Any] = dict(filter_seen=filter_seen, num_candidates=args.approximate)
@@ -181,11 +181,11 @@ def _answers(
         answered += rows.numel()
         fewer += int((found < args.top_k).sum())
         without += int((found == 0).sum())
-        yield questions.recommendations(rows, best)
+        yield requests.recommendations(rows, best)
     about |= {"num_requests": answered, "fewer_than_top_k": fewer, "without_items": without}
-    who = "held-out events" if questions.held_out else "users"
-    if silent := len(questions.split) - answered:
-        logger.info("%d of %d %s have no history to go by and get no answer", silent, len(questions.split), who)
+    who = "held-out events" if requests.held_out else "users"
+    if silent := len(requests.split) - answered:
+        logger.info("%d of %d %s have no history to go by and get no answer", silent, len(requests.split), who)
     if fewer:
         reason = "they have seen the rest (RetrievalArgs.filter_seen = True)" if filter_seen else "there are no more"
         reason += ", untrained ones left out" if args.trained_only else ""

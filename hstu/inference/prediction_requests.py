@@ -1,4 +1,4 @@
-"""From flags to questions: who asks, after which events, about which items; and answers in original ids."""
+"""What a trained model is asked: who, after which events, about which items; and its answers in original ids."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ logger = logging.getLogger("hstu.cli")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Questions:
+class PredictionRequests:
     """Samples of a data set, and what their ids stand for.
 
     Attributes:
@@ -80,8 +80,8 @@ class Questions:
         return events.items, events.actions
 
 
-def ask(args: argparse.Namespace, trainer: Trainer) -> Questions:
-    """Return the questions of the flags ``users``, ``candidates``, ``split`` and ``request_time``.
+def make_prediction_requests(args: argparse.Namespace, trainer: Trainer) -> PredictionRequests:
+    """Return the requests of the flags ``users``, ``candidates``, ``split`` and ``request_time``.
 
     Raises:
         ValueError: for flags that exclude each other, and malformed files.
@@ -117,7 +117,7 @@ def ask(args: argparse.Namespace, trainer: Trainer) -> Questions:
             split = Split(name=split.name, users=split.users[mine], stop=split.stop[mine])
         users_of = split.users
     _tell_unknown(histories, np.unique(users_of), trainer)
-    return Questions(
+    return PredictionRequests(
         dataset=dataset,
         split=split,
         users=originals.take(pa.array(users_of)),
