@@ -153,6 +153,9 @@ REFUSED: list[tuple[str, str | bytes, dict[str, str], str]] = [
     ("a.json", "", {}, "a.json: is empty"),
     ("a.jsonl", '{"user_id":{"a":1},"item_id":2}\n', {}, "key 'user_id' holds objects; give a number or a string"),
     ("a.jsonl", '{"user_id":1,"item_id":[2]}\n{"user_id":1,"item_id":2}\n', {}, "line 2: key 'item_id' holds single"),
+    ("a.jsonl", '{"user_id":"a","item_id":"b"}\n{"user_id":"a","item_id":["b"]}\n', {}, "key 'item_id' holds lists"),
+    ("a.jsonl", '{"user_id":["a"],"item_id":"b"}\n{"user_id":"a","item_id":"b"}\n', {}, "key 'user_id' holds single"),
+    ("a.json", '[{"user_id":"a","item_id":"b"},{"user_id":"a","item_id":{}}]', {}, "key 'item_id' holds objects"),
     ("a.parquet", b"", {"separator": ";"}, "is read as parquet, to which --separator does not apply"),
 ]  # fmt: skip
 

@@ -18,6 +18,7 @@ from hstu.data.files.formats import FileFormat, shorten
 from hstu.data.files.source import Source
 
 _WAITING = re.compile(r"[\s,]*")
+_NESTED = re.compile(rb":\s*[\[{]")  # where the value of a key is a list or an object (or a text looks so)
 _Kind = Literal["null", "bool", "text", "list", "object"]
 
 
@@ -120,8 +121,11 @@ def _look(content: bytes, line: int, kind: str, path: Path, kinds: dict[str, _Ki
     try:
         frame = pl.read_ndjson(content, infer_schema_length=None)
         found: dict[str, _Kind] = {name: _kind(dtype) for name, dtype in frame.schema.items()}
-        # As many keys as there must be, and none is missing: then none is repeated either.
+        # As many keys as there must be, and none is missing: then none is repeated either. And as many lists and
+        # objects: Polars makes text of those that stand among single values.
         plain = frame.height == rows and not sum(frame.null_count().row(0)) and _keys(content) == rows * frame.width
+        nested = sum(dtype.is_nested() for dtype in frame.dtypes)
+        plain = plain and sum(1 for _ in _NESTED.finditer(content)) == rows * nested
     except pl.exceptions.PolarsError:
         found, plain = {}, False
     if not plain:
