@@ -57,7 +57,7 @@ def plan(args: argparse.Namespace) -> int:
     task = args.task or task_of([args.gin_config_file], args.gin_bindings)
     config = load_config(task, [args.gin_config_file], args.gin_bindings).config
     dataset = SequenceDataset.open(find_dataset(config.dataset, RunDirectory(Path("runs"))))
-    split, size = make_splits(config.dataset, dataset)["train"], config.trainer.train_batch_size
+    split, size = make_splits(config.dataset, dataset, config.recent_targets)["train"], config.trainer.train_batch_size
     collate = make_collator(config, dataset.schema)
     loader = BatchLoader(dataset=dataset, split=split, collate=collate, batch_size=size, shuffle=True)
     demand, gpu = measure_demand(config, dataset, next(loader.epoch(0))), GPUS[args.gpu]

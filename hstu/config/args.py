@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 from hstu.config.backbones import HUGGING_FACE, backbone_defaults, check_backbone, check_degrees
 from hstu.config.base import UNSET, Args, ConfigError
 from hstu.config.embedding import DynamicEmbeddingArgs, EmbeddingArgs, FeatureArgs
+from hstu.config.memory import MemoryArgs
 from hstu.config.retrieval import RetrievalArgs
 from hstu.config.training import OptimizerArgs, TrainerArgs
 
@@ -297,6 +298,7 @@ class Config:
     embedding: EmbeddingArgs = field(default_factory=EmbeddingArgs)
     dynamic_embedding: DynamicEmbeddingArgs = field(default_factory=DynamicEmbeddingArgs)
     feature: FeatureArgs = field(default_factory=FeatureArgs)
+    memory: MemoryArgs = field(default_factory=MemoryArgs)
     context_parallel: ContextParallelArgs = field(default_factory=ContextParallelArgs)
     tensor_model_parallel: TensorModelParallelArgs = field(default_factory=TensorModelParallelArgs)
     ranking: RankingArgs | None = None
@@ -310,6 +312,7 @@ class Config:
             output_norm=self.network.output_norm or ("layer_norm" if self.ranking else "l2"),
         )
         object.__setattr__(self, "network", network)
+        object.__setattr__(self, "memory", self.memory.fitted(self.dataset, network))
         self.dynamic_embedding.check(self.embedding)
         check_degrees(
             network,
@@ -340,6 +343,15 @@ class Config:
         return "ranking" if self.ranking is not None else "retrieval"
 
     @property
+    def recent_targets(self) -> int | None:
+        """The last events of a training sample that may carry a loss; None: all."""
+        after = self.memory.recent_targets
+        if after is None or self.ranking is None:
+            return after
+        # Candidates stand after every block; without them the last event is one more beside those of the history.
+        return None if self.dataset.max_num_candidates else after + 1
+
+    @property
     def eval_metrics(self) -> tuple[str, ...]:
         task = self.ranking or self.retrieval
         assert task is not None
@@ -353,6 +365,7 @@ __all__ = [
     "DynamicEmbeddingArgs",
     "EmbeddingArgs",
     "FeatureArgs",
+    "MemoryArgs",
     "NetworkArgs",
     "OptimizerArgs",
     "RankingArgs",

@@ -41,8 +41,13 @@ class Split:
         return len(self.users)
 
 
-def make_splits(args: DatasetArgs, dataset: SequenceDataset) -> dict[str, Split]:
+def make_splits(args: DatasetArgs, dataset: SequenceDataset, recent_targets: int | None = None) -> dict[str, Split]:
     """Return the splits of ``args.protocol`` by name.
+
+    Args:
+        args: Which protocol.
+        dataset: The data.
+        recent_targets: The last events of a training sample that may carry a loss; None: all.
 
     Raises:
         ValueError: If the data set has too few events, or no times where the protocol needs them.
@@ -57,6 +62,10 @@ def make_splits(args: DatasetArgs, dataset: SequenceDataset) -> dict[str, Split]
         splits = {"leave_one_out": leave_one_out, "by_user": by_user}[args.protocol](dataset.lengths)
     if args.train_stride is not None:
         splits["train"] = _cut(splits["train"], args.train_stride)
+    if recent_targets is not None:
+        train = splits["train"]
+        first = np.maximum(train.stop - recent_targets, 0 if train.first is None else train.first)
+        splits["train"] = replace(train, first=first)
     return splits
 
 

@@ -16,8 +16,11 @@ from hstu.ops import positions_in_sequence, sequence_ids
 def token_positions(tokens: Stream, *, from_end: bool = False) -> Tensor:
     """Return p_i = min(i, L_b - m_b) of the local rows, [t] int64: candidates stand at the place after the history.
 
-    ``from_end`` counts the other way, L_b - 1 - i: 0 is the last token.
+    ``from_end`` counts the other way, L_b - 1 - i: 0 is the last token. A stream may have
+    positions of its own.
     """
+    if tokens.positions is not None:
+        return tokens.of_local(tokens.positions)
     layout, total = tokens.layout, tokens.timestamps.shape[0]
     place, sequence = positions_in_sequence(layout.offsets, total), sequence_ids(layout.offsets, total)
     if from_end:

@@ -17,7 +17,8 @@ class Postprocess(nn.Module):
         hidden_size: D.
         norm: ``"l2"``, ``"layer_norm"`` or ``"none"``.
         eps: Of the norm.
-        last_token: Take the last token of each event (the action, when interleaved) rather than its item.
+        last_token: Take the last row before the next event (memory where a block stands between, else the event's
+            action, when interleaved) rather than its item.
     """
 
     def __init__(
@@ -30,7 +31,10 @@ class Postprocess(nn.Module):
     def rows(self, stream: Stream, label_mask: Tensor) -> Tensor:
         """Return the row of the stream whose hidden state stands for each labelled event, [L] int64."""
         rows = stream.event_rows[label_mask]
-        return rows + stream.tokens_per_event - 1 if self.last_token else rows
+        if not self.last_token:
+            return rows
+        last = rows + stream.tokens_per_event - 1
+        return last if stream.memory_after is None else last + stream.memory_after[label_mask]
 
     def forward(self, hidden: Tensor, tokens: Tokens, label_mask: Tensor) -> Tensor:
         """Return [L, D]: the rows of the events where ``label_mask`` [E] is true, as far as they are local."""

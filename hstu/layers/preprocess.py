@@ -7,14 +7,18 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from hstu.layers.memory import MemoryBlocks, Part, PlacedMemory
 from hstu.layers.mlp import MLP
 from hstu.layers.positions import PositionEncoder
 from hstu.layers.tokens import Stream, Tokens
 from hstu.ops import Layout, lengths_to_offsets, positions_in_sequence, sequence_ids
 
+MEMORY_STD = 0.02
+_MEMORY = "__memory__"
+
 
 class Preprocess(nn.Module):
-    """Builds ``[context | i1 a1 i2 a2 .. | candidates]`` and encodes positions.
+    """Builds ``[context | i1 a1 i2 a2 .. | candidates]``, blocks of memory between events, and encodes positions.
 
     Args:
         hidden_size: D.
@@ -26,6 +30,7 @@ class Preprocess(nn.Module):
             matrix; of a candidate, zeros stand beside the item) or ``"item"``.
         positions: Encoder of the finished stream.
         max_tokens: Bound on the tokens of one sample, for lengths that are not in host memory.
+        memory: Blocks of memory tokens, or None.
     """
 
     def __init__(
@@ -39,6 +44,7 @@ class Preprocess(nn.Module):
         layout: Literal["interleave", "add", "concat", "item"],
         positions: PositionEncoder,
         max_tokens: int,
+        memory: MemoryBlocks | None = None,
     ) -> None:
         super().__init__()
         self.item, self.action, self.contexts, self.layout = item, action, contexts, layout
@@ -50,7 +56,11 @@ class Preprocess(nn.Module):
             }
         )
         self.merge = nn.Linear(2 * hidden_size, hidden_size) if layout == "concat" else None
-        self.positions, self.max_tokens = positions, max_tokens
+        self.positions, self.max_tokens, self.blocks = positions, max_tokens, memory
+        self.memory: nn.Parameter | None = None
+        if memory is not None:  # before positions are added, the same for all samples
+            self.memory = nn.Parameter(torch.empty(memory.num_tokens, hidden_size))
+            nn.init.trunc_normal_(self.memory, std=MEMORY_STD, a=-2 * MEMORY_STD, b=2 * MEMORY_STD)
 
     @property
     def tokens_per_event(self) -> int:
@@ -58,7 +68,12 @@ class Preprocess(nn.Module):
         return 2 if self.layout == "interleave" else 1
 
     def stream(
-        self, lengths: dict[str, Tensor], sizes: dict[str, int], num_candidates: Tensor, timestamps: Tensor
+        self,
+        lengths: dict[str, Tensor],
+        sizes: dict[str, int],
+        num_candidates: Tensor,
+        timestamps: Tensor,
+        part: Part | None = None,
     ) -> Stream:
         """Lay out the stream of a batch, without its values.
 
@@ -67,14 +82,20 @@ class Preprocess(nn.Module):
             sizes: Their sums, known on the host.
             num_candidates: [B] int64.
             timestamps: [E] int64, of the events (history and candidates).
+            part: What of its samples the batch has; None: all of them, and one event to be predicted after each.
         """
         events, item_offsets = timestamps.shape[0], lengths_to_offsets(lengths[self.item])
-        doubled = self.action is not None and self.layout == "interleave"
+        doubled = self.action if self.layout == "interleave" else None
         num_context = sum((lengths[name] for name in self.contexts), torch.zeros_like(num_candidates))
-        actions = lengths[self.action] if doubled and self.action is not None else 0
-        offsets = lengths_to_offsets(num_context + lengths[self.item] + actions)
-        total = events + sum(sizes[name] for name in (*self.contexts, *([self.action] if doubled else [])) if name)
+        placed = self._place_memory(lengths, num_candidates, item_offsets, events, part)
+        memory = 0 if placed is None else placed.tokens_per_sample
+        actions = 0 if doubled is None else lengths[doubled]
+        offsets = lengths_to_offsets(num_context + lengths[self.item] + actions + memory)
+        total = events + sum(sizes[name] for name in (*self.contexts, *([doubled] if doubled else [])))
+        total += memory * num_candidates.numel()
         event_rows = self._event_rows(offsets, num_context, item_offsets, lengths[self.item] - num_candidates, events)
+        if placed is not None:
+            event_rows = event_rows + placed.before
         rows, first = {self.item: event_rows}, offsets[:-1]
         for name in self.contexts:
             rows[name] = _rows_from(first, lengths[name], sizes[name])
@@ -82,19 +103,29 @@ class Preprocess(nn.Module):
         if self.action is not None:
             of_event = event_rows[_rows_from(item_offsets[:-1], lengths[self.action], sizes[self.action])]
             rows[self.action] = of_event + 1 if doubled else of_event
+        own, is_first = _events_of(event_rows, item_offsets, offsets, total)
         layout = Layout(
             offsets,
             max_seqlen=None if offsets.device.type == "cpu" else self.max_tokens,
             num_context=num_context,
             num_candidates=num_candidates,
-            timestamps=_token_times(timestamps, event_rows, offsets, num_context, total),
+            timestamps=_token_times(timestamps, own),
         )
-        return Stream(
+        stream = Stream(
             layout=layout,
             event_rows=event_rows,
             tokens_per_event=self.tokens_per_event,
             feature_rows=rows,
         )
+        return stream if placed is None else placed.put(stream, own, is_first)
+
+    def _place_memory(
+        self, lengths: dict[str, Tensor], num_candidates: Tensor, item_offsets: Tensor, events: int, part: Part | None
+    ) -> PlacedMemory | None:
+        if self.blocks is None:
+            return None
+        history = (lengths[self.item] - num_candidates.clamp(min=1)).clamp(min=0)
+        return PlacedMemory(self.blocks, part or self.blocks.whole(self.blocks.history - history), item_offsets, events)
 
     def forward(self, embedded: dict[str, Tensor], stream: Stream) -> Tokens:
         """Fill the stream and encode positions.
@@ -106,6 +137,9 @@ class Preprocess(nn.Module):
         # Under autocast a projection ends in bfloat16; the stream keeps the tables' precision.
         values = {n: self.project[n](x).to(x.dtype) if n in self.project else x for n, x in embedded.items()}
         places = {name: stream.places(stream.feature_rows[name]) for name in values}
+        if stream.memory is not None and self.memory is not None:
+            places[_MEMORY], token = stream.places(stream.memory[0]), stream.memory[1]
+            values[_MEMORY] = self.memory.to(values[self.item].dtype)[token[places[_MEMORY] >= 0]]
         if stream.local is not None:
             places = {name: own[own >= 0] for name, own in places.items()}
         added = None if self.action is None or self.layout == "interleave" else values.pop(self.action)
@@ -138,11 +172,19 @@ def _rows_from(first: Tensor, lengths: Tensor, total: int) -> Tensor:
     return first[sequence_ids(offsets, total)] + positions_in_sequence(offsets, total)
 
 
-def _token_times(timestamps: Tensor, rows: Tensor, offsets: Tensor, num_context: Tensor, total: int) -> Tensor:
-    """Give each token the time of its event, and context tokens that of the first event after them, [T] int64."""
-    if timestamps.numel() == 0:
-        return timestamps.new_zeros(total)
+def _events_of(rows: Tensor, item_offsets: Tensor, offsets: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """Return the event of each token, [T] int64, and which tokens stand before the first one of their sample, [T] bool.
+
+    Of a token that belongs to no event it is the one before it, of one before all of its sample the first of those.
+    """
     token = torch.arange(total, device=rows.device)
-    is_context = positions_in_sequence(offsets, total) < num_context[sequence_ids(offsets, total)]
-    own, following = torch.searchsorted(rows, token, right=True) - 1, torch.searchsorted(rows, token)
-    return timestamps[torch.where(is_context, following, own).clamp(0, rows.numel() - 1)]
+    first = item_offsets[sequence_ids(offsets, total)]
+    last = torch.searchsorted(rows, token, right=True) - 1
+    return torch.maximum(last, first), last < first
+
+
+def _token_times(timestamps: Tensor, events: Tensor) -> Tensor:
+    """Give each token the time of its event, [T] int64; zeros where there is no event at all."""
+    if timestamps.numel() == 0:
+        return timestamps.new_zeros(events.numel())
+    return timestamps[events.clamp(max=timestamps.numel() - 1)]

@@ -20,6 +20,9 @@ class Stream:
         event_rows: [E] int64. Row of each event's item token.
         tokens_per_event: Tokens of a history event (2 when items and actions are interleaved).
         feature_rows: Of each feature, the row that each of its values stands in, [n] int64.
+        memory: [M] int64 both: rows of the memory tokens, and which of the learned tokens they are; None for none.
+        memory_after: [E] int64, memory tokens between an event and the next; None for none.
+        positions: [T] int64, position of each token where its place in the sample is not its position; else None.
         local: [t] int64, ascending within a sample: the rows whose values this rank has; None: all of them, t = T.
         where: [T] int64, where each row lies among the local ones, -1 for one that does not; None if all are local.
     """
@@ -28,6 +31,9 @@ class Stream:
     event_rows: Tensor
     tokens_per_event: int
     feature_rows: dict[str, Tensor] = field(default_factory=dict)
+    memory: tuple[Tensor, Tensor] | None = None
+    memory_after: Tensor | None = None
+    positions: Tensor | None = None
     local: Tensor | None = None
     where: Tensor | None = None
 

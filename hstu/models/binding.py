@@ -8,6 +8,7 @@ from hstu.config import Config, ConfigError
 from hstu.data.batch import POOL
 from hstu.data.collate import Collator
 from hstu.data.schema import Schema, unknown_id
+from hstu.layers.memory import MemoryBlocks
 from hstu.models.backbone import has_position_table
 from hstu.models.embedding import Table, category_feature
 
@@ -98,12 +99,22 @@ def model_inputs(config: Config, schema: Schema) -> Inputs:
             f": data set {schema.name!r} has no timestamps; set it to False and NetworkArgs.num_time_buckets to 0",
         )
     per_event = 2 if network.token_layout == "interleave" else 1
+    events = per_event * (collator.max_history + 1) + collator.max_candidates
     return Inputs(
         item=schema.item.name,
         action=schema.action.name if schema.action is not None and collator.use_actions else None,
         contexts=collator.contexts,
-        max_tokens=len(collator.contexts) + per_event * (collator.max_history + 1) + collator.max_candidates,
+        max_tokens=len(collator.contexts) + events + config.memory.num_memory_tokens,
     )
+
+
+def memory_blocks(config: Config) -> MemoryBlocks | None:
+    """Return where the memory tokens of ``config`` stand; None if there are none."""
+    args = config.memory
+    if not args.num_memory_tokens:
+        return None
+    offsets, sizes = zip(*args.insert_method, strict=True)
+    return MemoryBlocks(offsets, sizes, config.dataset.max_history_seqlen, args.pretrain_item_num)
 
 
 def make_tables(config: Config, schema: Schema) -> tuple[Table, ...]:

@@ -16,7 +16,7 @@ from hstu.layers.postprocess import Postprocess
 from hstu.layers.preprocess import Preprocess
 from hstu.layers.tokens import Stream
 from hstu.models.backbone import make_backbone
-from hstu.models.binding import fit_to_data, item_categories, make_tables, model_inputs
+from hstu.models.binding import fit_to_data, item_categories, make_tables, memory_blocks, model_inputs
 from hstu.models.embedding import Embeddings, EmbeddingTables, ItemCategories
 
 
@@ -63,6 +63,7 @@ class Encoder(nn.Module):
                 dropout=network.input_dropout,
             ),
             max_tokens=inputs.max_tokens,
+            memory=memory_blocks(config),
         )
         #: Chooses the rows of a stream that are local; ``parallelize`` sets it.
         self.shard: Callable[[Stream], Stream] = lambda stream: stream
@@ -84,12 +85,13 @@ class Encoder(nn.Module):
 
     def stream(self, batch: Batch) -> Stream:
         """Lay out the tokens of ``batch``, and which of them are local; the batch keeps the answer."""
-        return batch.keep(self, lambda: self._lay_out(batch))
+        return batch.keep(self, lambda: self.shard(self.whole_stream(batch)))
 
-    def _lay_out(self, batch: Batch) -> Stream:
+    def whole_stream(self, batch: Batch) -> Stream:
+        """Lay out the tokens of ``batch``, whoever has which."""
         lengths = {name: batch.lengths(name) for name in self.features}
         sizes = dict(zip(batch.features.keys(), batch.features.length_per_key(), strict=True))
-        return self.shard(self.preprocess.stream(lengths, sizes, batch.num_candidates, batch.timestamps))
+        return self.preprocess.stream(lengths, sizes, batch.num_candidates, batch.timestamps)
 
     def local_labels(self, batch: Batch) -> Batch:
         """Return ``batch`` with only the labels whose rows are local: those that its scores are for."""
@@ -130,4 +132,6 @@ class Encoder(nn.Module):
         action = self.preprocess.action
         if action is not None and self.preprocess.layout in ("add", "concat"):
             sizes.pop(action)
-        return sum(sizes[name] for name in self.features if name in sizes)
+        blocks = self.preprocess.blocks
+        memory = 0 if blocks is None else blocks.num_tokens * batch.num_samples
+        return memory + sum(sizes[name] for name in self.features if name in sizes)

@@ -39,14 +39,42 @@ def visible_pairs(layout: Layout, mask: Mask) -> Tensor:
         mask: who attends to whom.
 
     Returns:
-        ``[B]`` int64. Takes time proportional to the tokens, and to their squares with segments or memory.
+        ``[B]`` int64. Takes time proportional to the tokens, and to their squares with segments or memory that do
+        not ascend, or with a mask that is not causal.
     """
-    if layout.segments is not None or layout.is_memory is not None:
-        return torch.tensor([_enumerate(layout, mask, sample) for sample in range(layout.num_samples)]).long()
     total = int(layout.offsets[-1])
     sample, place = sequence_ids(layout.offsets, total), positions_in_sequence(layout.offsets, total)
-    pairs = mask.count(place, context=layout.context[sample], history=layout.history[sample])
+    if layout.segments is None and layout.is_memory is None:
+        pairs = mask.count(place, context=layout.context[sample], history=layout.history[sample])
+    elif not mask.causal or mask.context == "full" or not _segments_ascend(layout, sample):
+        return torch.tensor([_enumerate(layout, mask, sample) for sample in range(layout.num_samples)]).long()
+    else:
+        pairs = _count_by_segment(layout, mask, sample, place)
     return torch.zeros_like(layout.lengths).index_add_(0, sample, pairs)
+
+
+def _segments_ascend(layout: Layout, sample: Tensor) -> bool:
+    segments = layout.segments
+    return segments is None or not bool(((segments.diff() < 0) & (sample.diff() == 0)).any())
+
+
+def _count_by_segment(layout: Layout, mask: Mask, sample: Tensor, place: Tensor) -> Tensor:
+    """Return how many tokens each token attends to, ``[T]`` int64, where the mask is causal and segments ascend."""
+    context, history, first = layout.context[sample], layout.history[sample], layout.offsets[sample]
+    memory = torch.zeros_like(place, dtype=torch.bool) if layout.is_memory is None else layout.is_memory
+    zero = place.new_zeros(1)
+    memory_before = torch.cat([zero, (memory & (place >= context)).cumsum(0)])
+    plain_before = torch.cat([zero, (~memory & (place >= context) & (place < history)).cumsum(0)])
+    segment = torch.zeros_like(place) if layout.segments is None else layout.segments.long()
+    runs = sample * (int(segment.max()) + 1 if segment.numel() else 1) + segment
+    low, stop = torch.searchsorted(runs, runs), first + torch.minimum(place + 1, history)
+    if mask.max_attn_len is not None:
+        window = first + (torch.minimum(place, history) - mask.max_attn_len).clamp(min=0)
+        low = torch.where(memory, low, torch.maximum(low, window))
+    own = plain_before[stop] - plain_before[torch.minimum(low, stop)]
+    always = torch.minimum(place + 1, context) + memory_before[stop] - memory_before[first]
+    of_group = torch.where(place < history, 0, (place - history) % mask.candidate_group_size + 1)
+    return own + always + of_group
 
 
 def _enumerate(layout: Layout, mask: Mask, sample: int) -> int:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import nn
 
 from hstu.config import Config
 from hstu.data.batch import Batch
 from hstu.models import RankingModel, RetrievalModel
 from hstu.models.backbone import attention_mask
-from hstu.ops import Layout, lengths_to_offsets
+from hstu.ops import Layout
 from hstu.ops.flops import attention_flops, cross_entropy_flops, visible_pairs
 from hstu.parallel.tensor import cut_of
 
@@ -20,15 +20,12 @@ def batch_flops(model: RankingModel | RetrievalModel, config: Config, batch: Bat
     other, and of the scores. Not counted: attention of a HuggingFace backbone, a mixture of logits, and lookups. The
     pool of in-batch negatives counts as far as this rank's labels fill it.
     """
-    contexts = sum((batch.lengths(name) for name in model.preprocess.contexts), batch.num_candidates * 0)
-    events, candidates = batch.lengths(batch.item), batch.num_candidates
-    per_event = 2 if config.network.token_layout == "interleave" else 1
-    lengths = contexts + per_event * (events - candidates) + candidates
+    layout = model.whole_stream(batch).layout
     labels = model.num_labels(batch)
     heads = model.head if isinstance(model, RankingModel) else model.similarity
-    weights = matrix_elements(model.backbone) * int(lengths.sum()) + matrix_elements(heads) * labels
+    weights = matrix_elements(model.backbone) * int(layout.offsets[-1]) + matrix_elements(heads) * labels
     # One product forward, two backward.
-    work = 6.0 * weights + config.network.num_layers * _attention(config, lengths, contexts, candidates)
+    work = 6.0 * weights + config.network.num_layers * _attention(config, layout)
     if isinstance(model, RetrievalModel):
         work += cross_entropy_flops(labels, _pool_size(model, batch), config.network.hidden_size).total
     return work
@@ -41,11 +38,10 @@ def matrix_elements(module: nn.Module) -> int:
     return sum(w.numel() * (1 if (cut := cut_of(w)) is None else cut.group.size) for w in weights)
 
 
-def _attention(config: Config, lengths: Tensor, contexts: Tensor, candidates: Tensor) -> int:
+def _attention(config: Config, layout: Layout) -> int:
     network = config.network
     if network.backbone == "gru" or network.is_hugging_face:
         return 0
-    layout = Layout(lengths_to_offsets(lengths), num_context=contexts, num_candidates=candidates)
     values = network.value_channels or network.kv_channels
     pairs = int(visible_pairs(layout, attention_mask(network)).sum())
     return attention_flops(pairs, network.num_attention_heads, network.kv_channels, values).total

@@ -66,6 +66,9 @@ def model_identity(config: Config) -> dict[str, Any]:
     }
     if config.dynamic_embedding.capacity:
         identity["DynamicEmbeddingArgs.min_count"] = config.dynamic_embedding.min_count
+    if config.memory.num_memory_tokens:
+        blocks = ("num_memory_tokens", "insert_method", "pretrain_item_num")
+        identity |= {f"MemoryArgs.{name}": getattr(config.memory, name) for name in blocks}
     if config.ranking is not None:
         head = ("prediction_head_arch", "prediction_head_act_type", "num_tasks")
         identity |= {f"RankingArgs.{name}": getattr(config.ranking, name) for name in head}

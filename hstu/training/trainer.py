@@ -70,7 +70,7 @@ class Trainer:
         mesh = mesh.with_degrees(
             config.context_parallel.context_parallel_size, config.tensor_model_parallel.tensor_model_parallel_size
         )
-        splits = make_splits(config.dataset, dataset)
+        splits = make_splits(config.dataset, dataset, config.recent_targets)
         config, self.filtering = self._resolved(config, dataset, mesh, splits["valid"])
         self.config, self.dataset, self.mesh, self.run = config, dataset, mesh, run
         args = config.trainer
@@ -143,7 +143,8 @@ class Trainer:
 
     def _balance(self, events: np.ndarray, ranks: int) -> list[np.ndarray]:
         per_event = 2 if self.config.network.token_layout == "interleave" else 1
-        return balance(sample_costs(events * per_event, self.config.network), ranks)
+        tokens = events * per_event + self.config.memory.num_memory_tokens
+        return balance(sample_costs(tokens, self.config.network), ranks)
 
     def resume(self, checkpoint: Path) -> None:
         """Go on from ``checkpoint``, as if training had never stopped. Nothing is written yet.

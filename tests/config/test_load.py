@@ -456,6 +456,7 @@ NOTHING = {
     "NetworkArgs": {"max_attn_len", "num_position_buckets", "scaling_seqlen"},
     "RetrievalArgs": {"num_negatives", "filter_seen"},
     "DynamicEmbeddingArgs": {"ttl"},
+    "MemoryArgs": {"insert_method", "pretrain_item_num", "recent_item_num"},
 }  # fmt: skip
 
 

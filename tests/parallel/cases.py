@@ -51,6 +51,12 @@ SASREC_MOL = (
 BOTH = ("NetworkArgs.item_embedding='both'", "FeatureArgs.unknown_rate=0.3")
 PIPELINED = ("TrainerArgs.pipeline_type='native'", "TrainerArgs.eval_interval=7")
 ACCUMULATED = ("TrainerArgs.gradient_accumulation_steps=2",)
+# Of 16 events the 6 most recent stay as they are; most histories are shorter than all.
+MEMORY = (
+    "MemoryArgs.num_memory_tokens=3",
+    "MemoryArgs.insert_method=[[4, 1], [10, 2]]",
+    "MemoryArgs.recent_item_num=6",
+)
 WIDTHS = ("NetworkArgs.item_embedding_dim=22", "NetworkArgs.action_embedding_dim=6")
 
 
@@ -159,6 +165,7 @@ CASES = {
         Case("retrieval-sgd-uniform", "retrieval", (*SGD, *sharding("table_wise"))),
         Case("retrieval-adam-in-batch", "retrieval", (*IN_BATCH, *BOTH, *sharding("table_wise"))),
         Case("retrieval-sgd-in-batch-short", "retrieval", (*SGD, *IN_BATCH), data="short"),
+        Case("ranking-adam-memory", "ranking", (*FAST_TABLES, *MEMORY, "NetworkArgs.preset='research'")),
         Case("retrieval-adam-full", "retrieval", (*FULL, "RetrievalArgs.item_bias=True")),
         Case(
             "retrieval-sgd-full-short",
@@ -206,6 +213,10 @@ SPLITS = {
         Case("context-retrieval-llama-bce", "retrieval", (*SGD, *LLAMA_BCE), context=2, steps=12),
         Case("context-ranking-dynamic", "ranking", (*SGD, *dynamic("lfu", item_id=67)), context=2, steps=12),
         Case("tensor-ranking-dynamic", "ranking", (*FAST_TABLES, *dynamic("lfu", item_id=67)), tensor=2, steps=12),
+        Case("context-retrieval-memory", "retrieval", (*RESEARCH, *MEMORY, *IN_BATCH), "short", context=2, steps=12),
+        Case("context-retrieval-llama-memory", "retrieval", (*SGD, *LLAMA_BCE, *MEMORY), context=2, steps=12),
+        Case("tensor-ranking-memory", "ranking", (*SGD, *CANDIDATES, *MEMORY), tensor=2, steps=12),
+        Case("sequence-sasrec-memory", "retrieval", (*SGD, *SASREC, *SEQUENCE, *MEMORY), tensor=2, steps=12),
         Case("context-retrieval-bert", "retrieval", (*SGD, *BERT), context=2, steps=12),
         Case(
             "tensor-ranking-concat",

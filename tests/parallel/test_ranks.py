@@ -35,7 +35,13 @@ TWINS = (
     "retrieval-rowwise-adagrad",
 )
 FIRST = [name for name in CASES if name not in TWINS]
-QUICK = ("context-ranking-candidates", "context-retrieval-research", "tensor-ranking-concat", "sequence-ranking")
+QUICK = (
+    "context-ranking-candidates",
+    "context-retrieval-research",
+    "context-retrieval-memory",
+    "tensor-ranking-concat",
+    "sequence-ranking",
+)
 LATER = [name for name in SPLITS if name not in QUICK]
 
 

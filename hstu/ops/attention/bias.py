@@ -26,7 +26,7 @@ class RelativeBias:
         position: ``[2N - 1]`` floating table, or None; N bounds the length of a sequence.
         time: ``[num_buckets + 1]`` floating table, or None; needs the layout's ``timestamps``.
         query_time: ``"own"``: t_i' is the token's own time; ``"next"``: that of the token after it in the
-            sample (its own for the last token and for candidates), as in the published research model.
+            sample (its own for the last token, for candidates and for memory), as in the published research model.
     """
 
     position: Tensor | None = None
@@ -71,4 +71,7 @@ def _next_times(layout: Layout) -> Tensor:
     # The last history token asks at the request time; from the last token or first candidate on, its own.
     stop = torch.minimum(offsets[:-1] + layout.history, offsets[1:] - 1)
     stop = torch.repeat_interleave(stop, layout.lengths, output_size=own.numel())
-    return torch.where(torch.arange(own.numel(), device=own.device) < stop, following, own)
+    asks_later = torch.arange(own.numel(), device=own.device) < stop
+    if layout.is_memory is not None:  # what it keeps does not depend on what comes after
+        asks_later = asks_later & ~layout.is_memory
+    return torch.where(asks_later, following, own)

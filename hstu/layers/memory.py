@@ -1,0 +1,145 @@
+"""Where memory tokens stand: blocks that compress what is before them and are all that later events see of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from hstu.layers.tokens import Stream
+from hstu.ops import positions_in_sequence, sequence_ids
+
+
+@dataclass(frozen=True)
+class MemoryBlocks:
+    """Block j of ``sizes[j]`` tokens follows ``offsets[j]`` events of a full history of ``history`` events.
+
+    Events are numbered as in a full history: of n events the last has the number ``history - 1`` and the first
+    ``history - n``, whatever n; what is predicted after them has the number ``history``. So the tokens of a block
+    stand at one position in every history, and the recent events are the same number in all that have as many.
+
+    Attributes:
+        offsets: Ascending.
+        sizes: Tokens of each block.
+        history: Events of a full history.
+        compressed: Events that a stored memory stands for: one of ``offsets``.
+    """
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    history: int
+    compressed: int
+
+    @property
+    def num_tokens(self) -> int:
+        """K, of all blocks."""
+        return sum(self.sizes)
+
+    @cached_property
+    def num_stored(self) -> int:
+        """Blocks of a stored memory."""
+        return self.offsets.index(self.compressed) + 1
+
+    def segments(self, numbers: Tensor) -> Tensor:
+        """Return how many blocks stand before the events of ``numbers``: their segment, int64 of that shape."""
+        offsets = torch.tensor(self.offsets, device=numbers.device)
+        return torch.searchsorted(offsets, numbers, right=True)
+
+    def tokens_before(self, segments: Tensor | int) -> Tensor:
+        """Return the memory tokens before ``segments``, int64 of that shape."""
+        ends = torch.tensor((0, *self.sizes)).cumsum(0)
+        return ends[segments] if isinstance(segments, int) else ends.to(segments.device)[segments]
+
+    def whole(self, first: Tensor) -> Part:
+        """Return the part that has everything, from the events of number ``first`` [B] on."""
+        return Part(first=first, blocks=range(len(self.offsets)))
+
+    def of_tokens(self, first: int, last: int, device: torch.device) -> Tensor:
+        """Return the block of each token of blocks ``first`` to ``last`` (exclusive), int64."""
+        blocks = torch.arange(first, last, device=device)
+        return blocks.repeat_interleave(torch.tensor(self.sizes[first:last], device=device, dtype=torch.int64))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """What of its samples a batch has; what is before stands in a cache.
+
+    Attributes:
+        first: [B] int64, number of the first event of each sample.
+        blocks: Blocks that stand among the events.
+        context: [B] int64, context tokens of each sample that are in the cache; None for none.
+    """
+
+    first: Tensor
+    blocks: range
+    context: Tensor | None = None
+
+
+class PlacedMemory:
+    """The blocks of ``part`` among the events of a batch.
+
+    Args:
+        blocks: All blocks.
+        part: What the batch has.
+        item_offsets: [B + 1] int64, of its events.
+        events: Their number E.
+
+    Attributes:
+        before: [E] int64, memory tokens of the part before each event.
+    """
+
+    def __init__(self, blocks: MemoryBlocks, part: Part, item_offsets: Tensor, events: int) -> None:
+        self.blocks, self.part = blocks, part
+        self.tokens_per_sample = sum(blocks.sizes[part.blocks.start : part.blocks.stop])
+        sequence = sequence_ids(item_offsets, events)
+        # All candidates have one number, as they have one position.
+        self.number = (part.first[sequence] + positions_in_sequence(item_offsets, events)).clamp(max=blocks.history)
+        self.segment = blocks.segments(self.number)
+        self.before, following = self._tokens_before(self.segment), blocks.segments(self.number + 1)
+        self._after = self._tokens_before(following) - self.before
+
+    def _tokens_before(self, segments: Tensor) -> Tensor:
+        here = segments.clamp(self.part.blocks.start, self.part.blocks.stop)
+        return self.blocks.tokens_before(here) - self.blocks.tokens_before(self.part.blocks.start)
+
+    def put(self, stream: Stream, events: Tensor, before_events: Tensor) -> Stream:
+        """Return ``stream``, which has room for the blocks, with memory, segments and positions.
+
+        Args:
+            stream: Of the batch.
+            events: [T] int64, the last event at or before each token; any for one that has none.
+            before_events: [T] bool, tokens before the first event of their sample.
+        """
+        layout, part, blocks = stream.layout, self.part, self.blocks
+        device, total = layout.offsets.device, events.numel()
+        block = blocks.of_tokens(part.blocks.start, part.blocks.stop, device)
+        offset = torch.tensor(blocks.offsets, device=device)[block]
+        token = torch.arange(block.numel(), device=device) + blocks.tokens_before(part.blocks.start)
+        history = stream.tokens_per_event * (offset - part.first[:, None]).clamp(min=0)
+        in_part = torch.arange(block.numel(), device=device)
+        rows = (layout.offsets[:-1, None] + layout.context[:, None] + history + in_part).flatten()
+
+        contexts = layout.context if part.context is None else layout.context + part.context
+        place = positions_in_sequence(layout.offsets, total)
+        segments, positions = torch.zeros_like(place), place
+        if self.number.numel():
+            start = stream.tokens_per_event * self.number + blocks.tokens_before(self.segment) - stream.event_rows
+            owner = sequence_ids(layout.offsets, total)
+            of_event = contexts[owner] + start[events] + torch.arange(total, device=device)
+            positions = torch.where(before_events, place, of_event)
+            segments = torch.where(before_events, 0, self.segment[events])
+        at = contexts[:, None] + stream.tokens_per_event * offset + token
+        layout = replace(
+            layout,
+            segments=segments.index_copy(0, rows, block.repeat(layout.num_samples)).int(),
+            is_memory=torch.zeros_like(before_events).index_fill(0, rows, True),
+        )
+        return replace(
+            stream,
+            layout=layout,
+            memory=(rows, token.repeat(layout.num_samples)),
+            memory_after=self._after,
+            positions=positions.index_copy(0, rows, at.flatten()),
+        )
