@@ -34,9 +34,9 @@ def make_dataset(
     sizes = np.asarray(lengths, np.int64)
     total = int(sizes.sum())
     features = [Feature(name="user", role="user", vocab_size=len(sizes))]
-    features += [Feature(name=name, role="context", vocab_size=7) for name in contexts]
+    features += [Feature(name=name, level="user", kind="categorical", vocab_size=7) for name in contexts]
     features.append(Feature(name="item", role="item", vocab_size=num_items))
-    features += [Feature(name=name, role="category", vocab_size=5) for name in categories]
+    features += [Feature(name=name, level="item", kind="categorical", vocab_size=5) for name in categories]
     events = {"item": rng.integers(num_items, size=total) if items is None else items}
     if num_actions is not None:
         features.append(

@@ -22,7 +22,7 @@ def test_the_report_shows_what_there_is(tmp_path: Path, capsys: pytest.CaptureFi
         "repeats                       1, 5.3% of the events, of an item that their user met before",
     ):
         assert expected in out
-    for feature, role, size in (("user", "user", "3"), ("country", "context", "7"), ("item", "item", "50")):
+    for feature, role, size in (("user", "user", "3"), ("country", "user", "7"), ("item", "item", "50")):
         assert f"  {feature:24} {role:8} {size + ' values':>16}" in out
     assert "user 2: 12 events country=" in out and "2001-09-" in out and "cold items" in out
     assert str(tmp_path / "picture.png") in out and (tmp_path / "picture.png").is_file()

@@ -16,6 +16,7 @@ from hstu.data.files import printable
 from hstu.data.overview import Overview, examples, overview
 from hstu.data.overview_plot import draw_overview, sketch_overview
 from hstu.data.reader import SequenceDataset
+from hstu.data.schema import Feature
 from hstu.quiet import warn_only
 
 
@@ -34,16 +35,29 @@ def report(dataset: SequenceDataset, found: Overview) -> str:
         first, last = (_date(second) for second in dataset.time_range())
         lines.append(f"  {'time':16} {first} to {last}")
     lines += ["", "features"]
-    for feature in schema.features:
-        size = "seconds" if feature.vocab_size is None else f"{feature.vocab_size:,} values"
-        about = ", ".join(feature.bits) if feature.bits else feature.action_type or ""
-        lines.append(f"  {feature.name:24} {feature.role:8} {size:>16}  {about}".rstrip())
+    lines += [_described(feature) for feature in schema.features]
     with warn_only("no sketch of lengths and popularity"):
         lines += ["", sketch_overview(found)]
     lines += ["", "examples, with the newest events last"]
     lines += [_example(user) for user in examples(dataset)]
     lines += ["", "warnings", *(f"  {warning}" for warning in found.warnings or ["none"])]
     return "\n".join(lines)
+
+
+def _described(feature: Feature) -> str:
+    whose, size, about = str(feature.role), "seconds", [*(feature.bits or [feature.action_type or ""])]
+    if feature.vocab_size is not None:
+        size = f"{feature.vocab_size:,} values"
+    if feature.role in ("feature", "control"):
+        whose, about = str(feature.level), ["kept, no input" if feature.role == "control" else str(feature.kind)]
+        about += [] if feature.known_at_request else ["known after the request"]
+        about += [] if feature.table in (None, feature.name) else [f"table {feature.table}"]
+    if feature.width is not None:
+        size = f"{feature.width:,} wide"
+    if (known := feature.statistics) is not None:
+        size = f"{known.quantiles[0]:.4g} to {known.quantiles[-1]:.4g}"
+        about.append(f"mean {known.mean:.4g}, deviation {known.std:.4g}, median {known.quantiles[50]:.4g}")
+    return f"  {feature.name:24} {whose:8} {size:>16}  {', '.join(about)}".rstrip()
 
 
 def _spread(counts: np.ndarray) -> str:

@@ -27,7 +27,7 @@ from hstu.data.interactions import (
 )
 from hstu.data.numbering import Numbering
 from hstu.data.repeats import count_repeats
-from hstu.data.schema import Feature, Role, Schema, count_statistics
+from hstu.data.schema import Feature, Level, Schema, count_statistics
 from hstu.data.spill import ROW_HASH, Log, Progress, find_repeats, first_of_equals
 from hstu.data.splits import MIN_EVENTS
 from hstu.data.writer import EVENTS_PER_PART, DatasetWriter, part_bounds
@@ -152,16 +152,17 @@ def _describe(
     categories: dict[str, np.ndarray] = {}
     users, items = tables
 
-    def encode(columns: list[pl.Series], role: Role, ids: dict[str, np.ndarray]) -> None:
+    def encode(columns: list[pl.Series], level: Level, ids: dict[str, np.ndarray]) -> None:
         for column in columns:
             ids[column.name], vocabularies[column.name] = encode_category(column)
-            features.append(Feature(name=column.name, role=role, vocab_size=len(vocabularies[column.name])))
+            size = len(vocabularies[column.name])
+            features.append(Feature(name=column.name, level=level, kind="categorical", vocab_size=size))
 
     if users is not None:
-        encode(columns_of("user", users, originals, spec, options.absent_context), "context", contexts)
+        encode(columns_of("user", users, originals, spec, options.absent_context), "user", contexts)
     features.append(Feature(name=ITEM, role="item", vocab_size=len(kept.items)))
     if items is not None:
-        encode(columns_of("item", items, vocabularies[ITEM], spec), "category", categories)
+        encode(columns_of("item", items, vocabularies[ITEM], spec), "item", categories)
     action_ids = None
     if spec.action_column:
         size = 2**options.action_bits

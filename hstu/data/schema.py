@@ -15,11 +15,14 @@ from hstu.data.atomic_directory import DATA_DIR as DATA_DIR
 from hstu.data.atomic_directory import SCHEMA_FILE, repair
 from hstu.data.atomic_directory import VOCABULARY_DIR as VOCABULARY_DIR
 
-Role = Literal["user", "item", "action", "time", "context", "category"]
+Role = Literal["user", "item", "action", "time", "feature", "control"]
+Level = Literal["user", "event", "item"]
+Kind = Literal["categorical", "multi", "numeric", "vector", "text"]
 ActionType = Literal["categorical", "bitmask"]
 
-FORMAT_VERSION = 1
-CATEGORY = "category:"  # before the name of a category feature, a column of the vocabulary of items
+FORMAT_VERSION = 2
+ITEM_FEATURE = "category:"  # before the name of a feature of items, a column of the vocabulary of items
+NUM_QUANTILES = 101
 COUNT_KEYS = ("users", "items", "events", "seqlen_min", "seqlen_max", "seqlen_mean", "seqlen_median")
 
 
@@ -29,19 +32,72 @@ def require_plain_name(kind: str, name: str) -> None:
         raise ValueError(f"{kind} name {name!r}: use letters, digits and '_', after the first also '-', '.' and blanks")
 
 
+_SPECIAL: dict[str, tuple[Level, Kind]] = {
+    "user": ("user", "categorical"),
+    "item": ("item", "categorical"),
+    "action": ("event", "categorical"),
+    "time": ("event", "numeric"),
+}
+_OLD_ROLES: dict[str, Level] = {"context": "user", "category": "item"}  # of version 1: categorical features
+
+
+@dataclass(frozen=True, kw_only=True)
+class Statistics:
+    """What the numbers of a feature are like, without missing ones.
+
+    Attributes:
+        mean: Their mean.
+        std: Their standard deviation.
+        quantiles: 101 of them, from the least number to the largest.
+    """
+
+    mean: float
+    std: float
+    quantiles: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "quantiles", tuple(self.quantiles))  # a list, where it was read from JSON
+        numbers = (self.mean, self.std, *self.quantiles)
+        if not all(isinstance(number, (int, float)) and math.isfinite(number) for number in numbers):
+            raise ValueError(f"statistics hold a value that is no finite number: {numbers}")
+        if len(self.quantiles) != NUM_QUANTILES or list(self.quantiles) != sorted(self.quantiles) or self.std < 0:
+            raise ValueError(
+                f"statistics need {NUM_QUANTILES} ascending quantiles and no negative deviation: {numbers}"
+            )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Feature:
-    """One column of the data set.
+    """One column of the data set: a user, an item, an action or a time, or what was declared beside them.
 
-    Ids of a feature are dense in ``[0, vocab_size)``; a time feature has no vocabulary. An action is
-    ``categorical`` (id = rank of the value among the sorted distinct values) or a ``bitmask``
-    (id = the mask itself, ``vocab_size = 2 ** bits``; ``bits`` may name them, the lowest first). A context belongs to
-    a user, a category to an item.
+    A ``feature`` is an input of models, a ``control`` column is only kept. Ids are dense in ``[0, vocab_size)``. An
+    action is ``categorical`` (id = rank of the value among the sorted distinct values) or a ``bitmask`` (id = the mask
+    itself, ``vocab_size = 2 ** bits``; ``bits`` may name them, the lowest first).
+
+    Where a declared feature lacks a value, a categorical one or a text has the id ``vocab_size``, a set (``multi``) is
+    empty, a number or vector is NaN.
+
+    Attributes:
+        level: Whose value it is: one for each user, event or item.
+        kind: What its values are; of texts and control columns an id stands for each distinct value.
+        vocab_size: Number of ids; None for numbers, vectors and times.
+        width: Numbers of a vector.
+        statistics: What the numbers of a numeric feature are like.
+        table: Name of its vocabulary, which features may share; by default its own name.
+        num_ids: Ids in all sets of a ``multi``.
+        known_at_request: Whether the value of an event is known when one asks about it; by default of all but actions.
     """
 
     name: str
-    role: Role
+    role: Role = "feature"
+    level: Level | None = None
+    kind: Kind | None = None
     vocab_size: int | None = None
+    width: int | None = None
+    statistics: Statistics | None = None
+    table: str | None = None
+    num_ids: int | None = None
+    known_at_request: bool | None = None
     action_type: ActionType | None = None
     bits: tuple[str, ...] | None = None
 
@@ -49,34 +105,74 @@ class Feature:
         require_plain_name("feature", self.name)
         if self.bits is not None:
             object.__setattr__(self, "bits", tuple(self.bits))  # a list, where it was read from JSON
-            if self.action_type != "bitmask" or self.vocab_size != 2 ** len(self.bits):
-                raise ValueError(
-                    f"feature {self.name!r}: bits {self.bits} do not name those of a bitmask of {self.vocab_size}"
-                )
-            for bit in self.bits:
-                require_plain_name("bit", bit)
-        if self.role not in get_args(Role):
-            choices = ", ".join(get_args(Role))
-            raise ValueError(f"feature {self.name!r}: role {self.role!r} is none of {choices}")
-        self._check_vocab_size()
-        if (self.role == "action") != (self.action_type is not None):
-            raise ValueError(
-                f"feature {self.name!r}: action_type {self.action_type!r} with role {self.role!r}; "
-                "an action needs one, no other role has one"
-            )
-        if self.action_type is not None and self.action_type not in get_args(ActionType):
-            choices = " or ".join(get_args(ActionType))
-            raise ValueError(f"feature {self.name!r}: action_type {self.action_type!r} is not {choices}")
-        if self.action_type == "bitmask" and self.vocab_size & (self.vocab_size - 1):  # type: ignore[operator]
-            raise ValueError(f"feature {self.name!r}: vocab_size {self.vocab_size} of a bitmask is not a power of two")
+        if isinstance(self.statistics, dict):
+            object.__setattr__(self, "statistics", Statistics(**self.statistics))
+        self._require_choice("role", Role)
+        level, kind = _SPECIAL.get(self.role, (self.level, self.kind))
+        self._default("level", level)
+        self._default("kind", kind)
+        if self.vocab_size is not None:
+            self._default("table", self.name)
+        self._default("known_at_request", self.role != "action")
+        self._require_choice("level", Level)
+        self._require_choice("kind", Kind)
+        if (self.level, self.kind) != (level, kind):
+            raise self._error(f"level {self.level!r} and kind {self.kind!r} with role {self.role!r}; leave them out")
+        self._check_values()
+        self._check_action()
 
-    def _check_vocab_size(self) -> None:
-        size = self.vocab_size
-        if self.role == "time":
-            if size is not None:
-                raise ValueError(f"feature {self.name!r}: a time has no vocab_size, got {size!r}")
-        elif type(size) is not int or size < 1:
-            raise ValueError(f"feature {self.name!r}: vocab_size must be a positive integer, got {size!r}")
+    @property
+    def has_ids(self) -> bool:
+        """Whether its values are ids of a vocabulary."""
+        return self.role != "time" and self.kind not in ("numeric", "vector")
+
+    def _default(self, field_name: str, value: object) -> None:
+        if getattr(self, field_name) is None:
+            object.__setattr__(self, field_name, value)
+
+    def _error(self, message: str) -> ValueError:
+        return ValueError(f"feature {self.name!r}: {message}")
+
+    def _require_choice(self, field_name: str, choices: object) -> None:
+        if (value := getattr(self, field_name)) not in get_args(choices):
+            raise self._error(f"{field_name} {value!r} is none of {', '.join(get_args(choices))}")
+
+    def _check_values(self) -> None:
+        if self.role == "time" and self.vocab_size is not None:
+            raise self._error(f"a time has no vocab_size, got {self.vocab_size!r}")
+        wanted = {
+            "vocab_size": self.has_ids,
+            "width": self.kind == "vector",
+            "num_ids": self.kind == "multi",
+        }
+        for name, needed in wanted.items():
+            value, least = getattr(self, name), int(name != "num_ids")
+            if needed and (type(value) is not int or value < least):
+                raise self._error(f"{name} must be {'a positive' if least else 'an'} integer, got {value!r}")
+            if not needed and value is not None:
+                raise self._error(f"{name} {value!r} with kind {self.kind!r}, which has none")
+        if (self.statistics is not None) != (self.kind == "numeric" and self.role != "time"):
+            raise self._error(
+                f"statistics {self.statistics!r} with kind {self.kind!r}; numeric features alone have some"
+            )
+        if self.known_at_request is False and self.level != "event":
+            raise self._error(f"known_at_request False with level {self.level!r}; it is for what belongs to events")
+
+    def _check_action(self) -> None:
+        if (self.role == "action") != (self.action_type is not None):
+            raise self._error(
+                f"action_type {self.action_type!r} with role {self.role!r}; an action needs one, no other role has one"
+            )
+        if self.action_type is not None:
+            self._require_choice("action_type", ActionType)
+        if self.action_type == "bitmask" and self.vocab_size & (self.vocab_size - 1):  # type: ignore[operator]
+            raise self._error(f"vocab_size {self.vocab_size} of a bitmask is not a power of two")
+        if self.bits is None:
+            return
+        if self.action_type != "bitmask" or self.vocab_size != 2 ** len(self.bits):
+            raise self._error(f"bits {self.bits} do not name those of a bitmask of {self.vocab_size}")
+        for bit in self.bits:
+            require_plain_name("bit", bit)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +181,8 @@ class Schema:
 
     Args:
         name: Name of the data set.
-        features: One user and one item feature, at most one action and one time, any number of contexts and categories.
+        features: One user and one item, at most one action and one time, any number of declared features and control
+            columns.
         counts: users, items (catalogue), events and seqlen_min, seqlen_max, seqlen_mean, seqlen_median; maybe repeats,
             the events of items that their user met before.
         source: Name of each file that the data were made from, with its sha256.
@@ -107,6 +204,7 @@ class Schema:
         names = [feature.name for feature in self.features]
         if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"data set {self.name!r}: feature {repeated[0]!r} appears twice; rename one")
+        self._check_tables()
         for role, least, most in (("user", 1, 1), ("item", 1, 1), ("action", 0, 1), ("time", 0, 1)):
             number = len(self._with_role(role))
             if not least <= number <= most:
@@ -116,6 +214,16 @@ class Schema:
             value = self.counts.get(key)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
                 raise ValueError(f"data set {self.name!r}: counts[{key!r}] must be a number, got {value!r}")
+
+    def _check_tables(self) -> None:
+        sizes: dict[str, int] = {}
+        for feature in self.features:
+            table = feature.table
+            if table is not None and sizes.setdefault(table, feature.vocab_size or 0) != feature.vocab_size:
+                raise ValueError(f"data set {self.name!r}: features of table {table!r} differ in vocab_size")
+        for feature in self.features:
+            if feature.name in sizes and feature.table != feature.name:
+                raise ValueError(f"data set {self.name!r}: feature {feature.name!r} is not of the table of that name")
 
     def _with_role(self, role: str) -> tuple[Feature, ...]:
         return tuple(feature for feature in self.features if feature.role == role)
@@ -140,19 +248,29 @@ class Schema:
         """The time feature, if the data set has times."""
         return next(iter(self._with_role("time")), None)
 
+    def of(self, level: Level, *kinds: Kind) -> tuple[Feature, ...]:
+        """Return the declared features of ``level`` that are of one of ``kinds``, or of any, in the schema's order."""
+        declared = self._with_role("feature")
+        return tuple(f for f in declared if f.level == level and (not kinds or f.kind in kinds))
+
+    def stored(self, level: Level) -> tuple[Feature, ...]:
+        """Return what is stored beside the user, item, action and time: declared features, then control columns."""
+        return *self.of(level), *(control for control in self._with_role("control") if control.level == level)
+
     @property
     def contexts(self) -> tuple[Feature, ...]:
-        """The context features, in the order of the schema."""
-        return self._with_role("context")
+        """The categorical features of users, in the order of the schema."""
+        return self.of("user", "categorical")
 
     @property
     def categories(self) -> tuple[Feature, ...]:
-        """The features of items, in the order of the schema."""
-        return self._with_role("category")
+        """The categorical features of items, in the order of the schema."""
+        return self.of("item", "categorical")
 
     def save(self, directory: str | Path) -> None:
         """Write ``schema.json`` into ``directory``."""
         record = {"version": FORMAT_VERSION, **asdict(self)}
+        record["features"] = [{k: v for k, v in f.items() if v is not None} for f in record["features"]]
         text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False)
         (Path(directory) / SCHEMA_FILE).write_text(text + "\n", encoding="utf-8")
 
@@ -179,15 +297,22 @@ class Schema:
     @classmethod
     def _from_record(cls, record: dict[str, Any]) -> Schema:
         version = record.pop("version", None)
-        if version != FORMAT_VERSION:
-            raise ValueError(f"version {version!r}, this program reads {FORMAT_VERSION}")
-        features = tuple(Feature(**feature) for feature in record.pop("features"))
-        return cls(features=features, **record)
+        if version not in (1, FORMAT_VERSION):
+            raise ValueError(f"version {version!r}, this program reads 1 to {FORMAT_VERSION}")
+        features = record.pop("features")
+        if version == 1:
+            features = [_of_version_1(feature) for feature in features]
+        return cls(features=tuple(Feature(**feature) for feature in features), **record)
+
+
+def _of_version_1(feature: dict[str, Any]) -> dict[str, Any]:
+    level = _OLD_ROLES.get(feature["role"])
+    return feature if level is None else feature | {"role": "feature", "level": level, "kind": "categorical"}
 
 
 def unknown_id(schema: Schema, feature: str) -> int:
-    """Return the id that stands for values of a context or category which training never met: one after the last."""
-    return next(f.vocab_size or 0 for f in (*schema.contexts, *schema.categories) if f.name == feature)
+    """Return the id that stands for missing values of a feature, and those training never met: one after the last."""
+    return next(f.vocab_size or 0 for f in schema.features if f.name == feature)
 
 
 def count_statistics(lengths: np.ndarray, num_items: int, repeats: int | None = None) -> dict[str, float | int]:

@@ -192,9 +192,9 @@ def generate(
         name=name,
         features=(
             Feature(name="user_id", role="user", vocab_size=users),
-            Feature(name="segment", role="context", vocab_size=config.num_types),
+            Feature(name="segment", level="user", kind="categorical", vocab_size=config.num_types),
             Feature(name="item_id", role="item", vocab_size=config.num_items),
-            Feature(name="cluster", role="category", vocab_size=config.num_clusters),
+            Feature(name="cluster", level="item", kind="categorical", vocab_size=config.num_clusters),
             Feature(name="action", role="action", vocab_size=2, action_type="bitmask"),
             Feature(name="timestamp", role="time"),
         ),

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from hstu.data.schema import CATEGORY, SCHEMA_FILE, VOCABULARY_DIR, Schema
+from hstu.data.schema import ITEM_FEATURE, SCHEMA_FILE, VOCABULARY_DIR, Schema
 
 BITS = "bits: "  # begins the identity of bit masks
 _BLOCK = 1 << 20  # values hashed at once
@@ -120,7 +120,7 @@ class Vocabularies:
         """
         item = self.schema.item
         size = next(feature.vocab_size for feature in self.schema.categories if feature.name == category) or 0
-        found = self._column(item.name, CATEGORY + category, CATEGORY + category).to_numpy().copy()
+        found = self._column(item.name, ITEM_FEATURE + category, ITEM_FEATURE + category).to_numpy().copy()
         if found.size != item.vocab_size or found.min() < 0 or found.max() >= size:
             raise ValueError(
                 f"{self.path}: category {category!r} has {found.size} ids from {found.min()} to {found.max()}, not "

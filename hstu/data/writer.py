@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hstu.data.atomic_directory import DATA_DIR, VOCABULARY_DIR, replacing
-from hstu.data.schema import CATEGORY, Schema
+from hstu.data.schema import ITEM_FEATURE, Schema
 from hstu.data.vocabulary import identity_of
 
 EVENTS_PER_PART = 1 << 22
@@ -82,7 +82,7 @@ class DatasetWriter:
 
     def vocabulary(self, feature: str, originals: pa.Array, categories: dict[str, np.ndarray] | None = None) -> None:
         """Write the original values of a feature, in the order of the ids; of items, their ``categories`` beside."""
-        columns = {CATEGORY + name: pa.array(ids) for name, ids in (categories or {}).items()}
+        columns = {ITEM_FEATURE + name: pa.array(ids) for name, ids in (categories or {}).items()}
         for name, values in {feature: originals, **columns}.items():
             self.identities[name] = identity_of([values])
         table = pa.table({"id": pa.array(np.arange(len(originals))), "original": originals, **columns})

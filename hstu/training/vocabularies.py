@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hstu.config import Config
-from hstu.data.schema import CATEGORY, SCHEMA_FILE, VOCABULARY_DIR, Schema
+from hstu.data.schema import ITEM_FEATURE, SCHEMA_FILE, VOCABULARY_DIR, Schema
 from hstu.data.vocabulary import Vocabularies
 from hstu.models.encoder import Encoder
 from hstu.training.checkpoint_files import CheckpointError
@@ -27,7 +27,7 @@ def describe_vocabularies(vocabularies: Vocabularies, embedded: Iterable[str]) -
     schema = vocabularies.schema
     names = dict.fromkeys([*embedded, schema.user.name, schema.item.name])
     record = {name: _entry(vocabularies, name, embedded=name in {*embedded}) for name in names}
-    kept = {name: known for name, known in schema.vocabularies.items() if name.startswith(CATEGORY)}
+    kept = {name: known for name, known in schema.vocabularies.items() if name.startswith(ITEM_FEATURE)}
     return record | {
         name: {"size": schema.item.vocab_size, "identity": known, "embedded": False} for name, known in kept.items()
     }
@@ -73,7 +73,7 @@ def require_same_vocabularies(checkpoint: Path, marker: dict[str, Any], here: Vo
 
 
 def _difference(name: str, there: dict[str, Any], here: Vocabularies) -> str | None:
-    is_category = name.startswith(CATEGORY)
+    is_category = name.startswith(ITEM_FEATURE)
     size = here.schema.item.vocab_size if is_category else here.size(name)
     if size is None or (is_category and name not in here.schema.vocabularies):
         return "there is none"

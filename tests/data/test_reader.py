@@ -26,7 +26,7 @@ def encode(num_users: int = 40, seed: int = 0) -> EncodedDataset:
     times = np.concatenate([np.sort(rng.integers(0, 20, length)) for length in lengths])
     features = (
         Feature(name="user_id", role="user", vocab_size=num_users),
-        Feature(name="segment", role="context", vocab_size=4),
+        Feature(name="segment", level="user", kind="categorical", vocab_size=4),
         Feature(name="item_id", role="item", vocab_size=2**41),
         Feature(name="action", role="action", vocab_size=5, action_type="categorical"),
         Feature(name="timestamp", role="time"),

@@ -117,9 +117,9 @@ def test_items_file(tmp_path: Path) -> None:
     rows = [f"{item},{kind},{item % 2 == 0}\n" for item, kind in kinds.items()]
     (tmp_path / "items.csv").write_text("what,kind,even\n9999,none,true\n" + "".join(rows))
     dataset = encode(tmp_path / "log.csv", items=tmp_path / "items.csv")
-    assert [(f.name, f.role, f.vocab_size) for f in dataset.schema.categories] == [
-        ("kind", "category", 2),
-        ("even", "category", 2),
+    assert [(f.name, f.level, f.vocab_size) for f in dataset.schema.categories] == [
+        ("kind", "item", 2),
+        ("even", "item", 2),
     ]
     assert dataset.vocabularies["kind"].to_pylist() == ["milk", "tea"]
     expected = [int(kinds[item] == "tea") for item in dataset.vocabularies["item_id"].to_pylist()]

@@ -28,7 +28,7 @@ def expected(name: str) -> dict[int, list[tuple[int, float, int]]]:
 def test_published_layouts(name: str, tmp_path: Path) -> None:
     WRITERS[name](tmp_path, ROWS)
     dataset = make(name, tmp_path)
-    roles = [feature.role for feature in dataset.schema.features if feature.role != "context"]
+    roles = [feature.role for feature in dataset.schema.features if feature.role != "feature"]
     assert roles == ["user", "item", "action", "time"]
     assert dataset.vocabulary("user_id").tolist() == list(range(1, 13))
     assert dataset.vocabulary("item_id").tolist() == sorted({row[1] for row in ROWS})
