@@ -9,10 +9,9 @@ from hstu.config.backbones import HUGGING_FACE, backbone_defaults, check_backbon
 from hstu.config.base import UNSET, Args, ConfigError
 from hstu.config.embedding import DynamicEmbeddingArgs, EmbeddingArgs, FeatureArgs
 from hstu.config.memory import MemoryArgs
+from hstu.config.ranking import RankingArgs
 from hstu.config.retrieval import RetrievalArgs
 from hstu.config.training import OptimizerArgs, TrainerArgs
-
-RANKING_METRICS = ("AUC", "GAUC", "NE", "LOGLOSS", "ACCURACY")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +29,8 @@ class DatasetArgs(Args):
     #: every event of the history.
     max_num_candidates: int = 0
     shuffle: bool = True
+    #: Leave out the last batch of a training epoch if it is short, so that all have the same number of samples.
+    drop_last: bool = False
     #: Context features of the schema to use as tokens; None uses all of them.
     contextual_feature_names: tuple[str, ...] | None = None
     #: "leave_one_out": train on all but the last two events of a user, validate on the last but one, test on
@@ -164,8 +165,11 @@ class NetworkArgs(Args):
     num_position_buckets: int = UNSET
     #: The constant that divides attention; -1: the tokens of the longest sequence that config and data allow.
     scaling_seqlen: int = -1
-    #: Rows of the table of time before the request; 0: no such table.
+    #: Rows of a table of times that is added to the tokens; 0: no such table.
     num_time_buckets: int = 0
+    #: "age": seconds before the request. Where several rows of a sample carry a loss, as in retrieval unless
+    #: DatasetArgs.train_stride = 1, those would see the future in it. "gap": seconds since the event before.
+    time_bucket_of: Literal["age", "gap"] = "age"
     time_bucket_fn: Literal["sqrt", "log"] = "sqrt"
     #: "local": a row for each item; "categorical": the sum of the rows of its categories (the other columns of
     #: the items file); "both": all of these.
@@ -256,38 +260,6 @@ class TensorModelParallelArgs(Args):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RankingArgs(Args):
-    """The ranking head: an MLP whose last width says what is predicted.
-
-    With ``num_tasks`` equal to the last width each output is one binary task that reads one bit of the
-    action; with ``num_tasks = 1`` and a wider output it is one softmax over action classes.
-    """
-
-    prediction_head_arch: tuple[int, ...]
-    prediction_head_act_type: Literal["relu", "gelu"] = "relu"
-    prediction_head_bias: bool = True
-    num_tasks: int = 1
-    eval_metrics: tuple[str, ...] = ("AUC",)
-
-    limits: ClassVar = {"prediction_head_arch": (1, 2**17), "num_tasks": (1, 2**17)}
-
-    def validate(self) -> None:
-        if not self.prediction_head_arch:
-            raise self.error("prediction_head_arch", "must list at least one positive width")
-        if self.num_tasks not in (1, self.prediction_head_arch[-1]):
-            raise self.error("num_tasks", "must be 1 (one softmax) or the last width of prediction_head_arch")
-        unknown = [m for m in self.eval_metrics if m.upper() not in RANKING_METRICS]
-        if unknown or not self.eval_metrics:
-            raise self.error("eval_metrics", f"must be some of {', '.join(RANKING_METRICS)}")
-        object.__setattr__(self, "eval_metrics", tuple(m.upper() for m in self.eval_metrics))
-
-    @property
-    def is_multiclass(self) -> bool:
-        """Whether the head is one softmax rather than binary tasks."""
-        return self.num_tasks == 1 and self.prediction_head_arch[-1] > 1
-
-
-@dataclass(frozen=True, kw_only=True)
 class Config:
     """Everything a run is made of. Exactly one of ``ranking`` and ``retrieval`` is set."""
 
@@ -327,16 +299,21 @@ class Config:
         if self.retrieval is not None and self.dataset.max_num_candidates:
             raise self.dataset.error("max_num_candidates", "retrieval has no candidates; use 0")
         if self.dataset.max_num_candidates == 0:
-            reason = "would show the future to rows that carry a loss; set DatasetArgs.max_num_candidates above 0"
-            if self.retrieval is not None:
-                reason = "would show the future to rows that carry a loss; use it for ranking with candidates"
-            if network.context_attention == "full":
-                raise network.error("context_attention", reason)
-            if network.num_time_buckets:
-                raise network.error("num_time_buckets", reason)
+            self._check_no_future(network)
         if self.retrieval is None and network.token_layout != "interleave" and self.dataset.max_num_candidates == 0:
             raise network.error("token_layout", "ranking without candidates needs 'interleave': in any other "
                                 "layout a row either holds the action it should predict or sees none")  # fmt: skip
+
+    def _check_no_future(self, network: NetworkArgs) -> None:
+        """Raise ``ConfigError`` for what would tell rows that carry a loss of events after them."""
+        use = "set DatasetArgs.max_num_candidates above 0" if self.ranking else "use it for ranking with candidates"
+        reason = f"would show the future to rows that carry a loss; {use}"
+        if network.context_attention == "full":
+            raise network.error("context_attention", reason)
+        one_row = network.is_masked or self.dataset.train_stride == 1
+        if network.num_time_buckets and network.time_bucket_of == "age" and not one_row:
+            raise network.error("num_time_buckets", f"times before the request {reason}, or "
+                                "NetworkArgs.time_bucket_of = 'gap', or DatasetArgs.train_stride = 1")  # fmt: skip
 
     @property
     def task(self) -> Literal["ranking", "retrieval"]:

@@ -40,6 +40,7 @@ class BatchLoader:
             (benchmarks/reader.py, workers), more in so many processes, for steps that one reader cannot keep up with.
         pin_memory: Put batches into page-locked memory, from which a GPU copies while it computes.
         micro_batches: Batches of a rank in one step.
+        drop_last: Leave out the last global batch of an epoch if it is short.
         balance: From the events of each sample [n] and the number of ranks to the samples of each rank; None spreads
             one by one.
     """
@@ -51,6 +52,7 @@ class BatchLoader:
     rank: int = 0
     world_size: int = 1
     micro_batches: int = 1
+    drop_last: bool = False
     seed: int = 0
     shuffle: bool = False
     num_workers: int = 0
@@ -64,8 +66,23 @@ class BatchLoader:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Global batches that hold every sample once."""
-        return -(-len(self.split) // self.global_batch_size)
+        """Global batches of an epoch."""
+        return self.steps_from(0)
+
+    def steps_from(self, first: int) -> int:
+        """Return the global batches of an epoch from its sample number ``first`` on."""
+        left = len(self.split) - first
+        return left // self.global_batch_size if self.drop_last else -(-left // self.global_batch_size)
+
+    def after(self, samples: int) -> int:
+        """Return the samples of all epochs that are done with after ``samples`` of them and one global batch."""
+        end = (samples // len(self.split) + 1) * len(self.split)
+        return self.skip_dropped(min(samples + self.global_batch_size, end))
+
+    def skip_dropped(self, samples: int) -> int:
+        """Return ``samples`` of all epochs, or the end of their epoch if only what it leaves out is left of it."""
+        epoch, first = divmod(samples, len(self.split))
+        return samples if self.steps_from(first) else (epoch + 1) * len(self.split)
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
         """Yield this rank's share of the global batches of ``epoch``, from its sample number ``first`` on.
@@ -89,7 +106,7 @@ class BatchLoader:
 
         # A process cannot pin for another one.
         pin_here = self.pin_memory and self.num_workers <= 1
-        begins = range(first, len(self.split), self.global_batch_size)
+        begins = range(first, len(self.split), self.global_batch_size)[: self.steps_from(first)]
         places = itertools.product(begins, range(self.micro_batches))
         if self.num_workers > 1:
             return _from_processes(make, list(places), self.num_workers, self.pin_memory)

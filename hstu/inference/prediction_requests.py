@@ -21,6 +21,7 @@ from hstu.data.request_files import HistoryColumns, find_ids, find_users, read_f
 from hstu.data.requests import Requests
 from hstu.data.splits import Split
 from hstu.metrics.topk import TopK
+from hstu.models import RankingModel
 from hstu.training.trainer import Trainer
 
 logger = logging.getLogger("hstu.cli")
@@ -181,17 +182,24 @@ def read_candidates(
 
 
 def score_names(trainer: Trainer) -> tuple[str, ...]:
-    """Return the columns of a ranking run: ``score``, or one for each bit (its name, else from 0) or class."""
-    args, action = trainer.config.ranking, trainer.dataset.schema.action
-    if args is None or action is None:
+    """Return the columns of a ranking run, one for each output: ``score``, and behind it what it is of.
+
+    Of a binary task or of regression that is the task's name, of a softmax the class, with the task's name before it
+    if there are several tasks.
+    """
+    if not isinstance(trainer.model, RankingModel):
         return ()
-    width = args.prediction_head_arch[-1]
-    if width == 1:
+    tasks, names = trainer.model.tasks, []
+    if len(tasks) == 1 and tasks[0].outputs == 1:
         return ("score",)
-    if not args.is_multiclass:
-        return tuple(f"score_{bit}" for bit in [*(action.bits or ()), *range(len(action.bits or ()), width)][:width])
-    classes = trainer.dataset.vocabulary(action.name).tolist()
-    return tuple(f"score_{name}" for name in [*classes, *(f"unused_{n}" for n in range(len(classes), width))])
+    for task in tasks:
+        behind = [task.name]
+        if task.kind == "multiclass":
+            classes = trainer.dataset.vocabulary(task.feature).tolist()
+            classes += [f"unused_{n}" for n in range(len(classes), task.outputs)]
+            behind = [f"{task.name}_{name}" if len(tasks) > 1 else str(name) for name in classes]
+        names += [f"score_{name}" for name in behind]
+    return tuple(names)
 
 
 def parse_time(text: str | None) -> int | None:

@@ -77,20 +77,15 @@ def user_vectors(model: RetrievalModel, loader: BatchLoader, mesh: Mesh) -> Iter
 
 @torch.no_grad()
 def score_candidates(model: RankingModel, loader: BatchLoader, mesh: Mesh) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield, batch by batch, rows of ``loader.split`` [Q] in ascending order and probabilities [Q, K] float64.
+    """Yield, batch by batch, rows of ``loader.split`` [Q] in ascending order and predictions [Q, K] float64.
 
-    Scored is the event ``split.stop - 1``: the probability of each class of actions or, for binary tasks, of
-    each bit, as evaluation computes it.
+    Scored is the event ``split.stop - 1``: the probability of each class or, for binary tasks, of the label 1, and of
+    regression the number, as evaluation computes them.
     """
     model.eval()
     for batch in loader.epoch(0):
         batch = batch.to(mesh.device)
-        logits = model.logits(batch).double()
-        yield _joined(
-            mesh,
-            _labelled_samples(model.local_labels(batch)),
-            logits.softmax(1) if model.multiclass else logits.sigmoid(),
-        )
+        yield _joined(mesh, _labelled_samples(model.local_labels(batch)), model.predictions(batch))
 
 
 @torch.no_grad()

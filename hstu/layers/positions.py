@@ -29,10 +29,11 @@ def token_positions(tokens: Stream, *, from_end: bool = False) -> Tensor:
 
 
 class PositionEncoder(nn.Module):
-    """x * sqrt(D) + P[p], and optionally + A[bucket(seconds before the request)], then dropout.
+    """x * sqrt(D) + P[p], and optionally + A[bucket(seconds)], then dropout.
 
-    Without ``scale_inputs`` x stays as it is, and P starts with ``std``, as embeddings do. The request is the latest
-    event of the sample. With ``num_positions`` = 0 there is no P, for backbones that know positions themselves; with
+    Without ``scale_inputs`` x stays as it is, and P starts with ``std``, as embeddings do. Seconds are those before the
+    request, the latest event of the sample (``"age"``), or since the event before (``"gap"``; for candidates, the last
+    one of the history). With ``num_positions`` = 0 there is no P, for backbones that know positions themselves; with
     ``num_time_buckets`` = 0 no A. ``positions_from_end`` is for sequences without candidates whose last token is asked
     for, as padding on the left has it.
     Following "Actions Speak Louder than Words" (https://arxiv.org/abs/2402.17152) and its production form.
@@ -48,6 +49,7 @@ class PositionEncoder(nn.Module):
         positions_from_end: bool = False,
         num_time_buckets: int = 0,
         time_bucket_fn: Literal["sqrt", "log"] = "sqrt",
+        time_bucket_of: Literal["age", "gap"] = "age",
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
@@ -61,7 +63,7 @@ class PositionEncoder(nn.Module):
         self.time: nn.Parameter | None = None
         if num_time_buckets:
             self.time = nn.Parameter(torch.zeros(num_time_buckets + 1, hidden_size))
-        self.time_bucket_fn = time_bucket_fn
+        self.time_bucket_fn, self.time_bucket_of = time_bucket_fn, time_bucket_of
         self.dropout = Dropout(dropout)
 
     def forward(self, tokens: Tokens) -> Tokens:
@@ -76,10 +78,35 @@ class PositionEncoder(nn.Module):
     def time_buckets(self, tokens: Tokens) -> Tensor:
         """Return [t] int64, the row of the time table of each local token."""
         assert self.time is not None
-        sequence = sequence_ids(tokens.layout.offsets, tokens.timestamps.shape[0])
-        # The largest, not the last: candidates may stand in any order.
-        request = tokens.timestamps.new_zeros(tokens.layout.num_samples)
-        request = request.scatter_reduce(0, sequence, tokens.timestamps, "amax", include_self=False)
-        age = (request[sequence] - tokens.timestamps).double()
-        buckets = age.sqrt() if self.time_bucket_fn == "sqrt" else age.log1p()
+        seconds = (_ages(tokens) if self.time_bucket_of == "age" else _gaps(tokens)).double()
+        buckets = seconds.sqrt() if self.time_bucket_fn == "sqrt" else seconds.log1p()
         return tokens.of_local(buckets.long().clamp(max=self.time.shape[0] - 1))
+
+
+def _ages(tokens: Stream) -> Tensor:
+    """Return the seconds of each token before the latest event of its sample, [T] int64."""
+    sequence = sequence_ids(tokens.layout.offsets, tokens.timestamps.shape[0])
+    # The largest, not the last: candidates may stand in any order.
+    request = tokens.timestamps.new_zeros(tokens.layout.num_samples)
+    request = request.scatter_reduce(0, sequence, tokens.timestamps, "amax", include_self=False)
+    return request[sequence] - tokens.timestamps
+
+
+def _gaps(tokens: Stream) -> Tensor:
+    """Return the seconds since the event before that of each token, [T] int64; 0 for the first and for context.
+
+    What comes before a candidate is the last event of the history.
+    """
+    layout, rows, total = tokens.layout, tokens.event_rows, tokens.timestamps.shape[0]
+    if rows.numel() == 0:
+        return tokens.timestamps.new_zeros(total)
+    first, sequence = torch.searchsorted(rows, layout.offsets), sequence_ids(layout.offsets, total)
+    sample, token = sequence[rows], torch.arange(total, device=rows.device)
+    events = first.diff() - (layout.lengths - layout.history)  # of the history
+    place = torch.minimum(torch.arange(rows.numel(), device=rows.device) - first[:-1][sample], events[sample])
+    times = tokens.timestamps[rows]
+    before = times[(first[:-1][sample] + place - 1).clamp(min=0)]
+    gaps = torch.where(place > 0, times - before, 0).clamp(min=0)
+    is_context = positions_in_sequence(layout.offsets, total) < layout.context[sequence]
+    event = torch.searchsorted(rows, token, right=True) - 1
+    return gaps[event.clamp(min=0)].masked_fill(is_context, 0)

@@ -1,13 +1,22 @@
-"""AUC, GAUC, normalised entropy, log loss and accuracy, exact in float64."""
+"""AUC, GAUC, normalised entropy, log loss, accuracy and errors of numbers, exact in float64."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
-LOWER_IS_BETTER = frozenset({"NE", "LOGLOSS"})
+from hstu.config.ranking import METRIC_KINDS
+
+_LOWER_IS_BETTER = frozenset({"NE", "LOGLOSS", "RMSE", "MAE"})
+
+
+def lower_is_better(name: str) -> bool:
+    """Return whether less of metric ``name``, maybe of one task, is better."""
+    return name.partition("/")[0] in _LOWER_IS_BETTER
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +38,7 @@ def auc(scores: np.ndarray, labels: np.ndarray) -> float:
     negatives = labels.size - positives
     if positives == 0 or negatives == 0 or np.isnan(scores).any():
         return float("nan")
-    _, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+    ranks = _mean_ranks(scores)
     return float((ranks[labels == 1].sum() - positives * (positives + 1) / 2) / (positives * negatives))
 
 
@@ -67,53 +75,89 @@ def accuracy(probabilities: np.ndarray, labels: np.ndarray) -> float:
     return float((probabilities.argmax(1) == labels).mean()) if labels.size else float("nan")
 
 
-def ranking_scores(
-    names: tuple[str, ...],
-    probabilities: np.ndarray,
-    labels: np.ndarray,
-    users: np.ndarray,
-    *,
-    multiclass: bool,
-    tasks: tuple[str, ...] = (),
-) -> RankingScores:
+def rmse(numbers: np.ndarray, labels: np.ndarray) -> float:
+    """Root of the mean squared error of [n] against [n]."""
+    return math.sqrt(float(np.square(numbers - labels).mean())) if labels.size else float("nan")
+
+
+def mae(numbers: np.ndarray, labels: np.ndarray) -> float:
+    """Mean absolute error of [n] against [n]."""
+    return float(np.abs(numbers - labels).mean()) if labels.size else float("nan")
+
+
+def spearman(numbers: np.ndarray, labels: np.ndarray) -> float:
+    """Correlation of the ranks of [n] and [n], equal ones sharing their mean; nan where all of one are equal."""
+    if labels.size == 0 or np.isnan(numbers).any():
+        return float("nan")
+    x, y = (ranks - ranks.mean() for ranks in (_mean_ranks(numbers), _mean_ranks(labels)))
+    norm = math.sqrt(float((x * x).sum()) * float((y * y).sum()))
+    return float((x * y).sum()) / norm if norm > 0 else float("nan")
+
+
+def _mean_ranks(values: np.ndarray) -> np.ndarray:
+    """Return the rank of each of ``values`` [n] from 1, equal ones sharing their mean, float64."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ranks: np.ndarray = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+    return ranks
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predicted:
+    """What one task predicted of n events, and what came.
+
+    Attributes:
+        name: Of the task.
+        kind: Of the task.
+        values: [n, K]: probabilities of K classes, or with K = 1 of the binary label 1, or numbers.
+        labels: [n]: the class, 0 or 1, or the number.
+        users: [n].
+    """
+
+    name: str
+    kind: Literal["binary", "multiclass", "regression"]
+    values: np.ndarray
+    labels: np.ndarray
+    users: np.ndarray
+
+    def score(self, metric: str) -> tuple[float, int]:
+        """Return a metric, nan where it is not defined, and how many classes or users it leaves out."""
+        if self.kind == "regression":
+            return {"RMSE": rmse, "MAE": mae, "SPEARMAN": spearman}[metric](self.values[:, 0], self.labels), 0
+        p, y = self.values, self.labels
+        if metric in ("AUC", "GAUC"):
+            one = [(p[:, 0], y)] if self.kind == "binary" else [(p[:, k], (y == k) * 1) for k in range(p.shape[1])]
+            if metric == "AUC":
+                values = [auc(*pair) for pair in one]
+                return _mean_of_known(values), int(np.isnan(values).sum())
+            pairs = [gauc(*pair, self.users) for pair in one]
+            return _mean_of_known([value for value, _ in pairs]), sum(count for _, count in pairs)
+        whole = np.concatenate([1 - p, p], axis=1) if self.kind == "binary" else p
+        return {"NE": normalized_entropy, "LOGLOSS": log_loss, "ACCURACY": accuracy}[metric](whole, y), 0
+
+
+def ranking_scores(names: tuple[str, ...], tasks: Sequence[Predicted]) -> RankingScores:
     """Compute metrics over all events.
 
     Args:
-        names: Of AUC, GAUC, NE, LOGLOSS, ACCURACY.
-        probabilities: [n, K]. Multiclass: of K classes, summing to one. Otherwise of K binary tasks.
-        labels: [n] int64. Multiclass: the class. Otherwise task k reads bit k.
-        users: [n].
-        multiclass: Which of the two. AUC is the mean over classes against the rest, or over tasks; the
-            other metrics of tasks are means too. With several tasks each also appears as ``NAME/task``.
-        tasks: Names of the first binary tasks; the others are called by their numbers.
+        names: Of the metrics: each is the mean over the tasks it is for, and with several tasks also appears as
+            ``NAME/task``; the name of a task behind it, as in ``AUC/click``, asks for that one alone. AUC and GAUC of
+            a softmax are means over classes against the rest.
+        tasks: What was predicted.
     """
-    columns = probabilities.shape[1]
-    if multiclass:
-        binary = [(probabilities[:, k], (labels == k).astype(np.int64)) for k in range(columns)]
-        whole = [(probabilities, labels)]
-    else:
-        binary = [(probabilities[:, k], labels >> k & 1) for k in range(columns)]
-        whole = [(np.stack([1 - p, p], axis=1), y) for p, y in binary]
     metrics: dict[str, float] = {}
     left_out: dict[str, int] = {}
-    pointwise: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
-        "NE": normalized_entropy,
-        "LOGLOSS": log_loss,
-        "ACCURACY": accuracy,
-    }
     for name in names:
-        if name == "AUC":
-            values = [auc(p, y) for p, y in binary]
-            left_out[name] = int(np.isnan(values).sum())
-        elif name == "GAUC":
-            pairs = [gauc(p, y, users) for p, y in binary]
-            values = [value for value, _ in pairs]
-            left_out[name] = sum(count for _, count in pairs)
-        else:
-            values = [pointwise[name](p, y) for p, y in whole]
-        known = [value for value in values if not np.isnan(value)]
-        metrics[name] = float(np.mean(known)) if known else float("nan")
-        if not multiclass and columns > 1:
-            named = [*tasks, *range(len(tasks), columns)]
-            metrics |= {f"{name}/{task}": value for task, value in zip(named, values, strict=False)}
+        metric, _, wanted = name.partition("/")
+        fitting = [task for task in tasks if task.kind in METRIC_KINDS[metric] and wanted in ("", task.name)]
+        found = {task.name: task.score(metric) for task in fitting}
+        metrics[name] = _mean_of_known([value for value, _ in found.values()])
+        if metric in ("AUC", "GAUC"):
+            left_out[name] = sum(count for _, count in found.values())
+        if not wanted and len(tasks) > 1:
+            metrics |= {f"{metric}/{task}": value for task, (value, _) in found.items()}
     return RankingScores(metrics=metrics, left_out=left_out)
+
+
+def _mean_of_known(values: list[float]) -> float:
+    known = [value for value in values if not np.isnan(value)]
+    return float(np.mean(known)) if known else float("nan")

@@ -60,6 +60,7 @@ class Encoder(nn.Module):
                 positions_from_end=network.is_masked,
                 num_time_buckets=network.num_time_buckets,
                 time_bucket_fn=network.time_bucket_fn,
+                time_bucket_of=network.time_bucket_of,
                 dropout=network.input_dropout,
             ),
             max_tokens=inputs.max_tokens,

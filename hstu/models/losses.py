@@ -30,28 +30,6 @@ class LossSum:
     live_negatives: Tensor | None = None
 
 
-def ranking_loss(logits: Tensor, actions: Tensor, *, multiclass: bool) -> LossSum:
-    """Sum over tasks and label tokens of the cross-entropy.
-
-    Args:
-        logits: [L, K].
-        actions: [L] int64. Multiclass: the class. Otherwise task k reads bit k.
-        multiclass: One softmax over K classes, or K binary tasks.
-    """
-    if multiclass:
-        total = F.cross_entropy(logits.float(), actions, reduction="sum")
-    else:
-        total = F.binary_cross_entropy_with_logits(
-            logits.float(), action_bits(actions, logits.shape[-1]), reduction="sum"
-        )
-    return LossSum(total=total, count=actions.numel())
-
-
-def action_bits(actions: Tensor, num_tasks: int) -> Tensor:
-    """Return [L, num_tasks] float32: bit k of each action."""
-    return (actions[:, None] >> torch.arange(num_tasks, device=actions.device)).bitwise_and(1).float()
-
-
 @dataclass(frozen=True, kw_only=True)
 class SampledCandidates:
     """Label tokens, and the pool of items that each is to be told apart from.

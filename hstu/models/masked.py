@@ -23,7 +23,7 @@ class MaskedRetrievalModel(RetrievalModel):
     def __init__(self, config: Config, schema: Schema, *, allocate_tables: bool = True) -> None:
         super().__init__(config, schema, allocate_tables=allocate_tables)
         #: The vector that stands for an item to be predicted.
-        self.mask_token = nn.Embedding(1, config.network.hidden_size)
+        self.mask_token = nn.Embedding(1, config.network.item_embedding_dim)
         nn.init.normal_(self.mask_token.weight, std=config.network.embedding_initializer_std)
 
     def num_labels(self, batch: Batch) -> int:

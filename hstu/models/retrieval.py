@@ -27,14 +27,16 @@ class RetrievalModel(Encoder):
         self.args, self.seed = config.retrieval, config.trainer.seed
         self.item = schema.item.name
         self.num_items = schema.item.vocab_size or 0
-        self.similarity = make_similarity(self.args, config.network.hidden_size, self.postprocess.norm)
-        initialize(self.similarity, "xavier_uniform", 0.0)
+        hidden, width = config.network.hidden_size, config.network.item_embedding_dim
+        #: From hidden rows to the width of items, where that is another one.
+        self.to_items = nn.Linear(hidden, width) if width != hidden else nn.Identity()
+        self.similarity = make_similarity(self.args, width, self.postprocess.norm, projected=width != hidden)
+        for part in (self.to_items, self.similarity):
+            initialize(part, "xavier_uniform", 0.0)
         self.item_bias = ItemBias(self.num_items) if self.args.item_bias else None
         if self.item_bias is not None:
             self.row_weights["item_bias.weight"] = self.item
         self.sampler = NegativeSampler(self.args.negatives, self.num_items, self.args.num_negatives, self.seed)
-        if config.network.item_embedding_dim != config.network.hidden_size:
-            raise config.network.error("item_embedding_dim", "retrieval scores hidden states against items: use -1")
 
     def forward(self, batch: Batch) -> LossSum:
         """Return the loss of the labelled events."""
@@ -81,7 +83,7 @@ class RetrievalModel(Encoder):
 
     def query_vectors(self, rows: Tensor) -> Tensor:
         """Return hidden rows [L, D] as training and evaluation score them, [L, ..] float32."""
-        out: Tensor = self.similarity.queries(rows)
+        out: Tensor = self.similarity.queries(self.to_items(rows))
         return out if self.item_bias is None else torch.cat([out, torch.ones_like(out[:, :1])], 1)
 
     def item_vectors(self, embedded: Tensor, ids: Tensor) -> Tensor:
@@ -154,11 +156,16 @@ def following(batch: Batch) -> Tensor:
     return batch.label_mask.nonzero().squeeze(1) + 1
 
 
-def make_similarity(args: RetrievalArgs, hidden_size: int, output_norm: str) -> DotProduct | MixtureOfLogits:
-    """Return the similarity of ``args``; items follow the norm of the hidden rows in a dot product."""
+def make_similarity(
+    args: RetrievalArgs, width: int, output_norm: str, *, projected: bool = False
+) -> DotProduct | MixtureOfLogits:
+    """Return the similarity of ``args`` for vectors of ``width``.
+
+    In a dot product items follow the norm of the hidden rows, and so do rows that were ``projected`` since.
+    """
     if args.similarity == "mol":
         return MixtureOfLogits(
-            hidden_size,
+            width,
             query_groups=args.mol_query_groups,
             item_groups=args.mol_item_groups,
             channels=args.mol_channels,
@@ -167,4 +174,5 @@ def make_similarity(args: RetrievalArgs, hidden_size: int, output_norm: str) -> 
             eps=args.l2_norm_eps,
         )
     cosine = args.similarity == "cosine"
-    return DotProduct(normalize_queries=cosine, normalize_items=cosine or output_norm == "l2", eps=args.l2_norm_eps)
+    unit = cosine or output_norm == "l2"
+    return DotProduct(normalize_queries=cosine or (unit and projected), normalize_items=unit, eps=args.l2_norm_eps)

@@ -22,7 +22,7 @@ from hstu.data.reader import SequenceDataset
 from hstu.data.repeats import MANY_REPEATS
 from hstu.data.seen import count_seen_targets, is_among, seen_before
 from hstu.data.splits import Split
-from hstu.metrics.ranking import LOWER_IS_BETTER, ranking_scores
+from hstu.metrics.ranking import Predicted, lower_is_better, ranking_scores
 from hstu.metrics.retrieval import per_user_metric, sampled_ranks, target_ranks
 from hstu.models import RankingModel, RetrievalModel
 from hstu.models.negatives import random_uniform
@@ -44,7 +44,7 @@ def improves(name: str, value: float | None, best: float | None) -> bool:
         return False
     if best is None:
         return True
-    return value < best if name in LOWER_IS_BETTER else value > best
+    return value < best if lower_is_better(name) else value > best
 
 
 @torch.no_grad()
@@ -97,22 +97,26 @@ def _batches(loader: BatchLoader, config: Config, mesh: Mesh) -> Iterator[Batch]
 
 
 def _ranking(model: RankingModel, loader: BatchLoader, mesh: Mesh, config: Config) -> dict[str, Any]:
-    assert config.ranking is not None
-    outputs, labels, users = [], [], []
+    parts: list[tuple[Tensor, ...]] = []
     for batch in _batches(loader, config, mesh):
-        logits, batch = model.logits(batch).double(), model.local_labels(batch)
-        outputs.append(logits.softmax(1) if model.multiclass else logits.sigmoid())
-        labels.append(batch.labels)
-        users.append(_of_labels(batch, batch.users))
-    joined = [mesh.tokens.gather(torch.cat(parts)).cpu().numpy() for parts in (outputs, labels, users)]
-    # One order whatever rank scored what, so that sums round alike.
-    order = np.lexsort((joined[1], joined[2]))
-    probabilities, actions, owners = (part[order] for part in joined)
-    action = loader.dataset.schema.action
-    bits = (action.bits if action else None) or ()
-    scores = ranking_scores(
-        config.eval_metrics, probabilities, actions, owners, multiclass=model.multiclass, tasks=bits
+        predictions, batch = model.predictions(batch), model.local_labels(batch)
+        targets, users = model.targets(batch), _of_labels(batch, batch.users)
+        labels = torch.stack([task.labels(targets) for task in model.tasks], 1)
+        parts.append((predictions, labels, users))
+    predicted, labelled, owners = (
+        mesh.tokens.gather(torch.cat(part)).cpu().numpy() for part in zip(*parts, strict=True)
     )
+    # One order whatever rank scored what, so that sums round alike.
+    order = np.lexsort((*labelled.T, owners))
+    predicted, labelled, owners = predicted[order], labelled[order], owners[order]
+    ends, tasks = np.cumsum([task.outputs for task in model.tasks]), []
+    for task, values, wanted in zip(model.tasks, np.split(predicted, ends[:-1], 1), labelled.T, strict=True):
+        known = ~np.isnan(wanted)
+        wanted = wanted[known] if task.kind == "regression" else wanted[known].astype(np.int64)
+        tasks.append(
+            Predicted(name=task.name, kind=task.kind, values=values[known], labels=wanted, users=owners[known])
+        )
+    scores = ranking_scores(config.eval_metrics, tasks)
     return {
         "filter_seen": None,
         "num_candidates": 1,

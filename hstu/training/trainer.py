@@ -90,6 +90,7 @@ class Trainer:
                 rank=mesh.data.rank,
                 world_size=mesh.data.size,
                 micro_batches=args.gradient_accumulation_steps if name == "train" else 1,
+                drop_last=config.dataset.drop_last and name == "train",
                 seed=args.seed,
                 shuffle=config.dataset.shuffle and name == "train",
                 num_workers=config.dataset.num_workers,
@@ -266,7 +267,7 @@ class Trainer:
             for step_batches in self.stepper.steps(batches, progress):
                 beat()  # waiting for data has a time of its own
                 rate = self.stepper.take(step_batches, progress)
-                progress.samples = min(progress.samples + loader.global_batch_size, (epoch + 1) * size)
+                progress.samples = loader.after(progress.samples)
                 beat()
                 profile.step()
                 log.tick()
@@ -374,16 +375,22 @@ class Trainer:
     def _total_steps(self) -> int:
         """Return the steps at the end: those taken, and those that the rest of the last epoch needs."""
         args, loader, progress = self.config.trainer, self.loaders["train"], self.progress
+        if loader.steps_per_epoch == 0:
+            raise self.config.dataset.error("drop_last", f"{len(loader.split)} training samples are less than a global "
+                                            f"batch of {loader.global_batch_size}; lower TrainerArgs.train_batch_size "
+                                            "or set it to False")  # fmt: skip
         limits = [args.max_train_iters]
         if args.max_epochs is not None:
             epoch, first = divmod(progress.samples, len(loader.split))
-            unfinished = -(-(len(loader.split) - first) // loader.global_batch_size)
-            limits.append(progress.step + unfinished + (args.max_epochs - epoch - 1) * loader.steps_per_epoch)
+            limits.append(
+                progress.step + loader.steps_from(first) + (args.max_epochs - epoch - 1) * loader.steps_per_epoch
+            )
         return min(limit for limit in limits if limit is not None)
 
     def _keep_position(self) -> None:
         """Go on at the sample where the checkpoint stopped, though batches may be of another size now."""
         progress, loader = self.progress, self.loaders["train"]
+        progress.samples = loader.skip_dropped(progress.samples)
         self.total_steps = self.optimizer.total_steps = self._total_steps()
         epoch, first = divmod(progress.samples, len(loader.split))
         if progress.step != epoch * loader.steps_per_epoch + -(-first // loader.global_batch_size):

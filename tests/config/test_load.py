@@ -147,7 +147,7 @@ MISTAKES = [
     ("ContextParallelArgs.context_parallel_size = -1", ["context_parallel_size = -1"]),
     ("NetworkArgs.is_causal = False", ["NetworkArgs.is_causal = False", "leave it unset"]),
     ("NetworkArgs.context_attention = 'full'", ["context_attention = 'full'", "max_num_candidates above 0"]),
-    ("NetworkArgs.num_time_buckets = 9", ["num_time_buckets = 9", "max_num_candidates above 0"]),
+    ("NetworkArgs.num_time_buckets = 9", ["num_time_buckets = 9", "max_num_candidates above 0", "'gap'"]),
     ("NetworkArgs.token_layout = 'add'", ["NetworkArgs.token_layout = 'add'", "'interleave'"]),
     ("TrainerArgs.seed = = 3", ["Unable to parse value", "Class.field = value"]),
     ("TrainerArgs.seed 3", ["expected ':' or '='"]),

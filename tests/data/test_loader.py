@@ -84,13 +84,6 @@ def test_a_rank_with_nothing_still_gets_a_batch(dataset: SequenceDataset) -> Non
     assert_every_user_once(ranks)
 
 
-class Drops(BatchLoader):
-    """A loader that leaves out the short last batch."""
-
-    def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
-        return itertools.islice(super().epoch(epoch, first), len(self.split) // self.global_batch_size)
-
-
 class Pads(BatchLoader):
     """A sampler that repeats the first samples until ranks get equally many."""
 
@@ -102,10 +95,32 @@ class Pads(BatchLoader):
             yield self.collate(self.dataset, self.split, mine, mine, 0)
 
 
-@pytest.mark.parametrize("kind", [Drops, Pads])
-def test_dropped_and_repeated_samples_are_caught(dataset: SequenceDataset, kind: type[BatchLoader]) -> None:
+@pytest.mark.parametrize(("kind", "options"), [(BatchLoader, {"drop_last": True}), (Pads, {})])
+def test_dropped_and_repeated_samples_are_caught(
+    dataset: SequenceDataset, kind: type[BatchLoader], options: dict[str, bool]
+) -> None:
     with pytest.raises(AssertionError):
-        assert_every_user_once(loaders(dataset, 2, 4, kind))
+        assert_every_user_once(loaders(dataset, 2, 4, kind, **options))
+
+
+@pytest.mark.parametrize(("world", "batch_size"), [(1, 5), (2, 4), (2, 20)])
+def test_the_short_batch_is_dropped_on_request(dataset: SequenceDataset, world: int, batch_size: int) -> None:
+    ranks, size = loaders(dataset, world, batch_size, shuffle=True, drop_last=True), world * batch_size
+    whole = loaders(dataset, world, batch_size, shuffle=True)
+    samples, epochs = 0, []
+    for epoch in range(2):
+        steps = global_batches(ranks, epoch)
+        assert len(steps) == ranks[0].steps_per_epoch == USERS // size
+        assert [[len(real_users(batch)) for batch in step] for step in steps] == [[batch_size] * world] * len(steps)
+        kept = global_batches(whole, epoch)[: len(steps)]
+        assert [[b.users.tolist() for b in s] for s in steps] == [[b.users.tolist() for b in s] for s in kept]
+        for _ in steps:  # what a run counts: the epoch is over with its last whole batch
+            epochs.append(samples // USERS)
+            samples = ranks[0].after(samples)
+    if epochs:
+        assert epochs == [0] * (USERS // size) + [1] * (USERS // size) and samples == 2 * USERS
+    assert ranks[0].skip_dropped(USERS - 1) == USERS and whole[0].skip_dropped(USERS - 1) == USERS - 1
+    assert whole[0].after(USERS - 1) == USERS and whole[0].after(0) == min(size, USERS)
 
 
 def order_of(loader: BatchLoader, epoch: int) -> list[int]:

@@ -15,7 +15,7 @@ import pytest
 from hstu.cli import export, predict
 from hstu.data.synthetic import SyntheticConfig, generate
 from hstu.data.table import preprocess_interactions
-from hstu.metrics.ranking import ranking_scores
+from hstu.metrics.ranking import Predicted, ranking_scores
 from tests import launch
 from tests.tiny import BINDINGS
 
@@ -179,7 +179,9 @@ def test_a_ranking_run_scores_held_out_events_and_candidates_alike(tmp_path: Pat
     held_out = answers(tmp_path / "test.parquet", "--split", "test", task="ranking")
     values = held_out.select("score_0", "score_1").to_numpy()
     assert np.allclose(values.sum(1), 1)
-    scores = ranking_scores(("AUC",), values, held_out["action_id"].to_numpy(), np.arange(90), multiclass=True)
+    labels = held_out["action_id"].to_numpy()
+    task = Predicted(name="action", kind="multiclass", values=values, labels=labels, users=np.arange(90))
+    scores = ranking_scores(("AUC",), [task])
     assert scores.metrics["AUC"] == pytest.approx(result("ranking")["AUC"], abs=1e-12)
     history, last = last_events(planted_log()[0])
     history.join(planted_log()[1], on="who").write_parquet(tmp_path / "history.parquet")

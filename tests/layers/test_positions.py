@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -61,6 +63,30 @@ def test_time_rows_count_back_from_the_last_event(kind: str) -> None:
     assert max(buckets) == 12 and encoder.time is not None and encoder.time.shape == (13, 10)
     plain = tokens.values * encoder.scale + encoder.position[token_positions(tokens)]
     torch.testing.assert_close(encoder(tokens).values, plain + encoder.time[buckets])
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_gaps_are_those_to_the_event_before_and_of_candidates_to_the_history(interleaved: bool) -> None:
+    history, candidates, context = (3, 0, 1, 2), (2, 0, 0, 1), (2, 1, 0, 0)
+    rng, lengths, times, rows, expected = np.random.default_rng(0), [], [], [], []
+    for events, asked, contexts in zip(history, candidates, context, strict=True):
+        clock = np.sort(rng.integers(0, 10**6, size=events)).tolist() + rng.integers(10**6, 2 * 10**6, asked).tolist()
+        start, last = len(times), 0
+        times += contexts * [clock[0] if clock else 0]
+        expected += contexts * [0]
+        for place, time in enumerate(clock):
+            rows.append(len(times))
+            copies = 2 if interleaved and place < events else 1
+            times += copies * [time]
+            expected += copies * [math.isqrt(time - last) if place else 0]
+            last = time if place < events else last
+        lengths.append(len(times) - start)
+    tokens = at_times(make_tokens(lengths, context, candidates), torch.tensor(times))
+    tokens = replace(tokens, event_rows=torch.tensor(rows), tokens_per_event=1 + interleaved)
+    encoder = PositionEncoder(10, 20, num_time_buckets=5000, time_bucket_of="gap")
+    assert encoder.time_buckets(tokens).tolist() == expected and max(expected) > 0
+    alone = replace(make_tokens((1,), (1,)), event_rows=torch.tensor([], dtype=torch.int64))
+    assert encoder.time_buckets(alone).tolist() == [0]
 
 
 def test_seconds_are_not_rounded_to_float32() -> None:

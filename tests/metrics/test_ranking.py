@@ -7,7 +7,18 @@ import math
 import numpy as np
 import pytest
 
-from hstu.metrics.ranking import accuracy, auc, gauc, log_loss, normalized_entropy, ranking_scores
+from hstu.metrics.ranking import (
+    Predicted,
+    RankingScores,
+    accuracy,
+    auc,
+    gauc,
+    log_loss,
+    lower_is_better,
+    normalized_entropy,
+    ranking_scores,
+    spearman,
+)
 
 
 def pairwise_auc(scores: np.ndarray, labels: np.ndarray) -> float:
@@ -101,10 +112,29 @@ def test_a_certain_mistake_is_a_large_number_and_no_infinity() -> None:
     assert math.isfinite(log_loss(np.array([[1.0, 0.0]]), np.array([1])))
 
 
+def scores_of(
+    names: tuple[str, ...],
+    p: np.ndarray,
+    y: np.ndarray,
+    users: np.ndarray,
+    *,
+    multiclass: bool,
+    tasks: tuple[str, ...] = (),
+) -> RankingScores:
+    """Scores of one softmax, or of a binary task for each bit; those of other names are called by their numbers."""
+    if multiclass:
+        return ranking_scores(names, [Predicted(name="all", kind="multiclass", values=p, labels=y, users=users)])
+    called = [*tasks, *map(str, range(len(tasks), p.shape[1]))]
+    return ranking_scores(names, [
+        Predicted(name=name, kind="binary", values=p[:, [k]], labels=y >> k & 1, users=users)
+        for k, name in enumerate(called)
+    ])  # fmt: skip
+
+
 def test_multiclass_auc_is_the_mean_over_classes_that_occur() -> None:
     p, y = probabilities(3, classes=5)
     y[y == 4] = 0  # a class that never occurs, as with a head wider than the actions
-    scores = ranking_scores(("AUC", "GAUC", "LOGLOSS", "NE", "ACCURACY"), p, y, np.arange(40) % 7, multiclass=True)
+    scores = scores_of(("AUC", "GAUC", "LOGLOSS", "NE", "ACCURACY"), p, y, np.arange(40) % 7, multiclass=True)
     expected = np.mean([pairwise_auc(p[:, k], (y == k).astype(int)) for k in range(4)])
     assert scores.metrics["AUC"] == pytest.approx(expected, abs=1e-12) and scores.left_out["AUC"] == 1
     assert scores.metrics["LOGLOSS"] == log_loss(p, y) and set(scores.metrics) == {
@@ -116,21 +146,21 @@ def test_each_binary_task_reads_its_bit() -> None:
     rng = np.random.default_rng(5)
     p, y = rng.random((50, 3)), rng.integers(8, size=50)
     y &= 0b011  # the third task never happens
-    scores = ranking_scores(("AUC", "ACCURACY"), p, y, np.zeros(50, np.int64), multiclass=False)
+    scores = scores_of(("AUC", "ACCURACY"), p, y, np.zeros(50, np.int64), multiclass=False)
     for k in (0, 1):
         bits = np.array([int(label) // 2**k % 2 for label in y])
         assert scores.metrics[f"AUC/{k}"] == pytest.approx(pairwise_auc(p[:, k], bits), abs=1e-12)
         assert scores.metrics[f"ACCURACY/{k}"] == np.mean((p[:, k] > 0.5) == bits)
     assert math.isnan(scores.metrics["AUC/2"]) and scores.left_out["AUC"] == 1
     assert scores.metrics["AUC"] == pytest.approx((scores.metrics["AUC/0"] + scores.metrics["AUC/1"]) / 2)
-    named = ranking_scores(("AUC",), p, y, np.zeros(50, np.int64), multiclass=False, tasks=("click", "buy"))
+    named = scores_of(("AUC",), p, y, np.zeros(50, np.int64), multiclass=False, tasks=("click", "buy"))
     assert list(named.metrics) == ["AUC", "AUC/click", "AUC/buy", "AUC/2"]
     assert named.metrics["AUC/buy"] == scores.metrics["AUC/1"]
 
 
 def test_one_binary_task_has_no_numbered_copy() -> None:
     scores, labels = draw(0)
-    result = ranking_scores(("AUC", "LOGLOSS", "NE"), scores[:, None] * 0.9 + 0.05, labels, labels, multiclass=False)
+    result = scores_of(("AUC", "LOGLOSS", "NE"), scores[:, None] * 0.9 + 0.05, labels, labels, multiclass=False)
     assert set(result.metrics) == {"AUC", "LOGLOSS", "NE"}
     p = scores * 0.9 + 0.05
     expected = -np.mean(labels * np.log(p) + (1 - labels) * np.log(1 - p))
@@ -138,5 +168,39 @@ def test_one_binary_task_has_no_numbered_copy() -> None:
 
 
 def test_one_label_only_is_counted_and_not_scored() -> None:
-    result = ranking_scores(("AUC",), np.array([[0.3], [0.4]]), np.array([1, 1]), np.array([0, 1]), multiclass=False)
+    result = scores_of(("AUC",), np.array([[0.3], [0.4]]), np.array([1, 1]), np.array([0, 1]), multiclass=False)
     assert math.isnan(result.metrics["AUC"]) and result.left_out == {"AUC": 1}
+
+
+def ranks_by_counting(values: np.ndarray) -> np.ndarray:
+    return np.array([(values < v).sum() + ((values == v).sum() + 1) / 2 for v in values])
+
+
+def test_errors_and_rank_correlation_are_those_of_loops() -> None:
+    rng = np.random.default_rng(6)
+    found, wanted = rng.integers(6, size=40) / 2, rng.integers(5, size=40).astype(float)
+    task = Predicted(name="watch", kind="regression", values=found[:, None], labels=wanted, users=np.zeros(40))
+    scores = ranking_scores(("RMSE", "MAE", "SPEARMAN/watch"), [task]).metrics
+    gaps = [float(f - w) for f, w in zip(found, wanted, strict=True)]
+    assert scores["RMSE"] == pytest.approx(math.sqrt(sum(g * g for g in gaps) / 40), rel=1e-12)
+    assert scores["MAE"] == pytest.approx(sum(map(abs, gaps)) / 40, rel=1e-12)
+    expected = np.corrcoef(ranks_by_counting(found), ranks_by_counting(wanted))[0, 1]
+    assert scores["SPEARMAN/watch"] == pytest.approx(expected, abs=1e-12)
+    assert spearman(np.exp(wanted), wanted) == pytest.approx(1.0) and math.isnan(spearman(found, np.ones(40)))
+    assert math.isnan(spearman(found[:0], wanted[:0]))
+
+
+def test_each_metric_is_of_the_tasks_it_is_for() -> None:
+    rng = np.random.default_rng(7)
+    users = np.arange(30) % 4
+    click = Predicted(
+        name="click", kind="binary", values=rng.random((30, 1)), labels=rng.integers(2, size=30), users=users
+    )
+    buy = Predicted(name="buy", kind="binary", values=rng.random((30, 1)), labels=rng.integers(2, size=30), users=users)
+    watch = Predicted(name="watch", kind="regression", values=rng.random((30, 1)), labels=rng.random(30), users=users)
+    found = ranking_scores(("AUC", "GAUC/buy", "MAE"), [click, watch, buy]).metrics
+    assert list(found) == ["AUC", "AUC/click", "AUC/buy", "GAUC/buy", "MAE", "MAE/watch"]
+    assert found["AUC"] == (found["AUC/click"] + found["AUC/buy"]) / 2
+    assert found["AUC/buy"] == auc(buy.values[:, 0], buy.labels)
+    assert found["GAUC/buy"] == gauc(buy.values[:, 0], buy.labels, users)[0]
+    assert lower_is_better("MAE/watch") and lower_is_better("RMSE") and not lower_is_better("SPEARMAN/watch")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hstu.layers.similarity import DotProduct, MixtureOfLogits, mutual_information
 from hstu.models import losses
-from hstu.models.losses import LossSum, SampledCandidates, action_bits, binary_loss, ranking_loss
+from hstu.models.losses import LossSum, SampledCandidates, binary_loss
 from hstu.models.losses import softmax_loss as softmax_loss_of
 
 L, P, D = 7, 9, 4
@@ -100,38 +100,6 @@ def test_a_rank_without_labels_adds_nothing_and_moves_nothing() -> None:
     assert float(loss.total.detach()) == 0.0 and loss.count == 0
     gradients = torch.autograd.grad(loss.total, [x["pool"]])  # the graph is there, for every rank runs the same
     assert not gradients[0].any()
-
-
-def test_binary_tasks_read_one_bit_each() -> None:
-    actions = torch.tensor([0, 1, 2, 5, 7, 6])
-    assert action_bits(actions, 3).tolist() == [[0, 0, 0], [1, 0, 0], [0, 1, 0], [1, 0, 1], [1, 1, 1], [0, 1, 1]]
-    logits = torch.randn(6, 3, dtype=torch.float64)
-    total = 0.0
-    for i, action in enumerate(actions.tolist()):
-        for k in range(3):
-            p = 1 / (1 + math.exp(-float(logits[i, k])))
-            total -= math.log(p if action >> k & 1 else 1 - p)
-    loss = ranking_loss(logits, actions, multiclass=False)
-    assert float(loss.total) == pytest.approx(total, rel=1e-6) and loss.count == 6
-
-
-def test_multiclass_is_one_softmax() -> None:
-    logits, actions = torch.randn(6, 4, dtype=torch.float64), torch.tensor([0, 3, 1, 1, 2, 0])
-    total = sum(
-        math.log(sum(math.exp(float(s)) for s in row)) - float(row[a])
-        for row, a in zip(logits, actions.tolist(), strict=True)
-    )
-    loss = ranking_loss(logits, actions, multiclass=True)
-    assert float(loss.total) == pytest.approx(total, rel=1e-6)
-    assert (loss.count, loss.live_negatives) == (6, None)
-
-
-@pytest.mark.parametrize("multiclass", [True, False])
-def test_ranking_loss_of_nothing_is_zero(multiclass: bool) -> None:
-    logits = torch.randn(0, 4, requires_grad=True)
-    loss = ranking_loss(logits, torch.zeros(0, dtype=torch.int64), multiclass=multiclass)
-    loss.total.backward()
-    assert float(loss.total.detach()) == 0.0 and loss.count == 0
 
 
 # Options of the softmax, and the other similarities
