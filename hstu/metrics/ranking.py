@@ -127,9 +127,9 @@ class Predicted:
         if metric in ("AUC", "GAUC"):
             one = [(p[:, 0], y)] if self.kind == "binary" else [(p[:, k], (y == k) * 1) for k in range(p.shape[1])]
             if metric == "AUC":
-                values = [auc(*pair) for pair in one]
+                values = [auc(scores, labels) for scores, labels in one]
                 return _mean_of_known(values), int(np.isnan(values).sum())
-            pairs = [gauc(*pair, self.users) for pair in one]
+            pairs = [gauc(scores, labels, self.users) for scores, labels in one]
             return _mean_of_known([value for value, _ in pairs]), sum(count for _, count in pairs)
         whole = np.concatenate([1 - p, p], axis=1) if self.kind == "binary" else p
         return {"NE": normalized_entropy, "LOGLOSS": log_loss, "ACCURACY": accuracy}[metric](whole, y), 0

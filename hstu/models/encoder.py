@@ -43,6 +43,8 @@ class Encoder(nn.Module):
             self.categories = ItemCategories(inputs.item, unknown, schema.item.vocab_size or 0, rate, seed)
         #: Dense weights with one row for each id of a feature, and the feature.
         self.row_weights: dict[str, str] = {}
+        #: Vocabularies whose ids number some outputs of a weight.
+        self.class_features: tuple[str, ...] = ()
         self.features = (*inputs.contexts, inputs.item, *([inputs.action] if inputs.action else []))
         widths = {inputs.item: network.item_embedding_dim} | self.embeddings.widths
         self.preprocess = Preprocess(

@@ -34,11 +34,14 @@ class RankingModel(Encoder):
             bias=args.prediction_head_bias,
         )
         initialize(self.head, "xavier_uniform", 0.0)
-        only = self.tasks[0]
-        if only.kind == "multiclass" and len(self.tasks) == 1:
+        tables = {feature.name: feature.table or feature.name for feature in schema.features}
+        classes = tuple(tables[task.feature] for task in self.tasks if task.kind == "multiclass")
+        if len(self.tasks) > 1:
+            self.class_features = classes
+        elif classes:
             last = len(self.head.layers) - 1
             names = (name for name, _ in self.head.layers[last].named_parameters())
-            self.row_weights = {f"head.layers.{last}.{name}": only.feature for name in names}
+            self.row_weights = {f"head.layers.{last}.{name}": classes[0] for name in names}
 
     def logits(self, batch: Batch) -> Tensor:
         """Return the outputs of the head for the labelled events, [L, outputs of all tasks] float32."""

@@ -72,6 +72,8 @@ def model_identity(config: Config) -> dict[str, Any]:
     if config.ranking is not None:
         head = ("prediction_head_arch", "prediction_head_act_type", "num_tasks")
         identity |= {f"RankingArgs.{name}": getattr(config.ranking, name) for name in head}
+        if config.ranking.tasks:
+            identity["RankingArgs.tasks"] = config.ranking.tasks
     if config.retrieval is not None:
         shape = ("similarity", "item_bias", "mol_query_groups", "mol_item_groups", "mol_channels", "mol_gate_channels")
         identity |= {f"RetrievalArgs.{name}": getattr(config.retrieval, name) for name in shape}

@@ -182,10 +182,12 @@ class _Initializer:
         model: Encoder = parallel.model
         #: Dense weight -> feature whose ids its rows stand for.
         self.row_weights = dict(model.row_weights)
+        self.class_features = model.class_features
         self.row_weights |= {_REPLICATED + name: name for name in parallel.tables.replicated.weights}
 
     def run(self) -> Progress:
         """Take everything that is known there; returns a start whose optimizers have taken the steps that count."""
+        self._require_same_classes()
         self._dense_weights()
         for name, weight, moments in self._sharded():
             self._table(name, weight, moments)
@@ -198,6 +200,15 @@ class _Initializer:
         self.parallel.tables.set_step(progress.table_steps)
         self._dense_moments(progress.dense_steps)
         return progress
+
+    def _require_same_classes(self) -> None:
+        """Raise ``CheckpointError`` for other classes of a softmax beside other tasks: its outputs are not matched."""
+        for name in self.class_features:
+            ids = self.source.ids[name]
+            if not torch.equal(ids, torch.arange(self.source.known[name])):
+                raise CheckpointError(f"{_FIELD} = {str(self.source.path)!r}: the values of {name!r}, which a task of "
+                                      "several predicts, are others here or in another order; use a data set with the "
+                                      "same, or predict it alone")  # fmt: skip
 
     def record(self) -> dict[str, Any]:
         """Return what was carried over, as JSON values."""

@@ -12,7 +12,7 @@ from typing import Any
 from hstu.config import Config
 from hstu.data.schema import ITEM_FEATURE, SCHEMA_FILE, VOCABULARY_DIR, Schema
 from hstu.data.vocabulary import Vocabularies
-from hstu.models.encoder import Encoder
+from hstu.models import Encoder, RankingModel
 from hstu.training.checkpoint_files import CheckpointError
 
 Record = dict[str, dict[str, Any]]
@@ -131,6 +131,7 @@ def kept_vocabularies(run: Path, identities: dict[str, str]) -> Vocabularies | N
 def embedded_features(config: Config, model: Encoder, schema: Schema) -> tuple[str, ...]:
     """Return the features whose ids choose weights of ``model``, or are what it predicts."""
     names = [table.name for table in model.embeddings.tables] + [*model.row_weights.values()]
-    if config.ranking is not None and schema.action is not None:
-        names.append(schema.action.name)
+    if isinstance(model, RankingModel):
+        tables = {feature.name: feature.table for feature in schema.features}
+        names += [tables[task.feature] or task.feature for task in model.tasks if not task.is_number]
     return tuple(dict.fromkeys(names))
