@@ -31,7 +31,7 @@ class Collator:
         seed: Of that draw.
         actions_without_loss: Ids of actions whose events are never to be predicted in training.
         unknown_rate: Share of the training samples whose value of a context becomes the unknown one, drawn anew for
-            each context and epoch; 0: there is no unknown value.
+            each context and epoch, and of the events whose action does; 0: there is no unknown value.
         met: Context -> which of its ids training meets, [vocab_size + 1] bool; to others the unknown value is given
             after training. Contexts that are left out have all been met.
         whole_history: Whether training batches carry all items of their users.
@@ -188,10 +188,24 @@ class Collator:
             if drawn_for is None:
                 lost = ~self.met[name][found[number]] if name in self.met else np.zeros(1, bool)
             else:
-                keys = drawn_for.astype(np.uint64) + _mix(np.array([self.seed + ((1 + number) << 32)], np.uint64))
-                lost = (_mix(keys) >> np.uint64(11)) < self.unknown_rate * 2**53
+                lost = self._lost(drawn_for, 1 + number)
             found[number] = np.where(lost, unknown, found[number])
         return found
+
+    def _actions(self, dataset: Histories, events: Sequences, drawn_for: np.ndarray | None) -> np.ndarray:
+        """Return the ids of the actions, those replaced that are drawn for samples ``drawn_for``."""
+        action = dataset.schema.action
+        assert action is not None and events.actions is not None
+        if self.unknown_rate == 0 or drawn_for is None:
+            return events.actions
+        place, _ = _places(events.lengths)
+        keys = np.repeat(_mix(drawn_for.astype(np.uint64)), events.lengths) + place.astype(np.uint64)
+        return np.where(self._lost(keys, 0x10000), unknown_id(dataset.schema, action.name), events.actions)
+
+    def _lost(self, keys: np.ndarray, of: int) -> np.ndarray:
+        """Return which of ``keys`` lose their value of feature ``of``, a share ``unknown_rate`` of them."""
+        mixed = _mix(keys.astype(np.uint64) + _mix(np.array([self.seed + (of << 32)], np.uint64)))
+        return (mixed >> np.uint64(11)) < self.unknown_rate * 2**53
 
     def _features(
         self, dataset: Histories, events: Sequences, candidates: np.ndarray, drawn_for: np.ndarray | None
@@ -205,11 +219,11 @@ class Collator:
         lengths.append(events.lengths)
         if self.use_actions and dataset.schema.action is not None and events.actions is not None:
             names.append(dataset.schema.action.name)
+            actions = self._actions(dataset, events, drawn_for)
             if self.max_candidates:
                 _, left = _places(events.lengths)
-                values.append(events.actions[left >= np.repeat(candidates, events.lengths)])
-            else:
-                values.append(events.actions)
+                actions = actions[left >= np.repeat(candidates, events.lengths)]
+            values.append(actions)
             lengths.append(events.lengths - candidates)
         return keyed_features(
             names,

@@ -126,8 +126,8 @@ class SequenceDataset:
 
     def _take(self, columns: dict[str, np.ndarray], feature: Feature, index: np.ndarray) -> np.ndarray:
         values = columns[feature.name][index].astype(np.int64, copy=False)
-        # Requests may hold the id of a context value that training never met: one more than those of the vocabulary.
-        known = (feature.vocab_size or 0) + (feature in self.schema.contexts)
+        # Requests may hold the id of a context or action that training never met: one more than the vocabulary's.
+        known = (feature.vocab_size or 0) + (feature in self.schema.contexts or feature.role == "action")
         if feature.vocab_size is not None and values.size and values.max() >= known:
             raise DamageError(
                 f"{self.path}: the column of {feature.name!r} is damaged: it holds {values.max()} of "

@@ -40,7 +40,7 @@ class HistoryColumns:
     action: str
     contexts: tuple[str, ...]
     use_actions: bool
-    has_unknown: bool  # whether values of contexts that the data set lacks can be read as unknown
+    has_unknown: bool  # whether contexts and actions that the data set lacks can be read as unknown
     time_format: str | None = None
     missing: Missing = "error"
 
@@ -108,7 +108,7 @@ def read_histories(
         parts += [exact.alias("exact"), whole_seconds(exact, ticks).alias("seconds")]
     if columns.use_actions:
         assert schema.action is not None
-        parts.append(_actions(frame[columns.action], known, file).alias("action"))
+        parts.append(_actions(frame[columns.action], known, columns, file).alias("action"))
     contexts = [_contexts(frame[name], known, columns, file) for name in columns.contexts]
     parts += [ids.alias(f"context {name}") for name, ids in zip(columns.contexts, contexts, strict=True)]
     events = _known_items(pl.DataFrame(parts), frame[columns.item], file, unknown_items)
@@ -156,13 +156,24 @@ def _contexts(column: pl.Series, known: SequenceDataset, columns: HistoryColumns
     return ids.fill_null(unknown_id(known.schema, column.name)) if columns.has_unknown else _require(column, ids, file)
 
 
-def _actions(column: pl.Series, known: SequenceDataset, file: str) -> pl.Series:
+def _actions(column: pl.Series, known: SequenceDataset, columns: HistoryColumns, file: str) -> pl.Series:
     action = known.schema.action
     assert action is not None
     if action.action_type == "categorical":
-        return _require(column, _find(column, known, action.name, file), file)
-    masks = clean_masks(column, file)
-    return _require(column, masks.set(masks >= (action.vocab_size or 0), None), file)
+        ids = _find(column, known, action.name, file)
+    else:
+        masks = clean_masks(column, file)
+        ids = masks.set(masks >= (action.vocab_size or 0), None)
+    if not columns.has_unknown or not ids.null_count():
+        return _require(column, ids, file)
+    strange = column.filter(ids.is_null())
+    values = strange.unique(maintain_order=True)
+    named = ", ".join(repr(value) for value in values[:3].to_list()) + (", ..." if len(values) > 3 else "")
+    logger.info(
+        "%s: column %r: %d of %d events have actions that the data set lacks (%s), which are read as unknown",
+        file, column.name, len(strange), len(column), named,
+    )  # fmt: skip
+    return ids.fill_null(unknown_id(known.schema, action.name))
 
 
 def _require(column: pl.Series, ids: pl.Series, file: str) -> pl.Series:
@@ -218,6 +229,6 @@ def _flat(
                 user = events["user"][int(changed[0])]
                 raise ValueError(f"{file}: column {feature.name!r}: user {user!r} has two values; give one per user")
             flat[feature.name] = values[first]
-        elif feature.role == "context":
+        elif feature.role == "feature" and feature.level == "user":
             flat[feature.name] = np.zeros(len(lengths), np.int64)
     return flat

@@ -136,7 +136,8 @@ def make_tables(config: Config, schema: Schema) -> tuple[Table, ...]:
         if table not in widths:
             raise ConfigError(field, f": no table {table!r}; tables: {', '.join(widths)}")
     rows = {feature.name: feature.vocab_size for feature in schema.features}
-    unknown = (*inputs.contexts, *categories) if config.feature.unknown_rate > 0 else ()
+    actions = () if inputs.action is None else (inputs.action,)
+    unknown = (*inputs.contexts, *actions, *categories) if config.feature.unknown_rate > 0 else ()
     rows |= {name: unknown_id(schema, name) + 1 for name in unknown}
     rows |= config.dynamic_embedding.capacity
     _check_dynamic(config, inputs.item)

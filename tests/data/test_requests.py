@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 
 from hstu.data.reader import SequenceDataset
+from hstu.data.request_files import HistoryColumns, read_histories
 from hstu.data.requests import Requests
 from hstu.data.seen import seen_before
 from tests.tiny import write_tiny
@@ -57,6 +59,17 @@ def test_a_request_before_an_event_is_refused(dataset: SequenceDataset):
     Requests(dataset, users, time=latest)
     with pytest.raises(ValueError, match=f"the request time {latest - 1} lies before"):
         Requests(dataset, users, time=latest - 1)
+
+
+def test_contexts_that_a_model_does_not_read_need_no_column(dataset: SequenceDataset):
+    columns = HistoryColumns(
+        user="who", item="what", time="when", action="did", contexts=(), use_actions=False, has_unknown=True
+    )
+    frame = pl.DataFrame({"who": ["b", "a", "b"], "what": dataset.vocabulary("item_id")[[3, 1, 2]], "when": [9, 5, 7]})
+    found, users = read_histories(dataset.path / "h.csv", frame, dataset, columns)
+    events = found.gather(np.arange(2), np.zeros(2, int), found.lengths)
+    assert users.to_list() == ["b", "a"] and events.items.tolist() == [2, 3, 1] and events.times is not None
+    assert events.times.tolist() == [7, 9, 5] and events.contexts["segment"].tolist() == [0, 0]
 
 
 def test_seen_is_the_whole_history_before_the_target(dataset: SequenceDataset):

@@ -175,6 +175,22 @@ def test_values_of_contexts_that_training_never_met_are_unknown(tmp_path: Path, 
     assert "never met" not in capsys.readouterr().out
 
 
+def test_actions_that_the_data_set_lacks_are_unknown(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    did = {"a": "0", "b": "1", "c": "7", "d": "shared"}
+    lines = [f"{user},sku {item},{item},free,{action}" for user, action in did.items() for item in (1, 2, 3)]
+    (tmp_path / "h.csv").write_text("\n".join(["who,what,when,plan,did", *lines]))
+    (tmp_path / "pairs.csv").write_text("\n".join(["who,what", *(f"{user},sku 4" for user in did)]))
+    flags = ["--users", str(tmp_path / "h.csv"), "--candidates", str(tmp_path / "pairs.csv"), *COLUMNS]
+    found = answers(tmp_path / "o.parquet", *flags, task="ranking")
+    told = (
+        "column 'did': 6 of 12 events have actions that the data set lacks ('7', 'shared'), which are read as unknown"
+    )
+    assert told in capsys.readouterr().out
+    scores = dict(zip(found["user"], found["score_1"], strict=True))
+    assert scores["c"] == pytest.approx(scores["d"], abs=1e-6)
+    assert all(scores[known] != pytest.approx(scores["c"], abs=1e-6) for known in "ab")
+
+
 def test_a_ranking_run_scores_held_out_events_and_candidates_alike(tmp_path: Path):
     held_out = answers(tmp_path / "test.parquet", "--split", "test", task="ranking")
     values = held_out.select("score_0", "score_1").to_numpy()
@@ -204,7 +220,12 @@ def test_a_ranking_run_scores_held_out_events_and_candidates_alike(tmp_path: Pat
         ("retrieval", ["--request-time", "soon"], "is no time"),
         ("retrieval", ["--request-time", "5"], "lies before the last event"),
         ("retrieval", ["--users", "absent.csv"], "absent.csv: cannot be read"),
-        ("retrieval", ["--users", "log.csv"], "column 'user_id' is missing"),
+        (
+            "retrieval",
+            ["--users", "log.csv"],
+            "column 'user_id' is missing; present: who, what, when, did; its first line "
+            "is 'who,what,when,did'; say which of them it is with --user_column, --item_column and so on",
+        ),
         ("retrieval", ["--users", "log.csv", *COLUMNS], "column 'plan' is missing"),
         ("retrieval", ["--output", "log.csv/x.parquet"], "cannot be written"),
         ("retrieval", ["--approximate", "50"], "is for RetrievalArgs.similarity = 'mol'"),

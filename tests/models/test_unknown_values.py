@@ -14,6 +14,7 @@ from hstu.data import SequenceDataset, leave_one_out
 from hstu.data.batch import Batch
 from hstu.data.seen import met_categories
 from hstu.models import RetrievalModel, build_model, make_collator
+from hstu.models.binding import make_tables
 from hstu.training.checkpoint_files import CheckpointError, find_checkpoint
 from tests.models.test_models import totals
 from tests.samples import make_config, make_dataset
@@ -52,6 +53,28 @@ def test_training_loses_contexts_by_seed_and_sample(dataset: SequenceDataset) ->
     assert torch.equal(part.ids("age"), batch_of(dataset, "train", rows).ids("age")[rows[::-3].copy()])
     for split in ("valid", "test"):
         assert (batch_of(dataset, split, rows).ids("age").numpy() == true["age"]).all(), "nothing is lost afterwards"
+
+
+def test_training_loses_actions_by_seed_sample_and_event(dataset: SequenceDataset) -> None:
+    rows, unknown = np.arange(USERS), 4
+    config = make_config("ranking", OFTEN, "DatasetArgs.max_num_candidates=1")
+
+    def collated(split: str, rows: np.ndarray, epoch: int = 0, **changes: object) -> Batch:
+        collate = replace(make_collator(config, dataset.schema), **changes)  # type: ignore[arg-type]
+        return collate(dataset, leave_one_out(dataset.lengths)[split], rows, rows + epoch * USERS, 0)
+
+    batch, whole = collated("train", rows), collated("train", rows, unknown_rate=0.0)
+    (table,) = [table for table in make_tables(config, dataset.schema) if table.name == "action"]
+    assert torch.equal(batch.labels, whole.labels) and table.rows == unknown + 1 and table.unknown
+    drawn = [batch, collated("train", rows, 1), collated("train", rows, seed=5)]
+    for ids in (found.ids("action") for found in drawn):
+        lost = ids == unknown
+        assert torch.equal(ids, torch.where(lost, unknown, whole.ids("action")))
+        assert 0.16 < float(lost.double().mean()) < 0.34  # 0.25 +- 4 x 0.022 over 400 events
+    assert len({tuple(found.ids("action").tolist()) for found in drawn}) == len(drawn)
+    part = collated("train", rows[::-3])
+    assert torch.equal(part.ids("action"), batch.ids("action")[rows[::-3].copy()]), "whoever is beside it"
+    assert int(collated("test", rows).ids("action").max()) < unknown, "nothing is lost afterwards"
 
 
 @torch.no_grad()

@@ -79,18 +79,18 @@ class FileFormat:
                 raise ValueError(f"{path}: is read as {name}, to which {self.flag(field)} does not apply")
         return name
 
-    def suggest(self, first_line: str, columns: list[str]) -> str:
-        """What the first line of a file that did not fit looks like, and the flag to use."""
+    def suggest(self, first_line: str, columns: list[str], otherwise: str | None = None) -> str:
+        """What the first line of a file that did not fit looks like, and the flag to use (if it tells none, this)."""
         shown = shorten(first_line)
         line = first_line.lstrip("\ufeff").strip()
-        choice = f"say what it is with {self.flag('format')} ({', '.join(FORMATS)})"
+        choice = otherwise or f"say what it is with {self.flag('format')} ({', '.join(FORMATS)})"
         if line.startswith("{"):
             choice = f"{self.flag('format')} jsonl reads one object a line"
         elif line.startswith("["):
             choice = f"{self.flag('format')} json reads an array of objects"
         elif separator := _separator(line, columns):
             choice = f"{self.flag('format')} csv {self.flag('separator')} {_word(separator)} fits"
-        elif self.format in ("csv", "tsv") or (self.format is None and self.separator):
+        elif not otherwise and (self.format in ("csv", "tsv") or (self.format is None and self.separator)):
             choice = f"name its columns with {self.flag('columns')} if it has no header"
         return f"its first line is {shown}; {choice}"
 

@@ -52,10 +52,12 @@ def open_table(path: str | Path, columns: list[str], fmt: FileFormat = PLAIN) ->
         table = open_delimited(parts, fmt, kind)
     for name in columns:
         if name not in table.columns:
-            nothing = kind in ("csv", "tsv") and not set(columns) & set(table.columns)
-            hint = f"; {_suggestion(parts[0], columns, fmt)}" if nothing else ""
             present = ", ".join(map(printable, table.columns))
-            raise ValueError(f"{path}: column {name!r} is missing; present: {present}{hint}")
+            hint = "say which of them it is with --user_column, --item_column and so on"
+            if kind in ("csv", "tsv") and not set(columns) & set(table.columns):
+                header = f"{hint}, or name all with {fmt.flag('columns')} if it has no header"
+                hint = _suggestion(parts[0], columns, fmt, header if len(table.columns) > 1 else None)
+            raise ValueError(f"{path}: column {name!r} is missing; present: {present}; {hint}")
     return table
 
 
@@ -79,5 +81,5 @@ def checksums(path: str | Path) -> dict[str, str]:
     return {str(path): hashlib.sha256(lines.encode()).hexdigest()}
 
 
-def _suggestion(path: Path, columns: list[str], fmt: FileFormat) -> str:
-    return fmt.suggest(Source(path, fmt.encoding).first_line(), columns)
+def _suggestion(path: Path, columns: list[str], fmt: FileFormat, otherwise: str | None = None) -> str:
+    return fmt.suggest(Source(path, fmt.encoding).first_line(), columns, otherwise)
