@@ -28,8 +28,8 @@ class Batch(Pipelineable):
 
     Attributes:
         features: Keys in a fixed order: one per context feature (one id a sample), the item feature
-            (history, then candidates), the action feature (history only) if used, and for retrieval
-            ``POOL``. int64 ids.
+            (history, then candidates), the action feature (history only) if used, declared features (ids of all E
+            events, or the sets of the samples' users) and for retrieval ``POOL``. int64 ids.
         item: Key of the item feature.
         label_mask: [E] bool. Events whose row carries a label. Ranking: the event that is scored.
             Retrieval: the event before the one to be predicted.
@@ -41,6 +41,8 @@ class Batch(Pipelineable):
         step: Number of the global batch in the run.
         whole_history: [2, H] int64, place of the sample and item id of all that training knows of the samples' users;
             None unless the loss asks for it.
+        numbers: Numeric feature or vector -> float32, [E, width] of events or [B, width] of users, NaN where missing.
+        set_lengths: Feature whose value is a set, one for each event -> ids of each event's, [E] int64.
     """
 
     features: KeyedJaggedTensor
@@ -53,6 +55,8 @@ class Batch(Pipelineable):
     sample_ids: Tensor
     step: int
     whole_history: Tensor | None = None
+    numbers: dict[str, Tensor] = field(default_factory=dict)
+    set_lengths: dict[str, Tensor] = field(default_factory=dict)
     _kept: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
@@ -118,18 +122,24 @@ class Batch(Pipelineable):
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Keep the memory alive until ``stream`` is done with it."""
-        for value in self._tensors().values():
-            value.record_stream(stream)
+        for value in (*vars(self).values(), *self.numbers.values(), *self.set_lengths.values()):
+            if isinstance(value, (Tensor, KeyedJaggedTensor)):
+                value.record_stream(stream)
 
     def _sharing(self, copy: Batch) -> Batch:
         object.__setattr__(copy, "_kept", self._kept)
         return copy
 
-    def _tensors(self) -> dict:
-        return {name: value for name, value in vars(self).items() if isinstance(value, (Tensor, KeyedJaggedTensor))}
-
     def _map(self, function) -> Batch:  # type: ignore[no-untyped-def]
-        return replace(self, **{name: function(value) for name, value in self._tensors().items()})
+        """Return this batch with ``function`` of each tensor and jagged tensor."""
+        changed: dict[str, Any] = {
+            name: function(value)
+            for name, value in vars(self).items()
+            if isinstance(value, (Tensor, KeyedJaggedTensor))
+        }
+        for name in ("numbers", "set_lengths"):
+            changed[name] = {feature: function(value) for feature, value in getattr(self, name).items()}
+        return replace(self, **changed)
 
 
 def keyed_features(keys: list[str], values: Tensor, lengths: Tensor, sizes: list[int]) -> KeyedJaggedTensor:

@@ -10,8 +10,9 @@ import torch
 
 from hstu.data.batch import Batch, KeyedJaggedTensor, keyed_features
 from hstu.data.reader import Histories, Sequences
-from hstu.data.schema import unknown_id
+from hstu.data.schema import Schema, unknown_id
 from hstu.data.splits import Split
+from hstu.data.values import Sets, missing, take, without
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +24,8 @@ class Collator:
         max_history: Most recent events kept in front of the ones to be predicted.
         max_candidates: Trailing events of a training sample that are candidates; 0: none, every event of
             the history carries a label.
-        contexts: Context features to carry.
+        contexts: Categorical features of users to carry, one id a sample.
+        features: Other features of users and events to carry, in this order.
         use_actions: Whether the history's actions are inputs.
         history_start: First event of the history that a sample sees, as in a Python slice; None: the oldest.
         history_end: Where what it sees ends, as in a Python slice; None: with the history.
@@ -41,6 +43,7 @@ class Collator:
     max_history: int
     max_candidates: int = 0
     contexts: tuple[str, ...] = ()
+    features: tuple[str, ...] = ()
     use_actions: bool = True
     history_start: int | None = None
     history_end: int | None = None
@@ -65,10 +68,14 @@ class Collator:
             events, is_target = self._thin(events, is_target, targets, sample_ids)
         if rows.size == 0:
             users, sample_ids, targets = np.full(1, -1), np.full(1, -1), np.zeros(1, np.int64)
-            events = _one_empty_sample(events)
+            events = _one_empty_sample(dataset.schema, events)
         candidates = targets if self.max_candidates else np.zeros_like(targets)
+        events = self._known_at_request(dataset.schema, events, candidates if training else targets)
         mask, labels = self._labels(dataset, events, candidates, is_target, training)
         times = events.times if events.times is not None else np.zeros_like(events.items)
+        declared = [
+            events.of_events[name] if name in events.of_events else events.of_users[name] for name in self.features
+        ]
         return Batch(
             features=self._features(dataset, events, candidates, sample_ids if training else None),
             item=dataset.schema.item.name,
@@ -80,6 +87,16 @@ class Collator:
             sample_ids=torch.from_numpy(sample_ids),
             step=step,
             whole_history=_whole_history(dataset, split, rows) if training and self.whole_history else None,
+            numbers={
+                name: torch.from_numpy(values)
+                for name, values in zip(self.features, declared, strict=True)
+                if isinstance(values, np.ndarray) and values.ndim == 2
+            },
+            set_lengths={
+                name: torch.from_numpy(values.lengths)
+                for name, values in events.of_events.items()
+                if isinstance(values, Sets)
+            },
         )
 
     def visible(self, dataset: Histories, split: Split, rows: np.ndarray) -> tuple[Sequences, np.ndarray, np.ndarray]:
@@ -117,11 +134,12 @@ class Collator:
         longest = self.max_history + int(training and self.max_candidates == 0)
         start = np.maximum(np.minimum(start, end), end - longest)
         bounds = np.stack([start, end, history, stop], axis=1).reshape(-1, 2)
-        pieces = dataset.gather(np.repeat(users, 2), bounds[:, 0], bounds[:, 1])
+        pieces = dataset.gather(np.repeat(users, 2), bounds[:, 0], bounds[:, 1], self.features)
         events = replace(
             pieces,
             users=users,
             contexts={name: ids[::2] for name, ids in pieces.contexts.items()},
+            of_users={name: take(values, np.arange(0, 2 * len(users), 2)) for name, values in pieces.of_users.items()},
             lengths=pieces.lengths.reshape(-1, 2).sum(axis=1),
         )
         # Own events that are not visible are the latest: those that history_end hides.
@@ -142,8 +160,18 @@ class Collator:
             items=events.items[keep],
             actions=None if events.actions is None else events.actions[keep],
             times=None if events.times is None else events.times[keep],
+            of_events={name: take(values, np.flatnonzero(keep)) for name, values in events.of_events.items()},
         )
         return thinned, is_target[keep]
+
+    def _known_at_request(self, schema: Schema, events: Sequences, asked: np.ndarray) -> Sequences:
+        """Blank what is known of the last ``asked`` [B] events of each sample only after they are asked about."""
+        later = {f.name: f for f in schema.stored("event") if f.name in events.of_events and not f.known_at_request}
+        if not later:
+            return events
+        lost = _places(events.lengths)[1] < np.repeat(asked, events.lengths)
+        blank = {name: without(events.of_events[name], lost, feature) for name, feature in later.items()}
+        return replace(events, of_events=events.of_events | blank)
 
     def _labels(
         self,
@@ -225,6 +253,11 @@ class Collator:
                 actions = actions[left >= np.repeat(candidates, events.lengths)]
             values.append(actions)
             lengths.append(events.lengths - candidates)
+        for name in self.features:
+            if (ids := _ids_by_sample(events, name)) is not None:
+                names.append(name)
+                values.append(ids[0])
+                lengths.append(ids[1])
         return keyed_features(
             names,
             torch.from_numpy(np.concatenate(values)),
@@ -265,7 +298,16 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def _one_empty_sample(events: Sequences) -> Sequences:
+def _ids_by_sample(events: Sequences, name: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return the ids of a feature and how many each sample has, [B]; None for numbers."""
+    of_user = name in events.of_users
+    values = events.of_users[name] if of_user else events.of_events[name]
+    if isinstance(values, Sets):
+        return values.ids, values.lengths if of_user else np.diff(values.offsets[_offsets(events.lengths)])
+    return None if values.ndim == 2 else (values, np.ones_like(values) if of_user else events.lengths)
+
+
+def _one_empty_sample(schema: Schema, events: Sequences) -> Sequences:
     return Sequences(
         users=np.full(1, -1),
         contexts={name: np.empty(0, dtype=np.int64) for name in events.contexts},
@@ -273,4 +315,6 @@ def _one_empty_sample(events: Sequences) -> Sequences:
         items=events.items,
         actions=events.actions,
         times=events.times,
+        of_users={f.name: missing(f, 1) for f in schema.stored("user") if f.name in events.of_users},
+        of_events=events.of_events,
     )

@@ -19,13 +19,14 @@ import pyarrow.parquet as pq
 
 from hstu.data.checksums import SummedFile, find_damage
 from hstu.data.schema import DATA_DIR, SCHEMA_FILE, Feature, Schema
+from hstu.data.values import MisfitError, Sets, Values, arrow_type, from_arrow
 
 logger = logging.getLogger(__name__)
 
 OFFSETS = ".offsets"  # key beside the features, none of which can begin with a dot
 _PREFIX, _PARTIAL = ".columns-", ".partial-columns-"
 _EVENTS_AT_ONCE = 1 << 21
-_FORMAT = b"2"
+_FORMAT = b"3"
 _SUMS_FILE = "checksums.json"
 Check = Literal["none", "some", "all"]
 
@@ -49,8 +50,9 @@ def map_columns(path: Path, schema: Schema, check: Check = "some") -> dict[str, 
             "none": another process of this job has checked them.
 
     Returns:
-        ``OFFSETS`` -> [users + 1] int64, context feature -> [users], event feature -> [events]; ids in the
-        smallest unsigned type that holds them.
+        ``OFFSETS`` -> [users + 1] int64, feature of users -> [users], of events -> [events]; ids in the smallest
+        unsigned type that holds them, numbers float32, [.., width]. Of a feature whose values are sets, all members,
+        and where each begins under ``set_offsets``.
 
     Raises:
         ValueError: If files are missing or contradict the schema; it names file, column, row and value.
@@ -75,9 +77,42 @@ def map_columns(path: Path, schema: Schema, check: Check = "some") -> dict[str, 
     return _load(folder, schema, "none")
 
 
-def event_features(schema: Schema) -> list[Feature]:
+def set_offsets(name: str) -> str:
+    """Return the name of the column that says where the sets of feature ``name`` begin."""
+    return f".sets-{name}"
+
+
+def user_features(schema: Schema) -> tuple[Feature, ...]:
+    """Return the features that have one value a user."""
+    return schema.stored("user")
+
+
+def event_features(schema: Schema) -> tuple[Feature, ...]:
     """Return the features that have one value an event."""
-    return [feature for feature in (schema.item, schema.action, schema.time) if feature is not None]
+    special = (schema.item, schema.action, schema.time)
+    return *(feature for feature in special if feature is not None), *schema.stored("event")
+
+
+def _columns(schema: Schema) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+    """Return type and shape of each column."""
+    users, events = int(schema.counts["users"]), int(schema.counts["events"])
+    columns: dict[str, tuple[np.dtype, tuple[int, ...]]] = {OFFSETS: (np.dtype(np.int64), (users + 1,))}
+    for features, number in ((user_features(schema), users), (event_features(schema), events)):
+        for feature in features:
+            shape: tuple[int, ...] = (number,)
+            if feature.kind == "multi":
+                columns[set_offsets(feature.name)] = np.dtype(np.int64), (number + 1,)
+                shape = (feature.num_ids or 0,)
+            elif not feature.has_ids and feature.role != "time":
+                shape = (number, feature.width or 1)
+            columns[feature.name] = _storage(feature), shape
+    return columns
+
+
+def _storage(feature: Feature) -> np.dtype:
+    if feature.vocab_size is not None:  # the id after the last stands for a missing value of a declared feature
+        return np.min_scalar_type(feature.vocab_size - (feature.role not in ("feature", "control")))
+    return np.dtype(np.int64 if feature.role == "time" else np.float32)
 
 
 def _fingerprint(path: Path, files: list[Path]) -> str:
@@ -89,7 +124,7 @@ def _fingerprint(path: Path, files: list[Path]) -> str:
 
 
 def _load(folder: Path, schema: Schema, check: Check) -> dict[str, np.ndarray]:
-    names = [OFFSETS, *(feature.name for feature in (*schema.contexts, *event_features(schema)))]
+    names = list(_columns(schema))
     try:
         sums = json.loads((folder / _SUMS_FILE).read_bytes())
         for name in names if check != "none" else ():
@@ -100,6 +135,10 @@ def _load(folder: Path, schema: Schema, check: Check) -> dict[str, np.ndarray]:
         offsets, events = columns[OFFSETS], columns[schema.item.name].size
         if offsets[0] != 0 or offsets[-1] != events or (offsets[1:] < offsets[:-1]).any():
             raise DamageError(f"{folder / OFFSETS}.npy does not divide {events} events among users")
+        for name in names:
+            starts = columns.get(set_offsets(name))
+            if starts is not None and (starts[0] != 0 or starts[-1] != columns[name].size):
+                raise DamageError(f"{folder / set_offsets(name)}.npy does not divide {columns[name].size} ids")
         return columns
     except DamageError:
         raise
@@ -128,26 +167,31 @@ def _publish(folder: Path, files: list[Path], schema: Schema) -> None:
 
 def _write_columns(folder: Path, files: list[Path], schema: Schema) -> None:
     users, events = int(schema.counts["users"]), int(schema.counts["events"])
-    columns = {OFFSETS: _Column(folder, OFFSETS, np.dtype(np.int64), users + 1)}
-    for feature in schema.contexts:
-        columns[feature.name] = _Column(folder, feature.name, _storage(feature), users)
-    for feature in event_features(schema):
-        columns[feature.name] = _Column(folder, feature.name, _storage(feature), events)
-    found = np.zeros(1, np.int64)  # events so far
-    columns[OFFSETS].append(found)
+    columns = {name: _Column(folder, name, *kind) for name, kind in _columns(schema).items()}
+    for name in (OFFSETS, *(name for name in columns if set_offsets(name) in columns)):
+        columns[name if name == OFFSETS else set_offsets(name)].append(np.zeros(1, np.int64))
+    found = 0  # events so far
     for file in files:
-        for chunk in _read_chunks(file, schema, columns[OFFSETS].size - 1):
+        for chunk in _read_chunks(file, schema, columns[OFFSETS].rows - 1):
             lengths = chunk.pop(OFFSETS)
+            assert isinstance(lengths, np.ndarray)
             if not lengths.size:
                 continue
-            offsets = found[-1] + np.cumsum(lengths)
-            found = offsets[-1:]
+            offsets = found + np.cumsum(lengths)
+            found = int(offsets[-1])
             columns[OFFSETS].append(offsets)
             for name, values in chunk.items():
+                if isinstance(values, Sets):
+                    columns[set_offsets(name)].append(values.offsets[1:] + columns[name].rows)
+                    values = values.ids
                 columns[name].append(values)
     sums = {f"{name}.npy": column.file.finish() for name, column in columns.items()}
     (folder / _SUMS_FILE).write_text(json.dumps(sums))
-    for key, stated, read in (("users", users, columns[OFFSETS].size - 1), ("events", events, int(found[0]))):
+    stated_and_read = [("users", users, columns[OFFSETS].rows - 1), ("events", events, found)]
+    for name, column in columns.items():
+        if set_offsets(name) in columns:
+            stated_and_read.append((f"ids of {name!r}", column.shape[0], column.rows))
+    for key, stated, read in stated_and_read:
         if stated != read:
             raise ValueError(
                 f"{files[0].parent}: {read} {key}, the schema counts {stated}; "
@@ -155,29 +199,25 @@ def _write_columns(folder: Path, files: list[Path], schema: Schema) -> None:
             )
 
 
-def _storage(feature: Feature) -> np.dtype:
-    return np.dtype(np.int64) if feature.vocab_size is None else np.min_scalar_type(feature.vocab_size - 1)
-
-
 class _Column:
     """A .npy file that grows to its announced size."""
 
-    def __init__(self, folder: Path, name: str, dtype: np.dtype, size: int) -> None:
-        self.dtype, self.size = dtype, 0
+    def __init__(self, folder: Path, name: str, dtype: np.dtype, shape: tuple[int, ...]) -> None:
+        self.dtype, self.shape, self.rows = dtype, shape, 0
         self.file, head = SummedFile(folder / f"{name}.npy"), io.BytesIO()
-        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (size,)}
+        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(head, header)
         self.file.write(head.getvalue())
 
     def append(self, values: np.ndarray) -> None:
         if values.size:
             self.file.write(np.ascontiguousarray(values, self.dtype).data)
-            self.size += values.size
+            self.rows += len(values)
 
 
-def _read_chunks(file: Path, schema: Schema, first_row: int) -> Iterator[dict[str, np.ndarray]]:
+def _read_chunks(file: Path, schema: Schema, first_row: int) -> Iterator[dict[str, Values]]:
     """Yield the checked columns of some users after the other: ``OFFSETS`` -> their lengths."""
-    names = [feature.name for feature in (*schema.contexts, *event_features(schema))]
+    names = [feature.name for feature in (*user_features(schema), *event_features(schema))]
     rows = int(_EVENTS_AT_ONCE / max(1.0, schema.counts["seqlen_mean"])) + 1
     try:
         parquet = pq.ParquetFile(file, memory_map=True)
@@ -198,9 +238,11 @@ class _Chunk:
     def __init__(self, file: Path, row: int) -> None:
         self.file, self.row = file, row
 
-    def columns(self, batch: pa.RecordBatch, schema: Schema, first_row: int) -> dict[str, np.ndarray]:
+    def columns(self, batch: pa.RecordBatch, schema: Schema, first_row: int) -> dict[str, Values]:
         """Return the columns of ``batch``, whose first row is user ``first_row + self.row``."""
-        users = self._scalars(schema.user.name, batch.column(schema.user.name))
+        users = self._scalars(schema.user, batch)
+        assert isinstance(users, np.ndarray)
+        columns: dict[str, Values] = {feature.name: self._scalars(feature, batch) for feature in user_features(schema)}
         strange = np.flatnonzero(users != np.arange(users.size) + first_row + self.row)
         if len(strange):
             row = strange[0] + self.row
@@ -208,59 +250,57 @@ class _Chunk:
                 schema.user.name, row, f"user {users[strange[0]]}, expected {first_row + row}; "
                 "users must stand in the order of their ids, each once"
             )  # fmt: skip
-        columns = {}
-        for feature in schema.contexts:
-            columns[feature.name] = self._scalars(feature.name, batch.column(feature.name))
-            self._check_values(feature, columns[feature.name], np.ones(users.size, np.int64))
+        expected: np.ndarray | None = None
         for feature in event_features(schema):
-            lengths, columns[feature.name] = self._lists(feature.name, batch.column(feature.name))
-            differing = np.flatnonzero(lengths != columns.setdefault(OFFSETS, lengths))
+            lengths, columns[feature.name] = self._lists(feature, batch)
+            expected = lengths if expected is None else expected
+            differing = np.flatnonzero(lengths != expected)
             if len(differing):
                 b = differing[0]
                 raise self._error(
-                    feature.name, b + self.row, f"{lengths[b]} values, but {columns[OFFSETS][b]} in "
+                    feature.name, b + self.row, f"{lengths[b]} values, but {expected[b]} in "
                     f"{schema.item.name!r}; they must be equal"
                 )  # fmt: skip
-            self._check_values(feature, columns[feature.name], lengths)
-        return columns
+        assert expected is not None
+        return columns | {OFFSETS: expected}
 
     def _error(self, name: str, row: int, message: str) -> ValueError:
         return ValueError(f"{self.file}: column {name!r}, row {row}: {message}")
 
-    def _scalars(self, name: str, column: pa.Array) -> np.ndarray:
-        if column.type != pa.int64():
-            raise ValueError(f"{self.file}: column {name!r} is {column.type}, expected int64")
-        self._check_nulls(name, column)
-        return column.to_numpy()
+    def _scalars(self, feature: Feature, batch: pa.RecordBatch) -> Values:
+        column, wanted = batch.column(feature.name), arrow_type(feature)
+        if column.type != wanted:
+            raise ValueError(f"{self.file}: column {feature.name!r} is {column.type}, expected {wanted}")
+        return self._values(feature, column, np.ones(len(column), np.int64))
 
-    def _lists(self, name: str, column: pa.Array) -> tuple[np.ndarray, np.ndarray]:
-        """Return lengths [rows] and flat values [events] of a list column."""
-        kind = column.type
-        if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or kind.value_type != pa.int64():
-            raise ValueError(f"{self.file}: column {name!r} is {kind}, expected list<int64>")
-        self._check_nulls(name, column)
-        values = column.flatten()
-        if values.null_count:
-            raise ValueError(f"{self.file}: column {name!r} has null values within its lists")
-        return column.value_lengths().to_numpy().astype(np.int64), values.to_numpy()
-
-    def _check_nulls(self, name: str, column: pa.Array) -> None:
+    def _lists(self, feature: Feature, batch: pa.RecordBatch) -> tuple[np.ndarray, Values]:
+        """Return lengths [rows] and values [events] of a list column."""
+        name, column = feature.name, batch.column(feature.name)
+        kind, wanted = column.type, arrow_type(feature)
+        if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or kind.value_type != wanted:
+            raise ValueError(f"{self.file}: column {name!r} is {kind}, expected list<{wanted}>")
         if column.null_count:
             row = np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))[0] + self.row
             raise self._error(name, row, "null; every user needs a value")
+        lengths = column.value_lengths().to_numpy().astype(np.int64)
+        values = self._values(feature, column.flatten(), lengths)
+        if feature.role == "time" and isinstance(values, np.ndarray):
+            self._require_order(feature, values, lengths)
+        return lengths, values
 
-    def _check_values(self, feature: Feature, values: np.ndarray, lengths: np.ndarray) -> None:
-        """Ids must lie in [0, vocab_size), times must not fall within a user."""
-        if feature.vocab_size is None:
-            falls = np.zeros(len(values), bool)
-            np.less(values[1:], values[:-1], out=falls[1:])
-            falls[(np.cumsum(lengths) - lengths)[lengths > 0]] = False
-            wrong, reason = np.flatnonzero(falls), "is before the event in front of it"
-        elif len(values) == 0 or (values.min() >= 0 and values.max() < feature.vocab_size):
-            return
-        else:
-            wrong = np.flatnonzero((values < 0) | (values >= feature.vocab_size))
-            reason = f"is outside [0, {feature.vocab_size})"
-        if len(wrong):
-            row = int(np.searchsorted(np.cumsum(lengths), wrong[0], side="right")) + self.row
-            raise self._error(feature.name, row, f"value {values[wrong[0]]} {reason}")
+    def _values(self, feature: Feature, column: pa.Array, lengths: np.ndarray) -> Values:
+        try:
+            return from_arrow(column, feature)
+        except MisfitError as error:
+            row = int(np.searchsorted(np.cumsum(lengths), error.place, side="right")) + self.row
+            raise self._error(feature.name, row, error.reason) from None
+
+    def _require_order(self, feature: Feature, times: np.ndarray, lengths: np.ndarray) -> None:
+        """Times must not fall within a user."""
+        falls = np.zeros(len(times), bool)
+        np.less(times[1:], times[:-1], out=falls[1:])
+        falls[(np.cumsum(lengths) - lengths)[lengths > 0]] = False
+        if falls.any():
+            wrong = int(falls.argmax())
+            row = int(np.searchsorted(np.cumsum(lengths), wrong, side="right")) + self.row
+            raise self._error(feature.name, row, f"value {times[wrong]} is before the event in front of it")

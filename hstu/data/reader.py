@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
-from hstu.data.column_cache import OFFSETS, Check, DamageError, event_features, map_columns
+from hstu.data.column_cache import OFFSETS, Check, DamageError, map_columns, set_offsets
 from hstu.data.schema import Feature, Schema
+from hstu.data.values import Sets, Values, take
 from hstu.data.vocabulary import Vocabularies
 
 
@@ -19,11 +20,13 @@ class Sequences:
 
     Args:
         users: Row of each sequence in the data set, int64 [B]; it is also the user's id.
-        contexts: Context feature -> id of each sequence, int64 [B].
+        contexts: Categorical feature of users -> id of each sequence, int64 [B].
         lengths: Number of events of each sequence, int64 [B].
         items: Item ids, sequence after sequence, int64 [T].
         actions: Action ids, int64 [T], or None.
         times: Seconds, int64 [T], or None.
+        of_users: Other features of users that were asked for -> B values.
+        of_events: Features of events that were asked for -> T values.
     """
 
     users: np.ndarray
@@ -32,6 +35,8 @@ class Sequences:
     items: np.ndarray
     actions: np.ndarray | None
     times: np.ndarray | None
+    of_users: dict[str, Values] = field(default_factory=dict)
+    of_events: dict[str, Values] = field(default_factory=dict)
 
 
 class Histories(Protocol):
@@ -45,7 +50,9 @@ class Histories(Protocol):
     schema: Schema
     lengths: np.ndarray
 
-    def gather(self, users: np.ndarray, start: np.ndarray, stop: np.ndarray) -> Sequences:
+    def gather(
+        self, users: np.ndarray, start: np.ndarray, stop: np.ndarray, features: tuple[str, ...] = ()
+    ) -> Sequences:
         """Events ``[start_b, stop_b)`` of each row; see ``SequenceDataset.gather``."""
 
 
@@ -56,8 +63,7 @@ class SequenceDataset:
         self.path = path
         self.schema = schema
         self._offsets = columns[OFFSETS]
-        self._contexts = {feature.name: columns[feature.name] for feature in schema.contexts}
-        self._events = {feature.name: columns[feature.name] for feature in event_features(schema)}
+        self._columns = columns
         #: Number of events of each user, int64 [U].
         self.lengths = np.diff(self._offsets)
 
@@ -88,13 +94,16 @@ class SequenceDataset:
         """Number of events of all users."""
         return int(self._offsets[-1])
 
-    def gather(self, users: np.ndarray, start: np.ndarray, stop: np.ndarray) -> Sequences:
+    def gather(
+        self, users: np.ndarray, start: np.ndarray, stop: np.ndarray, features: tuple[str, ...] = ()
+    ) -> Sequences:
         """Events ``[start_b, stop_b)`` of each user, without a loop over users.
 
         Args:
             users: Rows, int64 [B]; any order, repeats allowed.
             start: First event of each window, int64 [B].
             stop: End of each window, int64 [B].
+            features: Declared features and control columns of users and events to read besides.
 
         Raises:
             ValueError: If a user or a window is out of range, or the columns hold an id that cannot be.
@@ -117,18 +126,30 @@ class SequenceDataset:
         schema = self.schema
         return Sequences(
             users=users,
-            contexts={feature.name: self._take(self._contexts, feature, users) for feature in schema.contexts},
+            contexts={feature.name: self._ids(feature, users) for feature in schema.contexts},
             lengths=lengths,
-            items=self._take(self._events, schema.item, index),
-            actions=self._take(self._events, schema.action, index) if schema.action else None,
-            times=self._take(self._events, schema.time, index) if schema.time else None,
+            items=self._ids(schema.item, index),
+            actions=self._ids(schema.action, index) if schema.action else None,
+            times=self._ids(schema.time, index) if schema.time else None,
+            of_users={f.name: self._take(f, users) for f in schema.stored("user") if f.name in features},
+            of_events={f.name: self._take(f, index) for f in schema.stored("event") if f.name in features},
         )
 
-    def _take(self, columns: dict[str, np.ndarray], feature: Feature, index: np.ndarray) -> np.ndarray:
-        values = columns[feature.name][index].astype(np.int64, copy=False)
-        # Requests may hold the id of a context or action that training never met: one more than the vocabulary's.
-        known = (feature.vocab_size or 0) + (feature in self.schema.contexts or feature.role == "action")
-        if feature.vocab_size is not None and values.size and values.max() >= known:
+    def _take(self, feature: Feature, index: np.ndarray) -> Values:
+        if feature.kind == "multi":
+            found = take(Sets(self._columns[set_offsets(feature.name)], self._columns[feature.name]), index)
+            assert isinstance(found, Sets)
+            return found._replace(ids=self._checked(feature, found.ids))
+        return self._ids(feature, index) if feature.has_ids else self._columns[feature.name][index]
+
+    def _ids(self, feature: Feature, index: np.ndarray) -> np.ndarray:
+        return self._checked(feature, self._columns[feature.name][index])
+
+    def _checked(self, feature: Feature, ids: np.ndarray) -> np.ndarray:
+        values = ids.astype(np.int64, copy=False)
+        # One more than the vocabulary's stands for what is missing, and in requests for what training never met.
+        most = (feature.vocab_size or 0) - (feature.role in ("user", "item") or feature.kind == "multi")
+        if feature.vocab_size is not None and values.size and values.max() > most:
             raise DamageError(
                 f"{self.path}: the column of {feature.name!r} is damaged: it holds {values.max()} of "
                 f"{feature.vocab_size} ids; python -m hstu.cli.inspect {self.path} makes it again"
@@ -141,7 +162,7 @@ class SequenceDataset:
         Raises:
             ValueError: If the data set has no times.
         """
-        times = self._events[self._time_name()]
+        times = self._columns[self._time_name()]
         low, high = self._offsets[:-1].copy(), self._offsets[1:].copy()
         while len(open_rows := np.flatnonzero(low < high)):  # all users at once, each by bisection
             middle = (low[open_rows] + high[open_rows]) // 2
@@ -156,7 +177,7 @@ class SequenceDataset:
         Raises:
             ValueError: If the data set has no times or no events.
         """
-        times, some = self._events[self._time_name()], self.lengths > 0
+        times, some = self._columns[self._time_name()], self.lengths > 0
         if not some.any():
             raise ValueError(f"{self.path}: data set {self.schema.name!r} has no events")
         return int(times[self._offsets[:-1][some]].min()), int(times[self._offsets[1:][some] - 1].max())
@@ -201,6 +222,14 @@ class SequenceDataset:
             ValueError: If the feature has no vocabulary (times and bit masks stand for themselves), or it is damaged.
         """
         return self.vocabularies.originals(feature).to_numpy(zero_copy_only=False)
+
+    def item_features(self, name: str) -> Values:
+        """Values of a feature of items in the order of the items' ids: ids [items] int64, numbers [items, w] or sets.
+
+        Raises:
+            ValueError: If they are missing, damaged or out of range.
+        """
+        return self.vocabularies.item_features(name)
 
     def category_ids(self, category: str) -> np.ndarray:
         """Id of each item's value of a category feature, in the order of the items' ids, int64 [items].

@@ -229,6 +229,6 @@ def _flat(
                 user = events["user"][int(changed[0])]
                 raise ValueError(f"{file}: column {feature.name!r}: user {user!r} has two values; give one per user")
             flat[feature.name] = values[first]
-        elif feature.role == "feature" and feature.level == "user":
+        elif feature.level == "user" and feature.kind == "categorical" and feature.role == "feature":
             flat[feature.name] = np.zeros(len(lengths), np.int64)
     return flat

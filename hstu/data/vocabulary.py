@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from hstu.data.schema import ITEM_FEATURE, SCHEMA_FILE, VOCABULARY_DIR, Schema
+from hstu.data.values import Values, count, from_arrow, take
 
 BITS = "bits: "  # begins the identity of bit masks
 _BLOCK = 1 << 20  # values hashed at once
@@ -36,6 +37,12 @@ def identity_of(blocks: Iterable[pa.Array]) -> str:
 
 def _plain(block: pa.Array) -> tuple[str, tuple[np.ndarray, np.ndarray]]:
     """Return the kind of the values and two arrays that say all of them."""
+    if pa.types.is_list(block.type):
+        kind, (values, _) = _plain(block.flatten())
+        return f"sets of {kind}", (values, block.value_lengths().to_numpy(zero_copy_only=False))
+    if pa.types.is_fixed_size_list(block.type):
+        kind, parts = _plain(block.flatten())
+        return f"{block.type.list_size} {kind}", parts
     if pa.types.is_integer(block.type) or pa.types.is_boolean(block.type):
         values = block.cast(pa.int64(), safe=False)
         return "whole", (values.fill_null(0).to_numpy(zero_copy_only=False), _validity(values))
@@ -69,13 +76,17 @@ class Vocabularies:
     path: Path
     schema: Schema
 
+    def table(self, feature: str) -> str:
+        """Return the vocabulary of ``feature``, which may be the name of one itself."""
+        return next((known.table or feature for known in self.schema.features if known.name == feature), feature)
+
     def file(self, feature: str) -> Path:
         """Return where the vocabulary of ``feature`` is."""
-        return self.path / VOCABULARY_DIR / f"{feature}.parquet"
+        return self.path / VOCABULARY_DIR / f"{self.table(feature)}.parquet"
 
     def size(self, feature: str) -> int | None:
-        """Return how many ids ``feature`` has; None if there is no such feature."""
-        return next((known.vocab_size for known in self.schema.features if known.name == feature), None)
+        """Return how many ids ``feature``, or the vocabulary of that name, has; None if there is none."""
+        return next((known.vocab_size for known in self.schema.features if feature in (known.name, known.table)), None)
 
     def stands_for_itself(self, feature: str) -> bool:
         """Return whether the ids of ``feature`` are its values: of bit masks."""
@@ -95,12 +106,12 @@ class Vocabularies:
         action = self.schema.action
         if action is not None and self.stands_for_itself(feature):
             return None if action.bits is None else f"{BITS}{', '.join(action.bits)}"
-        known = self.schema.vocabularies.get(feature)
+        known = self.schema.vocabularies.get(self.table(feature))
         return identity_of(self._blocks(feature)) if known is None else known
 
     def check(self, feature: str) -> None:
         """Raise ValueError if the vocabulary of ``feature`` is damaged; in memory that does not grow with it."""
-        known = self.schema.vocabularies.get(feature)
+        known = self.schema.vocabularies.get(self.table(feature))
         if known is not None and identity_of(self._blocks(feature)) != known:
             raise self._damaged(feature, "original")
 
@@ -110,22 +121,36 @@ class Vocabularies:
         Raises:
             ValueError: If there are none (times and bit masks stand for themselves), or they are damaged.
         """
-        return self._column(feature, "original", feature)
+        return self._column(feature, "original", self.table(feature))
 
-    def category_ids(self, category: str) -> np.ndarray:
-        """Return the id of each item's value of a category feature, in the order of the items' ids, int64 [items].
+    def item_features(self, name: str) -> Values:
+        """Return the values of a feature of items, in the order of the items' ids: ids, numbers or sets.
 
         Raises:
             ValueError: If they are missing, damaged or out of range.
         """
         item = self.schema.item
-        size = next(feature.vocab_size for feature in self.schema.categories if feature.name == category) or 0
-        found = self._column(item.name, ITEM_FEATURE + category, ITEM_FEATURE + category).to_numpy().copy()
-        if found.size != item.vocab_size or found.min() < 0 or found.max() >= size:
+        feature = next(feature for feature in self.schema.stored("item") if feature.name == name)
+        column = self._column(item.name, ITEM_FEATURE + name, ITEM_FEATURE + name)
+        try:
+            found = from_arrow(column, feature)
+        except ValueError as error:
+            raise ValueError(f"{self.file(item.name)}: feature {name!r} {error}; run the preprocessor again") from None
+        if count(found) != item.vocab_size:
             raise ValueError(
-                f"{self.path}: category {category!r} has {found.size} ids from {found.min()} to {found.max()}, not "
-                f"{item.vocab_size} in [0, {size}); run the preprocessor again"
+                f"{self.file(item.name)}: feature {name!r} has {count(found)} values, not {item.vocab_size}; run the "
+                "preprocessor again"
             )
+        return take(found, np.arange(count(found)))  # a copy that may be written to, as arrow's memory may not
+
+    def category_ids(self, category: str) -> np.ndarray:
+        """Return the id of each item's value of a categorical feature, in the order of the items' ids, int64 [items].
+
+        Raises:
+            ValueError: If they are missing, damaged or out of range.
+        """
+        found = self.item_features(category)
+        assert isinstance(found, np.ndarray)
         return found
 
     def _column(self, feature: str, column: str, key: str) -> pa.Array:

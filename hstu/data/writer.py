@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from hstu.data.atomic_directory import DATA_DIR, VOCABULARY_DIR, replacing
 from hstu.data.schema import ITEM_FEATURE, Schema
+from hstu.data.values import Values, arrow_of, take
 from hstu.data.vocabulary import identity_of
 
 EVENTS_PER_PART = 1 << 22
@@ -25,18 +26,18 @@ class EncodedDataset:
     Args:
         schema: Its description.
         lengths: Number of events of each user, int64 [U].
-        contexts: Context feature -> ids, int64 [U].
-        events: Item, action and time feature -> values, user after user in time order, int64 [T].
-        vocabularies: Feature -> original values in the order of the ids, [vocab_size].
-        categories: Category feature -> id of each item, int64 [items].
+        contexts: Feature of users -> its values, U of them.
+        events: Item, action, time and feature of events -> values, T of them, user after user in time order.
+        vocabularies: Table of a feature -> original values in the order of the ids, [vocab_size].
+        categories: Feature of items -> its values, as many as items.
     """
 
     schema: Schema
     lengths: np.ndarray
-    contexts: dict[str, np.ndarray]
-    events: dict[str, np.ndarray]
+    contexts: Mapping[str, Values]
+    events: Mapping[str, Values]
     vocabularies: dict[str, pa.Array]
-    categories: dict[str, np.ndarray] = field(default_factory=dict)
+    categories: Mapping[str, Values] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,8 @@ class DatasetWriter:
         *,
         users: tuple[str, int],
         lengths: np.ndarray,
-        contexts: dict[str, np.ndarray],
-        events: dict[str, np.ndarray],
+        contexts: Mapping[str, Values],
+        events: Mapping[str, Values],
     ) -> None:
         """Write part ``number``.
 
@@ -70,23 +71,23 @@ class DatasetWriter:
             number: Position among the parts.
             users: Name of the user feature and id of the part's first user.
             lengths: Number of events of each of its users, int64 [B].
-            contexts: Context feature -> ids, int64 [B].
-            events: Item, action and time feature -> values, int64 [T].
+            contexts: Feature of users -> its values, B of them.
+            events: Item, action, time and feature of events -> values, T of them.
         """
         name, first = users
         bounds = pa.array(np.concatenate([np.zeros(1, np.int32), np.cumsum(lengths, dtype=np.int32)]))
         columns = {name: pa.array(np.arange(first, first + len(lengths), dtype=np.int64))}
-        columns |= {feature: pa.array(ids) for feature, ids in contexts.items()}
-        columns |= {feature: pa.ListArray.from_arrays(bounds, pa.array(values)) for feature, values in events.items()}
+        columns |= {feature: arrow_of(values) for feature, values in contexts.items()}
+        columns |= {feature: pa.ListArray.from_arrays(bounds, arrow_of(values)) for feature, values in events.items()}
         _write(pa.table(columns), self._new / DATA_DIR / f"part-{number:05d}.parquet")
 
-    def vocabulary(self, feature: str, originals: pa.Array, categories: dict[str, np.ndarray] | None = None) -> None:
-        """Write the original values of a feature, in the order of the ids; of items, their ``categories`` beside."""
-        columns = {ITEM_FEATURE + name: pa.array(ids) for name, ids in (categories or {}).items()}
-        for name, values in {feature: originals, **columns}.items():
-            self.identities[name] = identity_of([values])
+    def vocabulary(self, name: str, originals: pa.Array, features: Mapping[str, Values] | None = None) -> None:
+        """Write the original values of a table, in the order of the ids; of items, their ``features`` beside."""
+        columns = {ITEM_FEATURE + feature: arrow_of(values) for feature, values in (features or {}).items()}
+        for column, values in {name: originals, **columns}.items():
+            self.identities[column] = identity_of([values])
         table = pa.table({"id": pa.array(np.arange(len(originals))), "original": originals, **columns})
-        _write(table, self._new / VOCABULARY_DIR / f"{feature}.parquet")
+        _write(table, self._new / VOCABULARY_DIR / f"{name}.parquet")
 
     def schema(self, schema: Schema) -> Schema:
         """Write the schema, and what tells the vocabularies that were written from others; returns it."""
@@ -99,9 +100,11 @@ def _write(table: pa.Table, path: Path) -> None:
     """Write parquet with differences of integers packed: half the time of the defaults, to write and to read."""
     encodings = {}
     for column in table.schema:
-        is_list = pa.types.is_list(column.type)
-        if pa.types.is_int64(column.type.value_type if is_list else column.type):
-            encodings[f"{column.name}.list.element" if is_list else column.name] = "DELTA_BINARY_PACKED"
+        name, kind = column.name, column.type
+        while pa.types.is_list(kind):
+            name, kind = f"{name}.list.element", kind.value_type
+        if pa.types.is_int64(kind):
+            encodings[name] = "DELTA_BINARY_PACKED"
     pq.write_table(table, path, compression="zstd", use_dictionary=False, column_encoding=encodings)
 
 
@@ -130,13 +133,13 @@ def write_dataset(dataset: EncodedDataset, directory: str | Path, events_per_par
     offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(dataset.lengths)])
     with writing(directory) as writer:
         for number, (start, stop) in enumerate(part_bounds(offsets, events_per_part)):
-            events = slice(offsets[start], offsets[stop])
+            events = np.arange(offsets[start], offsets[stop])
             writer.part(
                 number,
                 users=(dataset.schema.user.name, start),
                 lengths=dataset.lengths[start:stop],
-                contexts={name: ids[start:stop] for name, ids in dataset.contexts.items()},
-                events={name: values[events] for name, values in dataset.events.items()},
+                contexts={name: take(values, np.arange(start, stop)) for name, values in dataset.contexts.items()},
+                events={name: take(values, events) for name, values in dataset.events.items()},
             )
         for name, originals in dataset.vocabularies.items():
             writer.vocabulary(name, originals, dataset.categories if name == dataset.schema.item.name else None)

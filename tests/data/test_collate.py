@@ -107,8 +107,8 @@ class KeepsOldest:
     def __init__(self, dataset: SequenceDataset) -> None:
         self.dataset, self.schema = dataset, dataset.schema
 
-    def gather(self, users: np.ndarray, start: np.ndarray, stop: np.ndarray) -> object:
-        return self.dataset.gather(users, np.zeros_like(start), stop - start)
+    def gather(self, users: np.ndarray, start: np.ndarray, stop: np.ndarray, features: tuple[str, ...]) -> object:
+        return self.dataset.gather(users, np.zeros_like(start), stop - start, features)
 
 
 @pytest.mark.parametrize("task", ["ranking", "retrieval"])
@@ -223,7 +223,7 @@ def test_large_ids_survive_disk_collation_pool_and_copies(tmp_path: Path) -> Non
 
 def test_ids_through_float32_are_caught(tmp_path: Path) -> None:
     dataset = make_dataset(tmp_path / "big", [len(BIG)], num_items=2**53 + 2, items=BIG)
-    dataset._events["item"] = BIG.astype(np.float32).astype(np.int64)  # the fault
+    dataset._columns["item"] = BIG.astype(np.float32).astype(np.int64)  # the fault
     split = Split(name="train", users=np.array([0]), stop=np.array([len(BIG)]))
     with pytest.raises(AssertionError):
         assert_ids_survive(collate(Collator(task="retrieval", max_history=10), dataset, split), BIG)

@@ -179,7 +179,7 @@ def float_items(columns: dict) -> None:
         (repeated_user, "column 'user_id', row 1"),
         (null_user, "column 'user_id', row 1: null"),
         (null_list, "column 'item_id', row 1: null"),
-        (null_value, "column 'item_id' has null"),
+        (null_value, "column 'item_id', row 1: null"),
         (float_items, "column 'item_id' is list<.*double>, expected list<int64>"),
     ],
 )
@@ -231,8 +231,8 @@ def test_columns_are_written_once_and_mapped(path: Path, encoded: EncodedDataset
     assert_same_data(path, encoded)
     assert {file.name: file.stat().st_mtime_ns for file in folder.iterdir()} == written
     dataset = SequenceDataset.open(path)
-    assert all(isinstance(column.base, np.memmap) for column in dataset._events.values())
-    assert dataset._events["action"].dtype == np.uint8  # the smallest that holds the ids
+    assert all(isinstance(column.base, np.memmap) for column in dataset._columns.values())
+    assert dataset._columns["action"].dtype == np.uint8  # the smallest that holds the ids
 
 
 def test_columns_follow_the_files(path: Path) -> None:
