@@ -12,7 +12,7 @@ from hstu.data.batch import Batch, KeyedJaggedTensor, keyed_features
 from hstu.data.reader import Histories, Sequences
 from hstu.data.schema import Schema, unknown_id
 from hstu.data.splits import Split
-from hstu.data.values import Sets, missing, take, without
+from hstu.data.values import Sets, Values, missing, take, without
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,8 @@ class Collator:
         max_candidates: Trailing events of a training sample that are candidates; 0: none, every event of
             the history carries a label.
         contexts: Categorical features of users to carry, one id a sample.
-        features: Other features of users and events to carry, in this order.
+        user_features: Other features of users to carry.
+        event_features: Features of events to carry.
         use_actions: Whether the history's actions are inputs.
         history_start: First event of the history that a sample sees, as in a Python slice; None: the oldest.
         history_end: Where what it sees ends, as in a Python slice; None: with the history.
@@ -43,7 +44,8 @@ class Collator:
     max_history: int
     max_candidates: int = 0
     contexts: tuple[str, ...] = ()
-    features: tuple[str, ...] = ()
+    user_features: tuple[str, ...] = ()
+    event_features: tuple[str, ...] = ()
     use_actions: bool = True
     history_start: int | None = None
     history_end: int | None = None
@@ -73,9 +75,6 @@ class Collator:
         events = self._known_at_request(dataset.schema, events, candidates if training else targets)
         mask, labels = self._labels(dataset, events, candidates, is_target, training)
         times = events.times if events.times is not None else np.zeros_like(events.items)
-        declared = [
-            events.of_events[name] if name in events.of_events else events.of_users[name] for name in self.features
-        ]
         return Batch(
             features=self._features(dataset, events, candidates, sample_ids if training else None),
             item=dataset.schema.item.name,
@@ -89,13 +88,13 @@ class Collator:
             whole_history=_whole_history(dataset, split, rows) if training and self.whole_history else None,
             numbers={
                 name: torch.from_numpy(values)
-                for name, values in zip(self.features, declared, strict=True)
+                for name, values in self._declared(events)
                 if isinstance(values, np.ndarray) and values.ndim == 2
             },
             set_lengths={
                 name: torch.from_numpy(values.lengths)
-                for name, values in events.of_events.items()
-                if isinstance(values, Sets)
+                for name, values in self._declared(events)
+                if isinstance(values, Sets) and name in self.event_features
             },
         )
 
@@ -134,7 +133,7 @@ class Collator:
         longest = self.max_history + int(training and self.max_candidates == 0)
         start = np.maximum(np.minimum(start, end), end - longest)
         bounds = np.stack([start, end, history, stop], axis=1).reshape(-1, 2)
-        pieces = dataset.gather(np.repeat(users, 2), bounds[:, 0], bounds[:, 1], self.features)
+        pieces = dataset.gather(np.repeat(users, 2), bounds[:, 0], bounds[:, 1], (*self.user_features, *self.event_features))
         events = replace(
             pieces,
             users=users,
@@ -172,6 +171,11 @@ class Collator:
         lost = _places(events.lengths)[1] < np.repeat(asked, events.lengths)
         blank = {name: without(events.of_events[name], lost, feature) for name, feature in later.items()}
         return replace(events, of_events=events.of_events | blank)
+
+    def _declared(self, events: Sequences) -> list[tuple[str, Values]]:
+        """Return the declared features to carry, in the order of their keys: those of events, then of users."""
+        of_events = [(name, events.of_events[name]) for name in self.event_features]
+        return of_events + [(name, events.of_users[name]) for name in self.user_features]
 
     def _labels(
         self,
@@ -253,11 +257,17 @@ class Collator:
                 actions = actions[left >= np.repeat(candidates, events.lengths)]
             values.append(actions)
             lengths.append(events.lengths - candidates)
-        for name in self.features:
-            if (ids := _ids_by_sample(events, name)) is not None:
-                names.append(name)
-                values.append(ids[0])
-                lengths.append(ids[1])
+        for name, found in self._declared(events):
+            if isinstance(found, Sets):
+                values.append(found.ids)
+                ends = _offsets(events.lengths) if name in self.event_features else slice(None)
+                lengths.append(np.diff(found.offsets[ends]))
+            elif found.ndim == 1:
+                values.append(found)
+                lengths.append(events.lengths)
+            else:
+                continue
+            names.append(name)
         return keyed_features(
             names,
             torch.from_numpy(np.concatenate(values)),
@@ -296,15 +306,6 @@ def _mix(x: np.ndarray) -> np.ndarray:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
-
-
-def _ids_by_sample(events: Sequences, name: str) -> tuple[np.ndarray, np.ndarray] | None:
-    """Return the ids of a feature and how many each sample has, [B]; None for numbers."""
-    of_user = name in events.of_users
-    values = events.of_users[name] if of_user else events.of_events[name]
-    if isinstance(values, Sets):
-        return values.ids, values.lengths if of_user else np.diff(values.offsets[_offsets(events.lengths)])
-    return None if values.ndim == 2 else (values, np.ones_like(values) if of_user else events.lengths)
 
 
 def _one_empty_sample(schema: Schema, events: Sequences) -> Sequences:

@@ -76,10 +76,11 @@ def test_values_are_those_of_a_loop_over_users(
         max_history=4,
         max_candidates=candidates,
         contexts=("age",),
-        features=(*EVENTS, *USERS, "request"),
+        user_features=USERS,
+        event_features=(*EVENTS, "request"),
     )
     batch = collate(collator, dataset, split)
-    keys = ["age", "item", "action", "device", "tags", "ending", "marks", "likes", "request"]
+    keys = ["age", "item", "action", "device", "tags", "ending", "marks", "request", "likes"]
     assert batch.features.keys() == keys and [*batch.numbers] == ["price", "place", "watched", "income", "face"]
     assert [*batch.set_lengths] == ["tags", "marks"]
     expected: dict[str, list] = {name: [] for name in (*EVENTS, *USERS, "request")}
@@ -127,7 +128,7 @@ class Perturbed:
 def test_what_is_known_only_after_a_request_is_no_input(
     dataset: SequenceDataset, name: str, split: str, candidates: int
 ) -> None:
-    collator = Collator(task="ranking", max_history=9, max_candidates=candidates, features=EVENTS)
+    collator = Collator(task="ranking", max_history=9, max_candidates=candidates, event_features=EVENTS)
     # Of the training samples the last two events before those held out are candidates.
     changed = Perturbed(dataset, name, 4 if split == "train" else 1)
     batches = [collate(collator, source, split, rows=[2, 3, 4]) for source in (dataset, changed)]
@@ -141,7 +142,7 @@ def test_what_is_known_only_after_a_request_is_no_input(
 
 
 def test_a_rank_without_samples_has_all_features(dataset: SequenceDataset) -> None:
-    collator = Collator(task="retrieval", max_history=4, contexts=("age",), features=(*EVENTS, *USERS))
+    collator = Collator(task="retrieval", max_history=4, contexts=("age",), user_features=USERS, event_features=EVENTS)
     batches = [collate(collator, dataset, "train", rows=rows) for rows in ([], [0, 1])]
     for batch in batches:
         assert batch.features.keys() == batches[1].features.keys() and [*batch.numbers] == [*batches[1].numbers]
@@ -153,7 +154,7 @@ def test_a_rank_without_samples_has_all_features(dataset: SequenceDataset) -> No
 
 
 def test_features_stay_with_their_events_in_a_sample_of_the_history(dataset: SequenceDataset) -> None:
-    whole = Collator(task="ranking", max_history=9, max_candidates=1, features=EVENTS)
+    whole = Collator(task="ranking", max_history=9, max_candidates=1, event_features=EVENTS)
     drawn = replace(whole, sampling_ratio=0.5)
     batches = [collate(collator, dataset, "train", rows=[2, 3, 4]) for collator in (whole, drawn)]
     # Times differ within a user, so that an event is known by its user and time.
@@ -177,7 +178,7 @@ def test_a_request_has_the_features_that_it_gives(dataset: SequenceDataset) -> N
     asked: dict[str, Values] = {"price": np.array([[1.0], [2.0], [np.nan]], np.float32), "tags": tags}
     requests = Requests(dataset, users, np.array([7, 8, 9]), features=asked)
     split: Split = requests.split
-    collator = Collator(task="ranking", max_history=50, max_candidates=1, features=("device", "price", "tags", "likes"))
+    collator = Collator(task="ranking", max_history=50, max_candidates=1, user_features=("likes",), event_features=("device", "price", "tags"))
     rows = np.array([2, 0, 1])
     batch = collator(requests, split, rows, rows, 0)
     ends = batch.lengths("item").cumsum(0) - 1
@@ -191,7 +192,7 @@ def test_a_request_has_the_features_that_it_gives(dataset: SequenceDataset) -> N
 
 
 def test_features_follow_a_batch_wherever_it_goes(dataset: SequenceDataset) -> None:
-    batch = collate(Collator(task="retrieval", max_history=4, features=(*EVENTS, *USERS)), dataset, "train")
+    batch = collate(Collator(task="retrieval", max_history=4, user_features=USERS, event_features=EVENTS), dataset, "train")
     copy = batch.to(torch.device("cpu"))
     for name in (*EVENTS, *USERS):
         assert of_batch(copy, name) == of_batch(batch, name)
