@@ -133,7 +133,9 @@ class Collator:
         longest = self.max_history + int(training and self.max_candidates == 0)
         start = np.maximum(np.minimum(start, end), end - longest)
         bounds = np.stack([start, end, history, stop], axis=1).reshape(-1, 2)
-        pieces = dataset.gather(np.repeat(users, 2), bounds[:, 0], bounds[:, 1], (*self.user_features, *self.event_features))
+        pieces = dataset.gather(
+            np.repeat(users, 2), bounds[:, 0], bounds[:, 1], (*self.user_features, *self.event_features)
+        )
         events = replace(
             pieces,
             users=users,

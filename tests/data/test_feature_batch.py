@@ -178,7 +178,13 @@ def test_a_request_has_the_features_that_it_gives(dataset: SequenceDataset) -> N
     asked: dict[str, Values] = {"price": np.array([[1.0], [2.0], [np.nan]], np.float32), "tags": tags}
     requests = Requests(dataset, users, np.array([7, 8, 9]), features=asked)
     split: Split = requests.split
-    collator = Collator(task="ranking", max_history=50, max_candidates=1, user_features=("likes",), event_features=("device", "price", "tags"))
+    collator = Collator(
+        task="ranking",
+        max_history=50,
+        max_candidates=1,
+        user_features=("likes",),
+        event_features=("device", "price", "tags"),
+    )
     rows = np.array([2, 0, 1])
     batch = collator(requests, split, rows, rows, 0)
     ends = batch.lengths("item").cumsum(0) - 1
@@ -192,7 +198,9 @@ def test_a_request_has_the_features_that_it_gives(dataset: SequenceDataset) -> N
 
 
 def test_features_follow_a_batch_wherever_it_goes(dataset: SequenceDataset) -> None:
-    batch = collate(Collator(task="retrieval", max_history=4, user_features=USERS, event_features=EVENTS), dataset, "train")
+    batch = collate(
+        Collator(task="retrieval", max_history=4, user_features=USERS, event_features=EVENTS), dataset, "train"
+    )
     copy = batch.to(torch.device("cpu"))
     for name in (*EVENTS, *USERS):
         assert of_batch(copy, name) == of_batch(batch, name)
