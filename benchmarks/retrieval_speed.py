@@ -115,7 +115,7 @@ class Ours:
         loader: BatchLoader = self.trainer.loaders["train"]
         for number, batch in enumerate(loader.epoch(self.epoch)):
             self.trainer.stepper.take([batch], self.trainer.progress)
-            events += batch.label_mask.numel()
+            events += batch.num_events
             if number + 1 == self.steps:
                 break
         self.epoch += 1

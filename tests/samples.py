@@ -9,11 +9,14 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 from hstu.config import Config, load_config
 from hstu.data import EncodedDataset, Feature, Schema, SequenceDataset, Statistics, write_dataset
+from hstu.data.batch import Batch
 from hstu.data.schema import count_statistics
 from hstu.data.values import Sets, Values
+from hstu.models import RankingModel, RetrievalModel
 
 
 def declared_features() -> tuple[Feature, ...]:
@@ -146,3 +149,14 @@ def make_config(task: str, *lines: str) -> Config:
         head,
     )
     return load_config(task, (), [*defaults, *lines]).config  # type: ignore[arg-type]
+
+
+def label_mask(batch: Batch) -> torch.Tensor:
+    """Return which events carry a label, [E] bool."""
+    return torch.zeros(batch.num_events, dtype=torch.bool).index_fill(0, batch.label_events, True)
+
+
+def scores_of(model: RankingModel | RetrievalModel, batch: Batch) -> torch.Tensor:
+    """Return what scores the labelled events of ``batch``: logits, or queries."""
+    request = model.scoring_request(batch)
+    return model.logits(request) if isinstance(model, RankingModel) else model.queries(request)

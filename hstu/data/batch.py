@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,8 +14,6 @@ silence_known_notices()
 
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor  # noqa: E402
 from torchrec.streamable import Pipelineable  # noqa: E402
-
-T = TypeVar("T")
 
 POOL = "__pool__"
 """Feature of item ids that no sample owns: negatives, or the whole catalogue."""
@@ -31,9 +28,9 @@ class Batch(Pipelineable):
             (history, then candidates), the action feature (history only) if used, declared features (ids of all E
             events, or the sets of the samples' users) and for retrieval ``POOL``. int64 ids.
         item: Key of the item feature.
-        label_mask: [E] bool. Events whose row carries a label. Ranking: the event that is scored.
-            Retrieval: the event before the one to be predicted.
-        labels: [L] int64, L = label_mask.sum(). Ranking: action ids. Retrieval: item ids.
+        label_events: [L] int64, ascending. Events whose row carries a label. Ranking: the event that is scored.
+            Retrieval: the event before the one to be predicted. Made on the host: a device would be waited for.
+        labels: [L] int64. Ranking: action ids. Retrieval: item ids.
         num_candidates: [B] int64. Trailing events of each sample that are candidates.
         timestamps: [E] int64 seconds; zeros for a data set without time.
         users: [B] int64. Row of each sample's user in the data set.
@@ -47,7 +44,7 @@ class Batch(Pipelineable):
 
     features: KeyedJaggedTensor
     item: str
-    label_mask: Tensor
+    label_events: Tensor
     labels: Tensor
     num_candidates: Tensor
     timestamps: Tensor
@@ -57,7 +54,6 @@ class Batch(Pipelineable):
     whole_history: Tensor | None = None
     numbers: dict[str, Tensor] = field(default_factory=dict)
     set_lengths: dict[str, Tensor] = field(default_factory=dict)
-    _kept: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def num_samples(self) -> int:
@@ -72,19 +68,14 @@ class Batch(Pipelineable):
         """Return the number of ids of ``feature`` in each sample, [B] int64."""
         return self.features[feature].lengths()
 
-    def keep(self, key: Hashable, make: Callable[[], T]) -> T:
-        """Return what ``make`` gives, made once: whatever follows from the ids, lengths and times of the samples.
+    @property
+    def num_events(self) -> int:
+        """E."""
+        return self.timestamps.numel()
 
-        Batches from ``with_labels`` and ``with_pool`` share it, other copies start afresh.
-        """
-        if key not in self._kept:
-            self._kept[key] = make()
-        result: T = self._kept[key]
-        return result
-
-    def with_labels(self, label_mask: Tensor, labels: Tensor) -> Batch:
+    def with_labels(self, label_events: Tensor, labels: Tensor) -> Batch:
         """Return this batch with the labels of other events."""
-        return self._sharing(replace(self, label_mask=label_mask, labels=labels))
+        return replace(self, label_events=label_events, labels=labels)
 
     def with_pool(self, ids: Tensor) -> Batch:
         """Return this batch with ``ids`` [P] looked up beside its own features, under ``POOL``.
@@ -99,7 +90,7 @@ class Batch(Pipelineable):
         features = keyed_features(
             [*names, POOL], torch.cat([self.features.values(), ids]), torch.cat([lengths, pool]), sizes
         )
-        return self._sharing(replace(self, features=features))
+        return replace(self, features=features)
 
     def only(self, kept: dict[str, Tensor]) -> Batch:
         """Return this batch with only the values of each feature for which ``kept`` [n] bool is true, to look up."""
@@ -125,10 +116,6 @@ class Batch(Pipelineable):
         for value in (*vars(self).values(), *self.numbers.values(), *self.set_lengths.values()):
             if isinstance(value, (Tensor, KeyedJaggedTensor)):
                 value.record_stream(stream)
-
-    def _sharing(self, copy: Batch) -> Batch:
-        object.__setattr__(copy, "_kept", self._kept)
-        return copy
 
     def _map(self, function) -> Batch:  # type: ignore[no-untyped-def]
         """Return this batch with ``function`` of each tensor and jagged tensor."""

@@ -78,7 +78,7 @@ class Collator:
         return Batch(
             features=self._features(dataset, events, candidates, sample_ids if training else None),
             item=dataset.schema.item.name,
-            label_mask=torch.from_numpy(mask),
+            label_events=torch.from_numpy(np.flatnonzero(mask)),
             labels=torch.from_numpy(labels),
             num_candidates=torch.from_numpy(candidates),
             timestamps=torch.from_numpy(times),

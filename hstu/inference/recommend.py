@@ -71,8 +71,8 @@ def user_vectors(model: RetrievalModel, loader: BatchLoader, mesh: Mesh) -> Iter
     """Yield, batch by batch, rows of ``loader.split`` [Q] in ascending order and what scores items, [Q, ..]."""
     model.eval()
     for batch in loader.epoch(0):
-        batch = batch.to(mesh.device)
-        yield _joined(mesh, _labelled_samples(model.local_labels(batch)), model.queries(batch))
+        request = model.scoring_request(batch.to(mesh.device))
+        yield _joined(mesh, _labelled_samples(request.batch), model.queries(request))
 
 
 @torch.no_grad()
@@ -84,8 +84,8 @@ def score_candidates(model: RankingModel, loader: BatchLoader, mesh: Mesh) -> It
     """
     model.eval()
     for batch in loader.epoch(0):
-        batch = batch.to(mesh.device)
-        yield _joined(mesh, _labelled_samples(model.local_labels(batch)), model.predictions(batch))
+        request = model.scoring_request(batch.to(mesh.device))
+        yield _joined(mesh, _labelled_samples(request.batch), model.predictions(request))
 
 
 @torch.no_grad()
@@ -121,7 +121,7 @@ def _split(first: int, vectors: Tensor) -> Iterator[tuple[int, Tensor]]:
 def _labelled_samples(batch: Batch) -> Tensor:
     """Return the row in the split of each label's sample, [L]; the first epoch numbers samples so."""
     owner = torch.repeat_interleave(batch.lengths(batch.item))
-    return batch.sample_ids[owner[batch.label_mask]]
+    return batch.sample_ids[owner[batch.label_events]]
 
 
 def _joined(mesh: Mesh, rows: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hstu.layers.tokens import Stream, Tokens
+from hstu.layers.tokens import Stream
 
 
 class Postprocess(nn.Module):
@@ -28,18 +28,17 @@ class Postprocess(nn.Module):
         self.norm, self.eps, self.last_token = norm, eps, last_token
         self.layer_norm = nn.LayerNorm(hidden_size, eps) if norm == "layer_norm" else None
 
-    def rows(self, stream: Stream, label_mask: Tensor) -> Tensor:
-        """Return the row of the stream whose hidden state stands for each labelled event, [L] int64."""
-        rows = stream.event_rows[label_mask]
-        if not self.last_token:
-            return rows
-        last = rows + stream.tokens_per_event - 1
-        return last if stream.memory_after is None else last + stream.memory_after[label_mask]
+    def rows(self, stream: Stream, events: Tensor) -> Tensor:
+        """Return where among the local rows the hidden states of ``events`` [L] are, [L] int64; -1: on another rank."""
+        rows = stream.event_rows[events]
+        if self.last_token:
+            rows = rows + stream.tokens_per_event - 1
+            rows = rows if stream.memory_after is None else rows + stream.memory_after[events]
+        return stream.places(rows)
 
-    def forward(self, hidden: Tensor, tokens: Tokens, label_mask: Tensor) -> Tensor:
-        """Return [L, D]: the rows of the events where ``label_mask`` [E] is true, as far as they are local."""
-        places = tokens.places(self.rows(tokens, label_mask))
-        selected = hidden[places if tokens.local is None else places[places >= 0]].float()
+    def forward(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        """Return ``rows`` [L] of the local hidden states [t, D], normalised: [L, D] float32."""
+        selected = hidden[rows].float()
         if self.layer_norm is not None:
             return self.layer_norm(selected)
         return l2_normalize(selected, self.eps) if self.norm == "l2" else selected

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,8 @@ from hstu.layers.tokens import Stream
 from hstu.models.backbone import make_backbone
 from hstu.models.binding import fit_to_data, item_categories, make_tables, memory_blocks, model_inputs
 from hstu.models.embedding import Embeddings, EmbeddingTables, ItemCategories
+from hstu.models.lookup import Lookup
+from hstu.models.losses import LossSum
 
 
 class Encoder(nn.Module):
@@ -79,16 +82,30 @@ class Encoder(nn.Module):
         for part in own:
             initialize(part, network.dense_initializer_type, network.dense_initializer_normal_std)
 
-    def embed(self, features: KeyedJaggedTensor, step: int) -> dict[str, Tensor]:
-        """Look up every feature, items as ``NetworkArgs.item_embedding`` says: name -> [ids of the feature, width]."""
-        if self.categories is None:
-            found: dict[str, Tensor] = self.embeddings(features)
-            return found
-        return self.categories.merged(self.embeddings(self.categories.beside(features, step)))
+    def forward(self, batch: Batch) -> LossSum:
+        """Return the loss of ``batch`` as the loader gives it; its parts are for whoever does something in between."""
+        request = self.request(self.training_batch(batch))
+        return self.loss(self.embeddings(request.features), request)
 
-    def stream(self, batch: Batch) -> Stream:
-        """Lay out the tokens of ``batch``, and which of them are local; the batch keeps the answer."""
-        return batch.keep(self, lambda: self.shard(self.whole_stream(batch)))
+    def training_batch(self, batch: Batch) -> Batch:
+        """Return ``batch``, which is in host memory, with the labels that training predicts."""
+        return batch
+
+    def request(self, batch: Batch) -> Lookup:
+        """Return what the loss of ``batch``, from ``training_batch``, asks of the tables."""
+        raise NotImplementedError
+
+    def scoring_request(self, batch: Batch) -> Lookup:
+        """Return what the scores of the labelled events of ``batch``, as the loader gives it, ask of the tables."""
+        raise NotImplementedError
+
+    def loss(self, found: dict[str, Tensor], request: Any) -> LossSum:
+        """Return the loss, from the rows that the tables ``found`` for what is in ``request.features``."""
+        raise NotImplementedError
+
+    def lay_out(self, batch: Batch) -> Stream:
+        """Lay out the tokens of ``batch``, and say which of them are local."""
+        return self.shard(self.whole_stream(batch))
 
     def whole_stream(self, batch: Batch) -> Stream:
         """Lay out the tokens of ``batch``, whoever has which."""
@@ -96,38 +113,39 @@ class Encoder(nn.Module):
         sizes = dict(zip(batch.features.keys(), batch.features.length_per_key(), strict=True))
         return self.preprocess.stream(lengths, sizes, batch.num_candidates, batch.timestamps)
 
-    def local_labels(self, batch: Batch) -> Batch:
-        """Return ``batch`` with only the labels whose rows are local: those that its scores are for."""
-        return self.only_local(batch, batch.label_mask)
+    def local_labels(self, batch: Batch, stream: Stream, predicting: Tensor) -> tuple[Batch, Tensor]:
+        """Return ``batch`` with the labels that are predicted in local rows, and these rows.
 
-    def only_local(self, batch: Batch, predicting: Tensor) -> Batch:
-        """Return ``batch`` with only the labels whose event in ``predicting`` [E] bool, one a label, is local."""
-        stream = self.stream(batch)
+        Args:
+            batch: The batch.
+            stream: Of the batch.
+            predicting: [L] int64. The event in whose row each label is predicted.
+        """
+        rows = self.postprocess.rows(stream, predicting)
         if stream.local is None:
-            return batch
-        own = stream.places(self.postprocess.rows(stream, predicting)) >= 0
-        mask = torch.zeros_like(batch.label_mask).index_fill(0, batch.label_mask.nonzero().squeeze(1)[own], True)
-        return batch.with_labels(mask, batch.labels[own])
+            return batch, rows
+        own = rows >= 0
+        return batch.with_labels(batch.label_events[own], batch.labels[own]), rows[own]
 
-    def look_up(self, batch: Batch, pool: Tensor | None = None) -> dict[str, Tensor]:
-        """Return the embeddings of the local values, [n, width] of each feature, and of the item ids ``pool``."""
-        stream = self.stream(batch)
+    def ids(self, batch: Batch, stream: Stream, pool: Tensor | None = None) -> KeyedJaggedTensor:
+        """Return the ids of the local values of each feature, with the item ids ``pool`` and what stands for items."""
         if stream.local is not None:
             batch = batch.only({name: stream.is_local(name) for name in self.features})
-        return self.embed((batch if pool is None else batch.with_pool(pool)).features, batch.step)
+        features = (batch if pool is None else batch.with_pool(pool)).features
+        return features if self.categories is None else self.categories.beside(features, batch.step)
 
-    def encode(self, embedded: dict[str, Tensor], batch: Batch) -> Tensor:
+    def join(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the embedding of each feature, [n, width], items as ``NetworkArgs.item_embedding`` says."""
+        return found if self.categories is None else self.categories.merged(found)
+
+    def encode(self, embedded: dict[str, Tensor], request: Lookup) -> Tensor:
         """Return the local rows that carry labels, [L, D] float32."""
         embedded = {name: embedded[name] for name in self.features}
-        with torch.autocast(batch.labels.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
-            tokens = self.preprocess(embedded, self.stream(batch))
-            hidden = self.backbone(tokens)
-        rows: Tensor = self.postprocess(hidden, tokens, batch.label_mask)
+        device = request.rows.device.type
+        with torch.autocast(device, self.autocast_dtype, enabled=self.autocast_dtype is not None):
+            hidden = self.backbone(self.preprocess(embedded, request.stream))
+        rows: Tensor = self.postprocess(hidden, request.rows)
         return rows
-
-    def num_labels(self, batch: Batch) -> int:
-        """Return the label tokens of the loss of ``batch``, before it is computed."""
-        return batch.labels.numel()
 
     def num_tokens(self, batch: Batch) -> int:
         """Return the tokens that ``batch`` makes, without asking the device."""

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from hstu.config import Config
 from hstu.data.batch import Batch
 from hstu.data.schema import Schema
+from hstu.models.lookup import RetrievalLookup
 from hstu.models.negatives import random_uniform
-from hstu.models.retrieval import RetrievalModel, following
+from hstu.models.retrieval import RetrievalModel
 from hstu.ops import lengths_to_offsets, positions_in_sequence, sequence_ids
 
 
@@ -26,38 +27,35 @@ class MaskedRetrievalModel(RetrievalModel):
         self.mask_token = nn.Embedding(1, config.network.item_embedding_dim)
         nn.init.normal_(self.mask_token.weight, std=config.network.embedding_initializer_std)
 
-    def num_labels(self, batch: Batch) -> int:
-        """Return the events that training hides."""
-        return int(self._hidden(batch).sum())
-
-    def training_targets(self, batch: Batch) -> tuple[Batch, Tensor]:
+    def training_batch(self, batch: Batch) -> Batch:
         """Hide each event with ``mask_probability``, or the last one of its sample alone."""
-        hidden = self._hidden(batch)
-        return batch.with_labels(hidden, batch.ids(self.item)[hidden]), hidden.nonzero().squeeze(1)
+        hidden = self._hidden(batch).nonzero().squeeze(1)
+        return batch.with_labels(hidden, batch.ids(self.item)[hidden])
 
-    def predicting(self, batch: Batch, targets: Tensor) -> Tensor:
-        """Return ``targets`` themselves: each is predicted where it is hidden."""
-        return torch.zeros_like(batch.label_mask).index_fill(0, targets, True)
-
-    def rows(self, embedded: dict[str, Tensor], batch: Batch, targets: Tensor) -> Tensor:
-        """Return the hidden rows of ``targets``, whose items nobody sees: [L, D] float32."""
-        items, stream = embedded[self.item], self.stream(batch)
-        hidden = self.predicting(batch, targets)
-        here = hidden if stream.local is None else hidden[stream.is_local(self.item)]
-        seen = torch.where(here[:, None], self.mask_token.weight.to(items.dtype), items)
-        return self.encode(embedded | {self.item: seen}, batch.with_labels(hidden, batch.labels))
-
-    def queries(self, batch: Batch) -> Tensor:
-        """Return what scores the item after the one labelled event of each sample, [L, ..] float32."""
+    def scoring_request(self, batch: Batch) -> RetrievalLookup:
+        """Hide the event after the one labelled one of each sample."""
         assert batch.labels.numel() <= batch.num_samples, "of several events at once each would miss the others"
-        return super().queries(batch)
+        return super().scoring_request(batch.with_labels(batch.label_events + 1, batch.labels))
+
+    def targets(self, batch: Batch) -> Tensor:
+        """Return the labelled events themselves: each is predicted where it is hidden."""
+        return batch.label_events
+
+    def encode(self, embedded: dict[str, Tensor], request: RetrievalLookup) -> Tensor:  # type: ignore[override]
+        """Return the local hidden rows of the targets, whose items nobody sees: [L, D] float32."""
+        items = embedded[self.item]
+        hidden = torch.zeros(request.batch.num_events, dtype=torch.bool, device=items.device)
+        hidden = hidden.index_fill(0, request.targets, True)
+        here = hidden if request.stream.local is None else hidden[request.stream.is_local(self.item)]
+        seen = torch.where(here[:, None], self.mask_token.weight.to(items.dtype), items)
+        return super().encode(embedded | {self.item: seen}, request)
 
     def _hidden(self, batch: Batch) -> Tensor:
         """Return which events are hidden, [E] bool: a function of the seed and the samples, not of the rank."""
-        total = batch.label_mask.numel()
+        total = batch.num_events
         offsets = lengths_to_offsets(batch.lengths(self.item))
         owner, index = sequence_ids(offsets, total), torch.arange(total, device=offsets.device)
-        allowed = torch.zeros_like(batch.label_mask).index_fill(0, following(batch), True)
+        allowed = torch.zeros(total, dtype=torch.bool).index_fill(0, batch.label_events + 1, True)
         keys = batch.sample_ids[owner] * 2**20 + positions_in_sequence(offsets, total)
         drawn = allowed & (self._uniform(keys, 1) < self.args.mask_probability)
         some = torch.zeros_like(batch.sample_ids).index_add(0, owner, drawn.long()) > 0

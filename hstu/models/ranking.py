@@ -10,6 +10,7 @@ from hstu.data.batch import Batch
 from hstu.data.schema import Schema
 from hstu.layers.mlp import MLP, initialize
 from hstu.models.encoder import Encoder
+from hstu.models.lookup import Lookup
 from hstu.models.losses import LossSum
 from hstu.models.tasks import make_tasks, ranking_loss
 
@@ -43,21 +44,30 @@ class RankingModel(Encoder):
             names = (name for name, _ in self.head.layers[last].named_parameters())
             self.row_weights = {f"head.layers.{last}.{name}": classes[0] for name in names}
 
-    def logits(self, batch: Batch) -> Tensor:
-        """Return the outputs of the head for the labelled events, [L, outputs of all tasks] float32."""
-        rows = self.encode(self.look_up(batch), batch)
-        out: Tensor = self.head(rows)
-        return out
+    def request(self, batch: Batch) -> Lookup:
+        stream = self.lay_out(batch)
+        labelled, rows = self.local_labels(batch, stream, batch.label_events)
+        return Lookup(batch=labelled, stream=stream, rows=rows, features=self.ids(batch, stream))
 
-    def predictions(self, batch: Batch) -> Tensor:
+    def scoring_request(self, batch: Batch) -> Lookup:
+        return self.request(batch)
+
+    def loss(self, found: dict[str, Tensor], request: Lookup) -> LossSum:
+        return ranking_loss(self._logits(found, request), self.targets(request.batch), self.tasks)
+
+    def logits(self, request: Lookup) -> Tensor:
+        """Return the outputs of the head for the labelled events, [L, outputs of all tasks] float32."""
+        return self._logits(self.embeddings(request.features), request)
+
+    def predictions(self, request: Lookup) -> Tensor:
         """Return probabilities and numbers of the labelled events, [L, outputs of all tasks] float64."""
-        parts = self.logits(batch).double().split([task.outputs for task in self.tasks], 1)
+        parts = self.logits(request).double().split([task.outputs for task in self.tasks], 1)
         return torch.cat([task.predict(part) for task, part in zip(self.tasks, parts, strict=True)], 1)
 
     def targets(self, batch: Batch) -> dict[str, Tensor]:
         """Return what the tasks predict of the labelled events, [L] of each feature."""
         return {} if self.action is None else {self.action: batch.labels}
 
-    def forward(self, batch: Batch) -> LossSum:
-        """Return the loss of the labelled events."""
-        return ranking_loss(self.logits(batch), self.targets(self.local_labels(batch)), self.tasks)
+    def _logits(self, found: dict[str, Tensor], request: Lookup) -> Tensor:
+        out: Tensor = self.head(self.encode(self.join(found), request))
+        return out

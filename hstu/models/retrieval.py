@@ -13,6 +13,7 @@ from hstu.data.schema import Schema
 from hstu.layers.mlp import initialize
 from hstu.layers.similarity import DotProduct, MixtureOfLogits
 from hstu.models.encoder import Encoder
+from hstu.models.lookup import RetrievalLookup
 from hstu.models.losses import LossSum, SampledCandidates, binary_loss, softmax_loss
 from hstu.models.negatives import NegativeSampler, other_item
 from hstu.ops import lengths_to_offsets, positions_in_sequence, sequence_ids
@@ -38,48 +39,68 @@ class RetrievalModel(Encoder):
             self.row_weights["item_bias.weight"] = self.item
         self.sampler = NegativeSampler(self.args.negatives, self.num_items, self.args.num_negatives, self.seed)
 
-    def forward(self, batch: Batch) -> LossSum:
-        """Return the loss of the labelled events."""
-        full, targets = self.training_targets(batch)
-        batch = self.only_local(full, self.predicting(full, targets))
-        keys, live = self.keys(batch), None
+    def request(self, batch: Batch) -> RetrievalLookup:
+        stream = self.lay_out(batch)
+        labelled, rows = self.local_labels(batch, stream, self.predicting(batch))
+        keys, live = self.keys(labelled), None
         if self.args.loss == "bce":
-            drawn, live = self._other_item(batch, keys)
+            drawn, live = self._other_item(labelled, keys)
             pool_ids, places = drawn.unique(return_inverse=True)
             columns: Tensor | None = places[:, None]
         else:
-            pool_ids = self.sampler.pool(batch.labels, batch.step)
+            pool_ids = self.sampler.pool(labelled.labels, batch.step)
             columns = self.sampler.columns(keys, self.sampler.drawable(pool_ids, batch.step))
-        embedded, positive, pool = self._look_up_all(batch, targets, pool_ids)
-        sampled = SampledCandidates(
-            query=self.query_vectors(self.rows(embedded, full, targets)),
-            positive=self.item_vectors(positive, batch.labels),
-            positive_ids=batch.labels,
-            pool=self.item_vectors(pool, pool_ids),
+        # A label is an item of the batch, whose embedding is at hand, unless it is in the row of another rank.
+        looked_up = pool_ids if stream.local is None else torch.cat([labelled.labels, pool_ids])
+        return RetrievalLookup(
+            batch=labelled,
+            stream=stream,
+            rows=rows,
+            features=self.ids(batch, stream, looked_up),
+            targets=self.targets(labelled),
             pool_ids=pool_ids,
             columns=columns,
+            live=live,
         )
-        return self._loss(sampled, live)
 
-    def queries(self, batch: Batch) -> Tensor:
-        """Return what scores the item after each labelled event, [L, ..] float32."""
-        embedded = self.look_up(batch, batch.labels[:0])
-        return self.query_vectors(self.rows(embedded, batch, following(batch)))
+    def scoring_request(self, batch: Batch) -> RetrievalLookup:
+        stream = self.lay_out(batch)
+        labelled, rows = self.local_labels(batch, stream, self.predicting(batch))
+        none = batch.labels[:0]
+        features, targets = self.ids(batch, stream, none), self.targets(labelled)
+        return RetrievalLookup(
+            batch=labelled, stream=stream, rows=rows, features=features, targets=targets, pool_ids=none
+        )
 
-    def local_labels(self, batch: Batch) -> Batch:
-        return self.only_local(batch, self.predicting(batch, following(batch)))
+    def loss(self, found: dict[str, Tensor], request: RetrievalLookup) -> LossSum:
+        embedded, labels = self.join(found), request.batch.labels
+        pool = embedded[POOL]
+        if request.stream.local is None:
+            positive = embedded[self.item][request.targets]
+        else:
+            positive, pool = pool.split([labels.numel(), request.pool_ids.numel()])
+        sampled = SampledCandidates(
+            query=self.query_vectors(self.encode(embedded, request)),
+            positive=self.item_vectors(positive, labels),
+            positive_ids=labels,
+            pool=self.item_vectors(pool, request.pool_ids),
+            pool_ids=request.pool_ids,
+            columns=request.columns,
+        )
+        return self._loss(sampled, request.live)
 
-    def training_targets(self, batch: Batch) -> tuple[Batch, Tensor]:
-        """Return the batch with what training predicts as labels, and the events that are predicted, [L] int64."""
-        return batch, following(batch)
+    def queries(self, request: RetrievalLookup) -> Tensor:
+        """Return what scores the item of each label, [L, ..] float32."""
+        embedded = self.join(self.embeddings(request.features))
+        return self.query_vectors(self.encode(embedded, request))
 
-    def predicting(self, batch: Batch, targets: Tensor) -> Tensor:
-        """Return the events in whose rows the events ``targets`` [L] are predicted, [E] bool."""
-        return batch.label_mask
+    def predicting(self, batch: Batch) -> Tensor:
+        """Return the event in whose row each label is predicted, [L] int64."""
+        return batch.label_events
 
-    def rows(self, embedded: dict[str, Tensor], batch: Batch, targets: Tensor) -> Tensor:
-        """Return the local hidden rows that predict the events ``targets``, [L, D] float32."""
-        return self.encode(embedded, batch)
+    def targets(self, batch: Batch) -> Tensor:
+        """Return the event that each label is the item of, [L] int64."""
+        return batch.label_events + 1
 
     def query_vectors(self, rows: Tensor) -> Tensor:
         """Return hidden rows [L, D] as training and evaluation score them, [L, ..] float32."""
@@ -93,21 +114,12 @@ class RetrievalModel(Encoder):
 
     def catalogue_vectors(self, batch: Batch, ids: Tensor) -> Tensor:
         """Return items ``ids`` [n] as they are scored, [n, ..] float32; ``batch`` lends its features."""
-        return self.item_vectors(self.embed(batch.with_pool(ids).features, batch.step)[POOL], ids)
+        stream = self.lay_out(batch)
+        return self.item_vectors(self.join(self.embeddings(self.ids(batch, stream, ids)))[POOL], ids)
 
     def scores(self, queries: Tensor, items: Tensor) -> Tensor:
         """Score ``queries`` [L, ..] against ``items`` [n, ..]: [L, n] float32."""
         return self.similarity.scores(queries, items)
-
-    def _look_up_all(self, batch: Batch, targets: Tensor, pool_ids: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """Return the embeddings of the features, of the labels, and of the pool, from one lookup."""
-        if self.stream(batch).local is None:
-            # Labels are items of the batch: their embeddings are already at hand.
-            embedded = self.look_up(batch, pool_ids)
-            return embedded, embedded[self.item][targets], embedded[POOL]
-        embedded = self.look_up(batch, torch.cat([batch.labels, pool_ids]))
-        positive, pool = embedded[POOL].split([batch.labels.numel(), pool_ids.numel()])
-        return embedded, positive, pool
 
     def _loss(self, sampled: SampledCandidates, live: Tensor | None) -> LossSum:
         if live is not None:
@@ -126,15 +138,14 @@ class RetrievalModel(Encoder):
     def keys(self, batch: Batch) -> Tensor:
         """Return an identity of each label token that no layout of ranks changes, [L] int64."""
         offsets = lengths_to_offsets(batch.lengths(self.item))
-        total = batch.label_mask.numel()
-        sample = batch.sample_ids[sequence_ids(offsets, total)]
-        keys = sample * 2**20 + positions_in_sequence(offsets, total)
-        return keys[batch.label_mask]
+        sample = batch.sample_ids[sequence_ids(offsets, batch.num_events)]
+        keys = sample * 2**20 + positions_in_sequence(offsets, batch.num_events)
+        return keys[batch.label_events]
 
     def _other_item(self, batch: Batch, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Draw one item for each label token that its user has not, or that is not in its sample."""
-        owner = sequence_ids(lengths_to_offsets(batch.lengths(self.item)), batch.label_mask.numel())
-        samples, whole = owner[batch.label_mask], batch.whole_history
+        owner = sequence_ids(lengths_to_offsets(batch.lengths(self.item)), batch.num_events)
+        samples, whole = owner[batch.label_events], batch.whole_history
         holder, items = (owner, batch.ids(self.item)) if whole is None else whole
         return other_item(keys, samples, items, holder, self.num_items, self.seed)
 
@@ -149,11 +160,6 @@ class ItemBias(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """Return the biases of items ``ids`` [n], [n, 1]."""
         return self.weight[ids, None]
-
-
-def following(batch: Batch) -> Tensor:
-    """Return the event after each labelled one, whose item is its label: [L] int64."""
-    return batch.label_mask.nonzero().squeeze(1) + 1
 
 
 def make_similarity(

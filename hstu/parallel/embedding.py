@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import psutil
 import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torch import Tensor, nn
-from torchrec import EmbeddingCollection, EmbeddingConfig, KeyedJaggedTensor, optim
+from torchrec import EmbeddingCollection, EmbeddingConfig, JaggedTensor, KeyedJaggedTensor, optim
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
@@ -70,7 +69,6 @@ class ShardedTables(Embeddings):
             self.collections[width] = _shard(collection, sharder, plan.plan[width], mesh)
             for name, placed in plan.plan[width].items():
                 self.layout[name] = f"{placed.sharding_type} {placed.compute_kernel}"
-        self._answer: Callable[[KeyedJaggedTensor], dict[str, Any]] = self._look_up
         #: Number of the step that is being taken, from 1.
         self.step = 0
         self.shards = nn.ModuleDict(self.collections)
@@ -104,10 +102,16 @@ class ShardedTables(Embeddings):
 
     def forward(self, features: KeyedJaggedTensor) -> dict[str, Tensor]:
         """Look up every feature: name -> [ids of the feature, width]."""
-        found: dict[str, Tensor] = self.replicated(features)
-        for rows in self._answer(features).values():
-            found |= {name: jagged.values()[:, : self.widths[name]] for name, jagged in rows.items()}
-        return found
+        chosen = self.request(features)
+        self.begin()
+        return self.found(features, [self.collections[width](ids) for width, ids in chosen.items()])
+
+    def found(self, features: KeyedJaggedTensor, answers: Iterable[Mapping[str, JaggedTensor]]) -> dict[str, Tensor]:
+        """Return the rows of every feature: from the ``answers`` of the collections, and from the replicated tables."""
+        rows: dict[str, Tensor] = self.replicated(features)
+        for answer in answers:
+            rows |= {name: jagged.values()[:, : self.widths[name]] for name, jagged in answer.items()}
+        return rows
 
     def request(self, features: KeyedJaggedTensor, *, ahead: bool = False) -> dict[str, KeyedJaggedTensor]:
         """Return what each collection looks up for ``features``, by width.
@@ -125,20 +129,6 @@ class ShardedTables(Embeddings):
 
     def begin(self) -> None:
         """Make the tables ready for the rows of the oldest request that was not begun."""
-
-    @contextmanager
-    def answered_by(self, answer: Callable[[KeyedJaggedTensor], dict[str, Any]]) -> Iterator[None]:
-        """Inside, ``answer`` stands for the collections: from all features to the rows of each collection."""
-        before, self._answer = self._answer, answer
-        try:
-            yield
-        finally:
-            self._answer = before
-
-    def _look_up(self, features: KeyedJaggedTensor) -> dict[str, Any]:
-        chosen = self.request(features)
-        self.begin()
-        return {width: self.collections[width](ids) for width, ids in chosen.items()}
 
     @torch.no_grad()
     def fill(self) -> None:

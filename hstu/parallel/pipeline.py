@@ -1,14 +1,12 @@
 """Batches in flight: the next one is copied and its ids travel to the tables while this one is computed.
 
-TorchRec's ``TrainPipelineSparseDist`` over the lookups alone, for what a model looks up is known only once it has
-drawn its negatives: a batch that enters the pipeline runs through the model up to its lookup, which tells the ids.
-Weights are read when a batch is computed, so that losses are those of the plain loop.
+TorchRec's ``TrainPipelineSparseDist`` over the lookups alone: the model says what a batch looks up, negatives
+included, when the batch enters. Weights are read when a batch is computed, so that losses are those of the plain loop.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,14 +18,18 @@ from torchrec.streamable import Pipelineable
 
 from hstu.data.batch import Batch
 from hstu.models import RankingModel, RetrievalModel
+from hstu.models.lookup import Lookup
 from hstu.parallel.embedding import ShardedTables
+
+Rows = dict[str, Tensor]
+"""What tables found: feature -> [ids of the feature, width]."""
 
 
 class _Known(Pipelineable):
-    """A batch on the device, and as ``ids_<width>`` what each collection of tables looks up for it."""
+    """A request on the device, and as ``ids_<width>`` what each collection of tables looks up for it."""
 
-    def __init__(self, batch: Batch, chosen: dict[str, KeyedJaggedTensor]) -> None:
-        self.batch = batch
+    def __init__(self, request: Lookup, chosen: dict[str, KeyedJaggedTensor]) -> None:
+        self.request = request
         for width, ids in chosen.items():
             setattr(self, f"ids_{width}", ids)
 
@@ -52,10 +54,6 @@ class _Lookups(nn.Module):
         return [getattr(self, f"table_{width}")(getattr(known, f"ids_{width}")) for width in self.widths]
 
 
-class _LookedUp(Exception):
-    """Ends a pass through the model at its lookup."""
-
-
 class LookupPipeline(TrainPipelineSparseDist):
     """Runs batches through a model, with copies and exchanges of ids ahead.
 
@@ -68,7 +66,8 @@ class LookupPipeline(TrainPipelineSparseDist):
     def __init__(self, model: RankingModel | RetrievalModel, tables: ShardedTables, device: torch.device) -> None:
         self.model, self.tables = model, tables
         self._source: Iterator[Batch] = iter(())
-        self._compute: Callable[[Batch], tuple[Tensor | None, Any]] | None = None
+        self._expected = (0, 0, 0)
+        self._compute: Callable[[Rows, Any], tuple[Tensor | None, Any]] | None = None
         nothing: Any = SimpleNamespace(zero_grad=lambda: None, step=lambda: None)  # steps are taken outside
         lookups = _Lookups(tables)
         super().__init__(lookups, nothing, device, execute_all_batches=True, custom_model_fwd=self._forward)
@@ -83,17 +82,18 @@ class LookupPipeline(TrainPipelineSparseDist):
         assert self.is_empty
         self._source = source
 
-    def run(self, compute: Callable[[Batch], tuple[Tensor | None, Any]]) -> Any:
+    def run(self, batch: Batch, compute: Callable[[Rows, Any], tuple[Tensor | None, Any]]) -> Any:
         """Run the next batch forward and backward.
 
         Args:
-            compute: From a batch on the device to the scalar to differentiate, or None for no backward pass, and a
-                result.
+            batch: The one that is to be next.
+            compute: From the rows of the tables and the request on the device to the scalar to differentiate, or None
+                for no backward pass, and a result.
 
         Returns:
             The result.
         """
-        self._compute = compute
+        self._compute, self._expected = compute, _size(batch)
         result = self.progress(self._source)
         if self.is_empty:
             self.detach()  # evaluation looks up without a pipeline
@@ -105,32 +105,22 @@ class LookupPipeline(TrainPipelineSparseDist):
         if batch is None:
             return None, context
         with self._stream_context(self._memcpy_stream), torch.no_grad():
-            looked_up = self._looked_up(batch)
-            # A copy keeps nothing: the token stream was made on the CUDA stream of the copies.
-            return _Known(replace(batch), looked_up), context
-
-    def _looked_up(self, batch: Batch) -> dict[str, KeyedJaggedTensor]:
-        seen: list[dict[str, KeyedJaggedTensor]] = []
-
-        def note(features: KeyedJaggedTensor) -> Any:
-            seen.append(self.tables.request(features, ahead=True))
-            raise _LookedUp
-
-        try:
-            with self.tables.answered_by(note):
-                self.model(batch)
-        except _LookedUp:
-            pass
-        (chosen,) = seen
-        return chosen
+            request = self.model.request(batch)
+            return _Known(request, self.tables.request(request.features, ahead=True)), context
 
     def _forward(self, known: Any) -> tuple[Any, Any]:
+        request: Lookup = known.request
+        assert _size(request.batch) == self._expected, "the pipeline computes another batch than the one counted"
         self.tables.begin()
-        found = dict(zip(self._model.widths, self._model(known), strict=True))
+        answers = self._model(known)
         assert self._compute is not None
-        with self.tables.answered_by(lambda features: found):
-            return self._compute(known.batch)
+        return self._compute(self.tables.found(request.features, answers), request)
 
     def _backward(self, losses: Tensor | None) -> None:
         if losses is not None:
             losses.backward()
+
+
+def _size(batch: Batch) -> tuple[int, int, int]:
+    """Return what tells batches apart without asking the device."""
+    return batch.step, batch.num_samples, batch.num_events

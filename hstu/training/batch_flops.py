@@ -14,14 +14,13 @@ from hstu.parallel.tensor import cut_of
 
 
 def batch_flops(model: RankingModel | RetrievalModel, config: Config, batch: Batch) -> float:
-    """Return the operations of a forward and backward pass over ``batch``, which is in host memory.
+    """Return the operations of a forward and backward pass over ``batch``, from ``training_batch``, in host memory.
 
     Matrix products alone: of every weight with its tokens, of attention with the pairs that the mask lets see each
     other, and of the scores. Not counted: attention of a HuggingFace backbone, a mixture of logits, and lookups. The
     pool of in-batch negatives counts as far as this rank's labels fill it.
     """
-    layout = model.whole_stream(batch).layout
-    labels = model.num_labels(batch)
+    layout, labels = model.whole_stream(batch).layout, batch.labels.numel()
     heads = model.head if isinstance(model, RankingModel) else model.similarity
     weights = matrix_elements(model.backbone) * int(layout.offsets[-1]) + matrix_elements(heads) * labels
     # One product forward, two backward.

@@ -99,10 +99,10 @@ def _batches(loader: BatchLoader, config: Config, mesh: Mesh) -> Iterator[Batch]
 def _ranking(model: RankingModel, loader: BatchLoader, mesh: Mesh, config: Config) -> dict[str, Any]:
     parts: list[tuple[Tensor, ...]] = []
     for batch in _batches(loader, config, mesh):
-        predictions, batch = model.predictions(batch), model.local_labels(batch)
-        targets, users = model.targets(batch), _of_labels(batch, batch.users)
+        request = model.scoring_request(batch)
+        targets, users = model.targets(request.batch), _of_labels(request.batch, request.batch.users)
         labels = torch.stack([task.labels(targets) for task in model.tasks], 1)
-        parts.append((predictions, labels, users))
+        parts.append((model.predictions(request), labels, users))
     predicted, labelled, owners = (
         mesh.tokens.gather(torch.cat(part)).cpu().numpy() for part in zip(*parts, strict=True)
     )
@@ -180,7 +180,8 @@ def _ranked(
     block = max(1, elements // catalogue.shape[0])
     assert not loader.shuffle, "the first epoch of an unshuffled split numbers samples by their rows"
     for batch in _batches(loader, config, mesh):
-        queries, batch = model.queries(batch), model.local_labels(batch)
+        request = model.scoring_request(batch)
+        queries, batch = model.queries(request), request.batch
         samples, users = _of_labels(batch, batch.sample_ids), _of_labels(batch, batch.users)
         for start in range(0, max(1, queries.shape[0]), block):  # a rank without samples joins the others too
             rows = slice(start, start + block)
@@ -214,7 +215,7 @@ def _catalogue(model: RetrievalModel, loader: BatchLoader, mesh: Mesh) -> Tensor
 def _of_labels(batch: Batch, values: Tensor) -> Tensor:
     """Return the value [B] of the sample that each label belongs to, [L]."""
     sample = torch.repeat_interleave(batch.lengths(batch.item))
-    return values[sample[batch.label_mask]]
+    return values[sample[batch.label_events]]
 
 
 def best_possible(

@@ -117,7 +117,7 @@ def measure_demand(config: Config, dataset: SequenceDataset, batch: Batch) -> De
         backbone=matrix_elements(model.backbone),
         tables=tables,
         activations=kept_for_backward(model, batch),
-        flops=batch_flops(model, config, batch),
+        flops=batch_flops(model, config, model.training_batch(batch)),
         tokens=model.num_tokens(batch),
         lookups=sum(count * widths.get(name, 0) for name, count in sizes.items()) * _FLOAT,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -13,7 +14,7 @@ from hstu.data.batch import Batch
 from hstu.data.reader import SequenceDataset
 from hstu.models.losses import LossSum
 from hstu.parallel import Parallelized
-from hstu.parallel.pipeline import LookupPipeline
+from hstu.parallel.pipeline import LookupPipeline, Rows
 from hstu.training.batch_flops import batch_flops
 from hstu.training.checkpoint_files import Progress
 from hstu.training.meter import Meter, not_finite
@@ -52,7 +53,7 @@ class Stepper:
         Gradients are those of the mean over the label tokens of all ``batches`` of all ranks.
 
         Args:
-            batches: The batches of this rank, in host memory.
+            batches: What ``steps`` gives: the batches of this rank, in host memory.
             progress: Counts of steps.
 
         Raises:
@@ -60,7 +61,7 @@ class Stepper:
         """
         rate = self.optimizer.prepare(progress.step)
         # Counted before the first backward pass, in which the tables step.
-        labels = float(sum(self.model.num_labels(batch) for batch in batches))
+        labels = float(sum(batch.labels.numel() for batch in batches))
         for number, batch in enumerate(batches, 1):
             with self.parallel.dense.accumulate(last=number == len(batches)):
                 loss, broken = self._run(batch, labels)
@@ -81,6 +82,7 @@ class Stepper:
     def steps(self, batches: Iterator[Batch], progress: Progress) -> Iterator[tuple[Batch, ...]]:
         """Group the batches of an epoch into those of a step, each to be taken before the next is asked for."""
         size, trainer = self.config.trainer.gradient_accumulation_steps, self.config.trainer
+        batches = map(self.model.training_batch, batches)
         if self.pipeline is None:
             yield from zip(*[batches] * size, strict=True)
             return
@@ -99,9 +101,8 @@ class Stepper:
             The loss, and whether this rank's is the one that is not finite; None if all are.
         """
 
-        def compute(own: Batch) -> tuple[torch.Tensor | None, tuple[LossSum, bool | None]]:
-            assert _size(own) == _size(batch), "the pipeline computes another batch than the one that was counted"
-            loss = self.model(own)
+        def compute(found: Rows, own: Any) -> tuple[torch.Tensor | None, tuple[LossSum, bool | None]]:
+            loss = self.model.loss(found, own)
             broken = ~loss.total.detach().isfinite()
             facts = torch.stack([torch.full_like(broken, labels, dtype=torch.float64), broken.double()])
             total, ranks_broken = self.mesh.tokens.sum(facts).tolist()
@@ -114,9 +115,10 @@ class Stepper:
             return loss.total * (self.mesh.tokens.size / max(1.0, total)), (loss, None)
 
         if self.pipeline is not None:
-            result: tuple[LossSum, bool | None] = self.pipeline.run(compute)
+            result: tuple[LossSum, bool | None] = self.pipeline.run(batch, compute)
             return result
-        scaled, result = compute(batch.to(self.mesh.device, non_blocking=True))
+        request = self.model.request(batch.to(self.mesh.device, non_blocking=True))
+        scaled, result = compute(self.model.embeddings(request.features), request)
         if scaled is not None:
             scaled.backward()
         return result
@@ -138,8 +140,3 @@ class Stepper:
     def _original_users(self, rows: torch.Tensor) -> list[str]:
         originals = self.dataset.vocabulary(self.dataset.schema.user.name)
         return [str(originals[row]) for row in dict.fromkeys(rows.tolist()) if row >= 0]
-
-
-def _size(batch: Batch) -> tuple[int, int, int, int]:
-    """Return what tells batches apart without asking the device."""
-    return batch.step, batch.users.numel(), batch.labels.numel(), batch.label_mask.numel()

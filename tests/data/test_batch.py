@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -16,7 +14,7 @@ def batch() -> Batch:
     return Batch(
         features=keyed_features(["age", "item", "action"], torch.arange(12), lengths, [3, 5, 4]),
         item="item",
-        label_mask=torch.tensor([False, True, False, False, True]),
+        label_events=torch.tensor([1, 4]),
         labels=torch.tensor([7, 8]),
         num_candidates=torch.tensor([1, 0, 0]),
         timestamps=torch.arange(5),
@@ -42,7 +40,7 @@ def test_the_pool_stands_beside_the_features_and_changes_none(batch: Batch, pool
     for name in names:
         assert torch.equal(joined.ids(name), batch.ids(name))
         assert torch.equal(joined.lengths(name), batch.lengths(name))
-    assert torch.equal(joined.label_mask, batch.label_mask) and joined.step == 9
+    assert torch.equal(joined.label_events, batch.label_events) and joined.step == 9
     assert POOL not in names
 
 
@@ -54,20 +52,14 @@ def test_sizes_are_known_without_reading_the_lengths(batch: Batch) -> None:
 def test_a_copy_has_everything(batch: Batch) -> None:
     copy = batch.to(torch.device("cpu"))
     assert copy.features.length_per_key() == [3, 5, 4]
-    for name in ("label_mask", "labels", "num_candidates", "timestamps", "users", "sample_ids"):
+    for name in ("label_events", "labels", "num_candidates", "timestamps", "users", "sample_ids"):
         assert torch.equal(getattr(copy, name), getattr(batch, name))
     assert (copy.item, copy.step) == ("item", 9)
     assert batch.to(torch.device("meta")).labels.device.type == "meta"
     assert batch.to(torch.device("meta")).features.values().device.type == "meta"
 
 
-def test_what_follows_from_the_samples_is_kept_for_copies_with_other_labels_or_a_pool_alone(batch: Batch) -> None:
-    made = batch.keep("stream", object)
-    assert batch.keep("stream", object) is made and batch.keep("another", object) is not made
-    relabelled = batch.with_labels(~batch.label_mask, torch.tensor([5]))
-    assert relabelled.labels.tolist() == [5] and relabelled.label_mask.tolist() == [True, False, True, True, False]
-    pooled = relabelled.with_pool(torch.tensor([3]))
-    assert relabelled.keep("stream", object) is made and pooled.keep("stream", object) is made
-    chosen = {name: torch.ones(n, dtype=torch.bool) for name, n in (("age", 3), ("item", 5), ("action", 4))}
-    for copy in (batch.only(chosen), batch.to(torch.device("cpu")), replace(batch, timestamps=batch.timestamps + 1)):
-        assert copy.keep("stream", object) is not made
+def test_other_labels(batch: Batch) -> None:
+    relabelled = batch.with_labels(torch.tensor([0]), torch.tensor([5]))
+    assert relabelled.labels.tolist() == [5] and relabelled.label_events.tolist() == [0]
+    assert relabelled.features is batch.features and relabelled.num_events == 5

@@ -14,7 +14,7 @@ from hstu.config import DatasetArgs
 from hstu.data import SequenceDataset, Split, leave_one_out, make_splits
 from hstu.data.batch import Batch
 from hstu.data.collate import Collator
-from tests.samples import make_dataset
+from tests.samples import label_mask, make_dataset
 
 LENGTHS = (3, 4, 12, 7, 5)
 
@@ -45,7 +45,7 @@ def check(batch: Batch, dataset: SequenceDataset, collator: Collator, split: str
     stops = {"train": -2, "valid": -1, "test": 0}
     training, ranking = split == "train", collator.task == "ranking"
     item_parts = parts(batch.ids("item"), batch.lengths("item"))
-    mask_parts, time_parts = (parts(x, batch.lengths("item")) for x in (batch.label_mask, batch.timestamps))
+    mask_parts, time_parts = (parts(x, batch.lengths("item")) for x in (label_mask(batch), batch.timestamps))
     names = batch.features.keys()
     action_parts = parts(batch.ids("action"), batch.lengths("action")) if "action" in names else None
     labels = batch.labels.tolist()
@@ -131,7 +131,7 @@ def test_the_held_out_events_never_reach_a_training_sample(dataset: SequenceData
 def test_actions_of_candidates_are_labels_and_not_inputs(dataset: SequenceDataset, split: str, candidates: int) -> None:
     batch = collate(Collator(task="ranking", max_history=9, max_candidates=candidates), dataset, split)
     assert torch.equal(batch.lengths("action"), batch.lengths("item") - batch.num_candidates)
-    labelled = torch.stack([part.sum() for part in batch.label_mask.split(batch.lengths("item").tolist())])
+    labelled = torch.stack([part.sum() for part in label_mask(batch).split(batch.lengths("item").tolist())])
     if candidates:
         assert torch.equal(labelled, batch.num_candidates) and bool((labelled > 0).all())
 
@@ -150,14 +150,14 @@ def test_users_with_no_one_and_two_events_in_ranking(tmp_path: Path, candidates:
     assert batch.lengths("item").tolist() == [1, 2, 0, 1]
     # A single event is a candidate without history; of two, one stays history.
     assert batch.num_candidates.tolist() == ([0, 0, 0, 0] if candidates == 0 else [1, 1, 0, 1])
-    assert batch.label_mask.tolist() == ([True] * 4 if candidates == 0 else [True, False, True, True])
+    assert label_mask(batch).tolist() == ([True] * 4 if candidates == 0 else [True, False, True, True])
     assert batch.lengths("age").tolist() == [1, 1, 1, 1]
 
 
 def test_users_with_no_one_and_two_events_in_retrieval(tmp_path: Path) -> None:
     dataset, split = short_users(tmp_path, [1, 2, 0, 1])
     batch = collate(Collator(task="retrieval", max_history=4), dataset, split)
-    assert batch.label_mask.tolist() == [False, True, False, False]
+    assert label_mask(batch).tolist() == [False, True, False, False]
     assert batch.labels.tolist() == [int(batch.ids("item")[2])]
 
 
@@ -352,10 +352,10 @@ def test_some_actions_are_inputs_and_never_targets(dataset: SequenceDataset, tas
     assert torch.equal(a.features.values(), b.features.values())  # inputs stay
     events = dataset.gather(np.arange(len(LENGTHS)), np.zeros(len(LENGTHS), np.int64), dataset.lengths - 2)
     assert events.actions is not None and events.items.tolist() == a.ids("item").tolist()
-    predicted = np.flatnonzero(a.label_mask.numpy()) + (task == "retrieval")
+    predicted = np.flatnonzero(label_mask(a).numpy()) + (task == "retrieval")
     wanted = predicted[~np.isin(events.actions[predicted], (1, 3))]
     assert 0 < wanted.size < predicted.size
-    assert (np.flatnonzero(b.label_mask.numpy()) + (task == "retrieval")).tolist() == wanted.tolist()
+    assert (np.flatnonzero(label_mask(b).numpy()) + (task == "retrieval")).tolist() == wanted.tolist()
     assert b.labels.tolist() == (events.items if task == "retrieval" else events.actions)[wanted].tolist()
 
 
@@ -365,7 +365,7 @@ def test_evaluation_scores_every_target_whatever_its_action(dataset: SequenceDat
     masked = replace(plain, actions_without_loss=(0, 1, 2, 3))
     for name in ("valid", "test"):
         a, b = (collate(collator, dataset, name) for collator in (plain, masked))
-        assert torch.equal(a.label_mask, b.label_mask) and a.labels.numel() == len(LENGTHS)
+        assert torch.equal(label_mask(a), label_mask(b)) and a.labels.numel() == len(LENGTHS)
     assert collate(masked, dataset, "train").labels.numel() == 0
 
 
@@ -382,7 +382,7 @@ def test_with_a_stride_every_training_event_has_one_label(
     collator = Collator(task=task, max_history=6, max_candidates=candidates)  # type: ignore[arg-type]
     batch = collate(collator, numbered, split)
     following = 1 if task == "retrieval" else 0
-    labelled = batch.ids("item")[batch.label_mask.nonzero().squeeze(1) + following].tolist()
+    labelled = batch.ids("item")[label_mask(batch).nonzero().squeeze(1) + following].tolist()
     begin = np.cumsum(lengths) - lengths
     first = np.zeros(len(whole), np.int64) if whole.first is None else whole.first
     wanted = {
@@ -396,7 +396,7 @@ def test_with_a_stride_every_training_event_has_one_label(
     # Before its own events a sample shows up to six more, all of its user's past.
     for items, mask in zip(
         batch.ids("item").split(batch.lengths("item").tolist()),
-        batch.label_mask.split(batch.lengths("item").tolist()),
+        label_mask(batch).split(batch.lengths("item").tolist()),
         strict=True,
     ):
         assert items.diff().eq(1).all() and mask.sum() <= 3 and len(items) <= 6 + max(1, candidates)
@@ -409,7 +409,7 @@ def test_events_before_the_first_with_a_loss_are_inputs_whatever_is_visible(data
         collator = Collator(task="ranking", max_history=50, history_end=-hidden or None)
         batch = collate(collator, dataset, split)
         assert batch.ids("item").tolist() == events.items[: 10 - hidden].tolist()
-        assert batch.label_mask.tolist() == [False] * (10 - hidden - labels) + [True] * labels
+        assert label_mask(batch).tolist() == [False] * (10 - hidden - labels) + [True] * labels
     thin = collate(Collator(task="ranking", max_history=50, sampling_ratio=0.5), dataset, split)
-    assert thin.label_mask.tolist() == (thin.timestamps >= int(events.times[6])).tolist()
-    assert not thin.label_mask.all()
+    assert label_mask(thin).tolist() == (thin.timestamps >= int(events.times[6])).tolist()
+    assert not label_mask(thin).all()

@@ -226,8 +226,8 @@ def test_batches_made_ahead_are_the_same_in_the_same_order(dataset: SequenceData
             assert a.features.values().tolist() == b.features.values().tolist()
 
 
-def reader_threads() -> int:
-    return sum(thread.name.startswith("reader") for thread in threading.enumerate())
+def reader_threads() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name.startswith("reader")}
 
 
 def test_few_batches_are_made_ahead_and_no_thread_outlives_its_consumer(dataset: SequenceDataset) -> None:
@@ -238,13 +238,13 @@ def test_few_batches_are_made_ahead_and_no_thread_outlives_its_consumer(dataset:
             made.append(1)
             return super().__call__(*args)  # type: ignore[arg-type]
 
-    (loader,) = loaders(dataset, 1, 1, num_workers=1)
+    (loader,), before = loaders(dataset, 1, 1, num_workers=1), reader_threads()
     batches = replace(loader, collate=Counts(task="retrieval", max_history=5)).epoch(0)
     next(batches)
     next(batches)
-    assert reader_threads() > 0 and 2 <= len(made) <= 2 + 2
+    assert reader_threads() > before and 2 <= len(made) <= 2 + 2
     batches.close()  # what a break, an exception or Ctrl-C in the training loop comes to
-    assert reader_threads() == 0 and len(made) <= 2 + 2
+    assert reader_threads() <= before and len(made) <= 2 + 2
 
 
 @pytest.mark.parametrize("num_workers", [0, 1, 2])
@@ -255,11 +255,11 @@ def test_an_error_in_a_worker_reaches_the_training_loop(dataset: SequenceDataset
                 raise ValueError("bad batch")
             return super().__call__(dataset, split, rows, ids, step)  # type: ignore[arg-type]
 
-    (loader,) = loaders(dataset, 1, 8, num_workers=num_workers)
+    (loader,), before = loaders(dataset, 1, 8, num_workers=num_workers), reader_threads()
     seen = []
     with pytest.raises(ValueError, match="^bad batch$"):
         seen.extend(batch.step for batch in replace(loader, collate=Fails(task="retrieval", max_history=5)).epoch(0))
-    assert seen == [0, 1] and reader_threads() == 0 and not multiprocessing.active_children()
+    assert seen == [0, 1] and reader_threads() <= before and not multiprocessing.active_children()
 
 
 def test_processes_leave_the_random_state_and_stopping_to_the_rank(dataset: SequenceDataset) -> None:

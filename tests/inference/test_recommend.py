@@ -51,7 +51,8 @@ def test_recommendations_are_what_evaluation_ranks_first(binding: str, dataset: 
     )
     (first, batch), *_ = enumerate(loader.epoch(0))
     with torch.no_grad():
-        scores = model.scores(model.queries(batch), model.catalogue_vectors(batch, torch.arange(120)))
+        queries = model.queries(model.scoring_request(batch))
+        scores = model.scores(queries, model.catalogue_vectors(batch, torch.arange(120)))
     found = list(recommend(model, loader, MESH, 120, filter_seen=True))  # type: ignore[arg-type]
     rows, best = found[first]
     assert torch.cat([rows for rows, _ in found]).tolist() == list(range(30))

@@ -20,19 +20,20 @@ def interleaved() -> Tokens:
 def test_rows_of_items_and_rows_of_the_last_token_of_an_event() -> None:
     tokens = interleaved()
     hidden = torch.randn(8, 10)
-    mask = torch.tensor([True, False, True, True])
-    assert torch.equal(Postprocess(10, "none", 1e-6, last_token=False)(hidden, tokens, mask), hidden[[1, 5, 6]])
-    mask = torch.tensor([True, True, False, True])
-    assert torch.equal(Postprocess(10, "none", 1e-6, last_token=True)(hidden, tokens, mask), hidden[[2, 4, 7]])
-    assert Postprocess(10, "l2", 1e-6, last_token=True)(hidden, tokens, mask & False).shape == (0, 10)
+    events, every = torch.tensor([0, 2, 3]), Postprocess(10, "none", 1e-6, last_token=False)
+    assert torch.equal(every(hidden, every.rows(tokens, events)), hidden[[1, 5, 6]])
+    last = Postprocess(10, "none", 1e-6, last_token=True)
+    assert torch.equal(last(hidden, last.rows(tokens, torch.tensor([0, 1, 3]))), hidden[[2, 4, 7]])
+    assert Postprocess(10, "l2", 1e-6, last_token=True)(hidden, events[:0]).shape == (0, 10)
+    sharded = tokens.shard(torch.tensor([5, 1]))
+    assert every.rows(sharded, events).tolist() == [1, 0, -1]
 
 
 def test_each_norm_does_what_it_says() -> None:
     tokens, hidden = interleaved(), 3 + torch.randn(8, 10)
     hidden[3] = 0
-    mask = torch.ones(4, dtype=torch.bool)
     rows = hidden[tokens.event_rows]
-    l2 = Postprocess(10, "l2", 1e-6, last_token=False)(hidden, tokens, mask)
+    l2 = Postprocess(10, "l2", 1e-6, last_token=False)(hidden, tokens.event_rows)
     lengths = rows.pow(2).sum(1, keepdim=True).sqrt()
     torch.testing.assert_close(l2, torch.where(lengths > 0, rows / lengths.clamp(min=1e-6), 0.0))
     layer = Postprocess(10, "layer_norm", 1e-3, last_token=False)
@@ -41,13 +42,13 @@ def test_each_norm_does_what_it_says() -> None:
     centred = rows - rows.mean(1, keepdim=True)
     expected = centred / (centred.pow(2).mean(1, keepdim=True) + 1e-3).sqrt()
     expected = expected * layer.layer_norm.weight + layer.layer_norm.bias  # type: ignore[union-attr]
-    torch.testing.assert_close(layer(hidden, tokens, mask), expected)
+    torch.testing.assert_close(layer(hidden, tokens.event_rows), expected)
     assert Postprocess(10, "none", 1.0, last_token=False).layer_norm is None
 
 
 def test_normalisation_happens_in_float32() -> None:
     hidden = torch.randn(8, 10, dtype=torch.bfloat16)
-    out = Postprocess(10, "l2", 1e-6, last_token=False)(hidden, interleaved(), torch.ones(4, dtype=torch.bool))
+    out = Postprocess(10, "l2", 1e-6, last_token=False)(hidden, interleaved().event_rows)
     assert out.dtype == torch.float32
     torch.testing.assert_close(out.norm(dim=1), torch.ones(4))
 

@@ -20,7 +20,7 @@ from hstu.data import SequenceDataset, make_splits
 from hstu.data.loader import BatchLoader
 from hstu.models import RankingModel, RetrievalModel, build_model, make_collator
 from hstu.training.evaluate import best_possible, evaluate
-from tests.samples import make_config, make_dataset
+from tests.samples import make_config, make_dataset, scores_of
 
 LENGTHS = [3, 9, 4, 12, 5, 3, 7, 20, 6, 4, 8]
 ALONE = SimpleNamespace(sum=lambda x: x, gather=lambda x: x)
@@ -57,7 +57,7 @@ def naive_retrieval(model: RetrievalModel, loader: BatchLoader, filter_seen: boo
     ranks = []
     for row in range(len(loader.split)):
         batch = loader.collate(loader.dataset, loader.split, np.array([row]), np.array([row]), 0)
-        scores = (model.queries(batch).double() @ table.T)[0]
+        scores = (scores_of(model, batch).double() @ table.T)[0]
         stop = int(loader.split.stop[row])
         user = loader.split.users[[row]]
         events = loader.dataset.gather(user, np.array([0]), np.array([stop])).items.tolist()
@@ -141,7 +141,7 @@ def test_ranking_scores_do_not_depend_on_batches(
     with torch.no_grad():
         rows = np.arange(11)
         whole = loader.collate(dataset, loader.split, rows, rows, 0)
-        p = model.logits(whole).double().softmax(1)
+        p = scores_of(model, whole).double().softmax(1)
     truth = [int(dataset.gather(rows[i : i + 1], np.array([0]), dataset.lengths[i : i + 1]).actions[-1]) for i in rows]  # type: ignore[index]
     loss = -sum(math.log(float(p[i, y])) for i, y in enumerate(truth)) / 11
     assert record["metrics"]["LOGLOSS"] == pytest.approx(loss, rel=1e-5)

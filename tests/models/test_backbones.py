@@ -22,7 +22,7 @@ from tests.models.test_models import (
     batch_of,
     build,
 )
-from tests.samples import make_config, make_dataset
+from tests.samples import make_config, make_dataset, scores_of
 
 BACKBONES = ["sasrec", "llama", "gru"]
 FULL = ("RetrievalArgs.loss='full_softmax'", "RetrievalArgs.num_negatives=-1")
@@ -109,7 +109,7 @@ def learnt(dataset: SequenceDataset, config: Config, steps: int = 60, counts: to
     model.eval()
     with torch.no_grad():
         test = batch_of(dataset, config, "test")
-        scores = model.scores(model.queries(test), model.catalogue_vectors(test, torch.arange(model.num_items)))
+        scores = model.scores(scores_of(model, test), model.catalogue_vectors(test, torch.arange(model.num_items)))
     # What a user has seen is never recommended; the binary loss never pushes it down.
     owner, ends = torch.repeat_interleave(test.lengths("item")), test.lengths("item").cumsum(0) - 1
     is_history = torch.ones_like(owner, dtype=torch.bool).index_fill(0, ends, False)

@@ -102,7 +102,8 @@ def test_items_are_the_sum_of_the_rows_of_their_categories(categorized: Sequence
     if kind == "both":
         whole = whole + tables["item"]
     pool = torch.tensor([4, 4, 29])
-    found = model.look_up(batch, pool) if task == "retrieval" else model.look_up(batch)
+    stream = model.lay_out(batch)
+    found = model.join(model.embeddings(model.ids(batch, stream, pool if task == "retrieval" else None)))
     torch.testing.assert_close(found["item"], whole[batch.ids("item")])
     if task == "retrieval":
         assert isinstance(model, RetrievalModel)

@@ -19,7 +19,7 @@ from tests.layers.streams import make_tokens
 from tests.models.test_backbones import FULL, learnt, planted_chain
 from tests.models.test_masked import assert_evaluation_is_prediction
 from tests.models.test_models import LENGTHS, RANKING, assert_rows_see_only_what_is_before_them, batch_of, build
-from tests.samples import make_config, make_dataset
+from tests.samples import make_config, make_dataset, scores_of
 
 ROOT = Path(__file__).resolve().parents[2]
 needs_transformers = pytest.mark.skipif(
@@ -150,8 +150,8 @@ def test_gradients_reach_every_parameter_and_nothing_moves_none(dataset: Sequenc
 def test_other_samples_change_nothing(dataset: SequenceDataset) -> None:
     config = config_of("gpt2")
     model: Any = build(dataset, config, spread=False)
-    whole = model.queries(batch_of(dataset, config))
-    single = torch.cat([model.queries(batch_of(dataset, config, rows=[row])) for row in range(len(LENGTHS))])
+    whole = scores_of(model, batch_of(dataset, config))
+    single = torch.cat([scores_of(model, batch_of(dataset, config, rows=[row])) for row in range(len(LENGTHS))])
     torch.testing.assert_close(whole, single, rtol=1e-5, atol=1e-5)
 
 

@@ -12,10 +12,11 @@ import torch
 from hstu.config import Config, ConfigError
 from hstu.data import SequenceDataset
 from hstu.data.batch import Batch
+from hstu.models import RetrievalModel
 from hstu.models.masked import MaskedRetrievalModel
 from tests.models.test_backbones import learnt, planted_chain
 from tests.models.test_models import LENGTHS, batch_of, build, changed, totals
-from tests.samples import make_config, make_dataset
+from tests.samples import make_config, make_dataset, scores_of
 
 
 @pytest.fixture(scope="module")
@@ -55,21 +56,21 @@ def test_what_training_hides(dataset: SequenceDataset) -> None:
 def test_an_event_without_loss_is_not_hidden(dataset: SequenceDataset) -> None:
     config = config_of("RetrievalArgs.mask_probability=1.0", "RetrievalArgs.mask_last_probability=0.0")
     model, batch = build(dataset, config), batch_of(dataset, config)
-    fewer = batch.label_mask.clone()
-    fewer[batch.label_mask.nonzero()[::2]] = False
-    hidden = model._hidden(dataclasses.replace(batch, label_mask=fewer))
-    assert hidden.nonzero().flatten().tolist() == (fewer.nonzero().flatten() + 1).tolist()
+    fewer = batch.label_events[1::2]
+    hidden = model.training_batch(batch.with_labels(fewer, batch.labels[1::2]))
+    assert hidden.label_events.tolist() == (fewer + 1).tolist()
 
 
 @torch.no_grad()
 def test_rows_read_everything_but_what_is_hidden(dataset: SequenceDataset) -> None:
     config = config_of("RetrievalArgs.mask_last_probability=0.0")
     model, batch = build(dataset, config), batch_of(dataset, config)
-    train, targets = model.training_targets(batch)
+    train = model.training_batch(batch)
+    request, targets = model.request(train), train.label_events
     owner = torch.repeat_interleave(batch.lengths("item"))
 
     def rows(batch: Batch) -> torch.Tensor:
-        return model.rows(model.embeddings(batch.features), train, targets)
+        return model.encode(model.embeddings(batch.features), request)
 
     before = rows(batch)
     assert torch.equal(train.labels, batch.ids("item")[targets]) and targets.numel() == before.shape[0]
@@ -82,10 +83,10 @@ def test_rows_read_everything_but_what_is_hidden(dataset: SequenceDataset) -> No
 @torch.no_grad()
 def assert_evaluation_is_prediction(model: MaskedRetrievalModel, batch: Batch) -> None:
     """Queries of a test batch depend on every event of the history, and not on the one that is asked for."""
-    before, owner = model.queries(batch), torch.repeat_interleave(batch.lengths("item"))
+    before, owner = scores_of(model, batch), torch.repeat_interleave(batch.lengths("item"))
     targets = (batch.lengths("item").cumsum(0) - 1).tolist()
     for event in range(owner.numel()):
-        same = (model.queries(changed(batch, "item", event, 30)) == before).all(1)
+        same = (scores_of(model, changed(batch, "item", event, 30)) == before).all(1)
         if event in targets:
             assert bool(same.all()), "the target is read"
         else:
@@ -100,9 +101,7 @@ def test_an_evaluation_is_a_prediction_on_the_truncated_input(dataset: SequenceD
 def test_a_target_that_is_not_hidden_is_caught(dataset: SequenceDataset) -> None:
     config = config_of()
     model: Any = build(dataset, config)
-    model.rows = lambda embedded, batch, targets: model.encode(
-        embedded, dataclasses.replace(batch, label_mask=torch.zeros_like(batch.label_mask).index_fill(0, targets, True))
-    )
+    model.encode = lambda embedded, request: RetrievalModel.encode(model, embedded, request)
     with pytest.raises(AssertionError, match="target is read"):
         assert_evaluation_is_prediction(model, batch_of(dataset, config, "test"))
 

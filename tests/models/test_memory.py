@@ -15,7 +15,7 @@ from hstu.data.batch import Batch
 from hstu.data.splits import make_splits
 from hstu.models import make_collator
 from tests.models.test_models import batch_of, build, changed
-from tests.samples import make_config, make_dataset
+from tests.samples import make_config, make_dataset, scores_of
 
 LENGTHS = [3, 9, 4, 12, 5]
 MEMORY = (
@@ -64,25 +64,24 @@ def test_an_old_item_reaches_recent_rows_through_memory_alone(dataset: SequenceD
     task, lines = TASKS[name]
     config = make_config(task, *MEMORY, *lines)
     model, batch = build(dataset, config), batch_of(dataset, config)
-    score = model.logits if task == "ranking" else model.queries
     stream = model.whole_stream(batch)
-    rows = model.postprocess.rows(stream, batch.label_mask).tolist()
+    rows = model.postprocess.rows(stream, batch.label_events).tolist()
     segments, offsets = stream.layout.segments.tolist(), stream.layout.offsets
     sample_of = torch.repeat_interleave(stream.layout.lengths).tolist()
     candidates = stream.layout.offsets[:-1] + stream.layout.history
     through, direct = 0, 0
     for segment in range(3):
         model.whole_stream = cut_memory(model, segment)
-        cut = score(batch_of(dataset, config))
+        cut = scores_of(model, batch_of(dataset, config))
         del model.whole_stream
-        whole = score(batch)
+        whole = scores_of(model, batch)
         for event, row in enumerate(stream.event_rows.tolist()):
             b = sample_of[row]
             if segments[row] != segment or row >= candidates[b]:
                 continue
-            after = score(changed(batch, "item", event, 30))
+            after = scores_of(model, changed(batch, "item", event, 30))
             model.whole_stream = cut_memory(model, segment)
-            after_cut = score(changed(batch_of(dataset, config), "item", event, 30))
+            after_cut = scores_of(model, changed(batch_of(dataset, config), "item", event, 30))
             del model.whole_stream
             for label, place in enumerate(rows):
                 sees = sample_of[place] == b and place >= row
@@ -100,7 +99,7 @@ def test_memory_rows_predict_what_follows_them_and_no_row_predicts_memory(datase
     config = make_config("retrieval", *MEMORY, *TASKS[name][1])
     model, batch = build(dataset, config), batch_of(dataset, config)
     stream = model.whole_stream(batch)
-    rows, targets = model.postprocess.rows(stream, batch.label_mask), batch.label_mask.nonzero().squeeze(1) + 1
+    rows, targets = model.postprocess.rows(stream, batch.label_events), batch.label_events + 1
     assert torch.equal(rows, stream.event_rows[targets] - 1)
     is_memory = stream.layout.is_memory
     assert int(is_memory[rows].sum()) >= 3 and not bool(is_memory[rows + 1].any())
@@ -116,9 +115,9 @@ def test_loss_on_recent_rows_alone(dataset: SequenceDataset, task: str, labels: 
     numbers = torch.arange(len(split)).numpy()
     batch = make_collator(config, dataset.schema)(dataset, split, numbers, numbers, 0)
     stream = model.whole_stream(batch)
-    rows = model.postprocess.rows(stream, batch.label_mask)
+    rows = model.postprocess.rows(stream, batch.label_events)
     assert bool((stream.layout.segments[rows] == 2).all()) and not bool(stream.layout.is_memory[rows].any())
-    owner = torch.repeat_interleave(batch.lengths("item"))[batch.label_mask]
+    owner = torch.repeat_interleave(batch.lengths("item"))[batch.label_events]
     # Of the users with a long history two, and in ranking three, of the others what they have.
     assert owner.bincount().tolist()[1::2] == [labels, labels]
 
@@ -134,8 +133,8 @@ def test_memory_of_short_histories_does_not_depend_on_what_follows(dataset: Sequ
 
     model.backbone.register_forward_hook(keep)
     batch = batch_of(dataset, config, rows=[0])
-    model.queries(batch)
-    model.queries(changed(batch, "item", 0, 30))
+    scores_of(model, batch)
+    scores_of(model, changed(batch, "item", 0, 30))
     memory = model.whole_stream(batch).layout.is_memory
     assert int(memory.sum()) == 3 and torch.equal(hidden[0][memory], hidden[1][memory])
 

@@ -17,7 +17,7 @@ from hstu.data.batch import POOL, Batch, keyed_features
 from hstu.data.loader import BatchLoader
 from hstu.models import RankingModel, RetrievalModel, build_model, make_collator
 from hstu.ops import Mask
-from tests.samples import make_config, make_dataset
+from tests.samples import label_mask, make_config, make_dataset, scores_of
 
 LENGTHS = [3, 9, 4, 12, 5, 3]
 
@@ -76,11 +76,11 @@ def log_softmax_of(scores: list[float], chosen: int) -> float:
 def test_ranking_loss_multiclass(dataset: SequenceDataset, name: str) -> None:
     config = every("production", "ranking", RANKING[name])
     model, batch = build(dataset, config), batch_of(dataset, config)
-    logits = model.logits(batch).double()
+    logits = scores_of(model, batch).double()
     loss = model(batch)
     expected = -sum(log_softmax_of(row.tolist(), int(a)) for row, a in zip(logits, batch.labels, strict=True))
     assert float(loss.total.detach()) == pytest.approx(expected, rel=1e-5)
-    assert loss.count == batch.labels.numel() == int(batch.label_mask.sum()) > len(LENGTHS)
+    assert loss.count == batch.labels.numel() == int(label_mask(batch).sum()) > len(LENGTHS)
 
 
 def test_ranking_loss_binary_tasks(tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_ranking_loss_binary_tasks(tmp_path: Path) -> None:
     config = make_config("ranking", "RankingArgs.prediction_head_arch=[6, 3]", "RankingArgs.num_tasks=3")
     model, batch = build(dataset, config), batch_of(dataset, config)
     expected = 0.0
-    for row, action in zip(model.logits(batch).tolist(), batch.labels.tolist(), strict=True):
+    for row, action in zip(scores_of(model, batch).tolist(), batch.labels.tolist(), strict=True):
         for k, score in enumerate(row):
             expected += math.log1p(math.exp(-score if action // 2**k % 2 else score))
     assert float(model(batch).total.detach()) == pytest.approx(expected, rel=1e-5)
@@ -97,7 +97,7 @@ def test_ranking_loss_binary_tasks(tmp_path: Path) -> None:
 def naive_retrieval(model: RetrievalModel, batch: Batch, config: Config) -> tuple[float, int]:
     """Sum of the loss and live negatives, from queries and the raw table, negatives redrawn by hand."""
     assert config.retrieval is not None
-    queries = model.queries(batch).double()
+    queries = scores_of(model, batch).double()
     table = model.embeddings.weights["item"].double()  # type: ignore[index, union-attr]
     if config.network.output_norm == "l2":
         table = table / table.norm(dim=-1, keepdim=True)
@@ -110,7 +110,7 @@ def naive_retrieval(model: RetrievalModel, batch: Batch, config: Config) -> tupl
     total, live, t = 0.0, 0, 0
     for b in range(batch.num_samples):
         for place in range(starts[b + 1] - starts[b]):
-            if not batch.label_mask[starts[b] + place]:
+            if not label_mask(batch)[starts[b] + place]:
                 continue
             label = int(batch.ids("item")[starts[b] + place + 1])
             assert label == int(batch.labels[t])
@@ -147,7 +147,7 @@ def test_retrieval_loss(dataset: SequenceDataset, strategy: str, name: str, norm
 
 @torch.no_grad()
 def assert_evaluation_scores_what_training_trained(model: RetrievalModel, batch: Batch) -> None:
-    scores = model.queries(batch) @ model.catalogue_vectors(batch, torch.arange(30)).T / model.args.temperature
+    scores = scores_of(model, batch) @ model.catalogue_vectors(batch, torch.arange(30)).T / model.args.temperature
     expected = torch.nn.functional.cross_entropy(scores, batch.labels, reduction="sum")
     torch.testing.assert_close(model(batch).total, expected, rtol=1e-5, atol=1e-4)
 
@@ -187,15 +187,15 @@ def changed(batch: Batch, feature: str, index: int, vocabulary: int) -> Batch:
 def assert_rows_see_only_what_is_before_them(model: Any, batch: Batch) -> None:
     """Perturb every item and action; compare which labelled rows change with which may."""
     ranking = isinstance(model, RankingModel)
-    score = model.logits if ranking else model.queries
-    before = score(batch)
+
+    before = scores_of(model, batch)
     owner = torch.repeat_interleave(batch.lengths("item")).tolist()
     starts = np.cumsum([0, *batch.lengths("item").tolist()])
     history = (batch.lengths("item") - batch.num_candidates).tolist()
-    rows = [(owner[e], e - starts[owner[e]]) for e in batch.label_mask.nonzero().flatten().tolist()]
+    rows = [(owner[e], e - starts[owner[e]]) for e in label_mask(batch).nonzero().flatten().tolist()]
 
     def check(feature: str, vocabulary: int, index: int, b: int, place: int) -> None:
-        after = score(changed(batch, feature, index, vocabulary))
+        after = scores_of(model, changed(batch, feature, index, vocabulary))
         is_candidate = place >= history[b]
         for row, (sample, at) in enumerate(rows):
             if feature == "item":
@@ -238,7 +238,7 @@ def test_a_row_that_holds_its_own_label_is_caught(dataset: SequenceDataset) -> N
 def test_a_retrieval_row_at_the_item_to_predict_is_caught(dataset: SequenceDataset) -> None:
     config = make_config("retrieval", *RETRIEVAL["item"])
     model, batch = build(dataset, config), batch_of(dataset, config)
-    model.postprocess.forward = lambda hidden, tokens, mask: hidden[tokens.event_rows[mask] + 1]
+    model.postprocess.forward = lambda hidden, rows: hidden[rows + 1]
     with pytest.raises(AssertionError):
         assert_rows_see_only_what_is_before_them(model, batch)
 
@@ -258,8 +258,8 @@ def test_a_candidates_score_does_not_depend_on_its_place(dataset: SequenceDatase
     features = keyed_features(
         batch.features.keys(), torch.cat(values), batch.features.lengths(), [v.numel() for v in values]
     )
-    moved = model.logits(dataclasses.replace(batch, features=features))
-    torch.testing.assert_close(moved, model.logits(batch)[[2, 0, 1]], rtol=1e-5, atol=1e-5)
+    moved = scores_of(model, dataclasses.replace(batch, features=features))
+    torch.testing.assert_close(moved, scores_of(model, batch)[[2, 0, 1]], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -268,9 +268,9 @@ def test_a_candidates_score_does_not_depend_on_its_place(dataset: SequenceDatase
 def test_other_samples_change_nothing(dataset: SequenceDataset, preset: str, task: str, lines: tuple[str, ...]) -> None:
     config = every(preset, task, lines)
     model = build(dataset, config)
-    score = model.logits if task == "ranking" else model.queries
-    whole = score(batch_of(dataset, config))
-    single = torch.cat([score(batch_of(dataset, config, rows=[row])) for row in range(len(LENGTHS))])
+
+    whole = scores_of(model, batch_of(dataset, config))
+    single = torch.cat([scores_of(model, batch_of(dataset, config, rows=[row])) for row in range(len(LENGTHS))])
     assert (whole - single).abs().max() <= 32 * torch.finfo(torch.float32).eps * whole.abs().max()
 
 

@@ -22,7 +22,7 @@ from tests.models.test_models import (
     build,
     totals,
 )
-from tests.samples import make_config, make_dataset
+from tests.samples import label_mask, make_config, make_dataset, scores_of
 
 FULL = ("RetrievalArgs.loss='full_softmax'", "RetrievalArgs.num_negatives=-1")
 MOL_SHAPE = {"query_groups": 3, "item_groups": 2, "channels": 4, "gate_channels": 5, "dropout": 0.0}
@@ -63,7 +63,7 @@ def test_training_and_evaluation_use_one_similarity(dataset: SequenceDataset, si
     lines = (*MOL, *FULL, f"RetrievalArgs.similarity='{similarity}'", f"NetworkArgs.output_norm='{norm}'")
     config = make_config("retrieval", *lines)
     model, batch = built(dataset, config), batch_of(dataset, config)
-    scores = model.scores(model.queries(batch), model.catalogue_vectors(batch, torch.arange(30)))
+    scores = model.scores(scores_of(model, batch), model.catalogue_vectors(batch, torch.arange(30)))
     expected = torch.nn.functional.cross_entropy(scores / model.args.temperature, batch.labels, reduction="sum")
     torch.testing.assert_close(model(batch).total, expected, rtol=1e-5, atol=1e-4)
     if similarity == "cosine":
@@ -102,9 +102,9 @@ def test_the_bias_of_an_item_is_added_to_its_dot_products(dataset: SequenceDatas
     model, batch = built(dataset, config), batch_of(dataset, config)
     bias = model.item_bias.weight.clone()
     vectors = model.catalogue_vectors(batch, torch.arange(30))
-    scores = model.scores(model.queries(batch), vectors)
+    scores = model.scores(scores_of(model, batch), vectors)
     model.item_bias.weight.zero_()
-    before = model.scores(model.queries(batch), model.catalogue_vectors(batch, torch.arange(30)))
+    before = model.scores(scores_of(model, batch), model.catalogue_vectors(batch, torch.arange(30)))
     torch.testing.assert_close(scores, before + bias)
     model.item_bias.weight.copy_(bias)
     if name == "full":
@@ -126,7 +126,7 @@ def test_the_binary_loss_never_takes_an_item_of_the_user(excludes: str, stride: 
     for step in range(5):
         batch = make_collator(config, dataset.schema)(dataset, split, rows, rows + 1000 * step, step)
         drawn, live = model._other_item(batch, model.keys(batch))
-        owner = torch.repeat_interleave(batch.lengths("item"))[batch.label_mask]
+        owner = torch.repeat_interleave(batch.lengths("item"))[label_mask(batch)]
         assert bool(live.all()) and drawn.numel() == batch.labels.numel()
         for item, user in zip(drawn.tolist(), batch.users[owner].tolist(), strict=True):
             events = dataset.gather(np.array([user]), np.array([0]), np.array([30])).items.tolist()
@@ -141,7 +141,7 @@ def test_the_binary_loss_never_takes_an_item_of_the_sample(dataset: SequenceData
     model, batch = built(dataset, config), batch_of(dataset, config)
     drawn, live = model._other_item(batch, model.keys(batch))
     owner = torch.repeat_interleave(batch.lengths("item"))
-    for item, sample in zip(drawn.tolist(), owner[batch.label_mask].tolist(), strict=True):
+    for item, sample in zip(drawn.tolist(), owner[label_mask(batch)].tolist(), strict=True):
         assert item not in batch.ids("item")[owner == sample].tolist()
     assert bool(live.all()) and drawn.numel() == batch.labels.numel()
 

@@ -50,11 +50,11 @@ class _LocalCounts(Group):
 @contextmanager
 def fault(name: str | None, trainer: Trainer) -> Iterator[None]:
     """Plant a mistake in how gradients are averaged."""
-    forward, mesh = trainer.model.forward, trainer.mesh
+    loss, mesh = trainer.model.loss, trainer.mesh
     if name == "divide by the local count":
         trainer.stepper.mesh = dataclasses.replace(mesh, tokens=_LocalCounts(**vars(mesh.tokens)))
     elif name == "divide by the world size once more":
-        trainer.model.forward = lambda batch: _scaled(forward(batch), 1 / mesh.world_size)
+        trainer.model.loss = lambda *args: _scaled(loss(*args), 1 / mesh.world_size)
     elif name == "do not divide the tables' gradients":
         comm_ops.set_gradient_division(False)
     elif name == "do not average the dense gradients":

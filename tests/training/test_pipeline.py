@@ -36,8 +36,8 @@ def test_the_same_records_as_without(data: Path, tmp_path: Path, variant: str, m
     """With dropout, evaluations, saves, and epochs of 4 steps."""
     (task, *bindings), ahead, run_one = VARIANTS[variant], [], LookupPipeline.run
 
-    def watch(self: LookupPipeline, compute: Any) -> Any:
-        result = run_one(self, compute)
+    def watch(self: LookupPipeline, batch: Any, compute: Any) -> Any:
+        result = run_one(self, batch, compute)
         ahead.append(len(self.batches))
         return result
 
@@ -79,13 +79,13 @@ def test_a_skipped_step(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         return replace(loss, total=loss.total / 0)
 
     def breaking(self: Stepper, batches: Any, progress: Any) -> float:
-        forward = self.model.forward
+        loss = self.model.loss
         if progress.step + 1 == 5:
-            self.model.forward = lambda batch: infinite(forward(batch))
+            self.model.loss = lambda *args: infinite(loss(*args))
         try:
             return take(self, batches, progress)
         finally:
-            self.model.forward = forward
+            self.model.loss = loss
 
     monkeypatch.setattr(Stepper, "take", breaking)
     for name, kind in (("plain", ()), ("native", NATIVE)):
