@@ -119,6 +119,34 @@ class StopRequest:
         os._exit(128 + self.requested)
 
 
+class PoliteStop(StopRequest):
+    """Obeys Ctrl-C inside a ``with`` without ever ending the process: a notebook has more to lose than one cell.
+
+    The first one raises ``Stopped`` or, inside ``patience``, is only noted; the second one raises it. A thread other
+    than the main one, which no signal reaches, goes on as it is.
+    """
+
+    def __enter__(self) -> PoliteStop:
+        global _active
+        if _active is not None:
+            raise ValueError("another training is under way in this process; wait for it, or use another process")
+        _active = self
+        main = threading.current_thread() is threading.main_thread()
+        self._before = {signal.SIGINT: signal.signal(signal.SIGINT, self._note)} if main else {}
+        return self
+
+    def __exit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        global _active
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        _active = None
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        again, self.requested = self.requested is not None, number
+        if again or not self.patient:
+            raise Stopped(number)
+
+
 @contextlib.contextmanager
 def patience(words: Callable[[], str], busy: Callable[[], bool]) -> Iterator[None]:
     """Only note the first signal inside; who is inside asks ``requested`` and ends in order, within the grace.

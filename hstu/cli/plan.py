@@ -11,7 +11,6 @@ import argparse
 import sys
 from pathlib import Path
 
-from hstu.cli.command import find_dataset
 from hstu.cli.flags import Parser, underscore_flags
 from hstu.config import ConfigError, load_config, task_of
 
@@ -50,6 +49,7 @@ def plan(args: argparse.Namespace) -> int:
     from hstu.models import make_collator
     from hstu.training.hardware import GPUS
     from hstu.training.plan import fits, make_plans, measure_demand
+    from hstu.training.run_data import find_dataset
     from hstu.training.run_directory import RunDirectory
 
     if args.nodes < 1 or args.gpus_per_node < 1 or not 0 < args.efficiency <= 1:

@@ -11,32 +11,25 @@ evaluation held out, which is then in the column `target` (a ranking run: `item`
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
-from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, get_args
 
-from hstu.cli.command import open_trained, run_on_mesh
+from hstu.cli.command import run_on_mesh
 from hstu.cli.flags import Parser, underscore_flags
 from hstu.data.cleaning import Missing
-from hstu.data.files import FORMATS
-
-logger = logging.getLogger("hstu.cli")
+from hstu.data.files import FORMATS, FileFormat
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
-    from hstu.config import Config
-    from hstu.inference.prediction_requests import PredictionRequests
+    from hstu.inference.prediction_requests import RequestSpec
     from hstu.parallel import Mesh
 
 
 def main(argv: list[str] | None = None) -> int:
     """Write the answers; 2 for a user's mistake."""
     args = make_parser().parse_args(underscore_flags(sys.argv[1:] if argv is None else argv))
-    return run_on_mesh(lambda mesh: predict(args, mesh), f"; {args.output} is as it was")
+    return run_on_mesh(lambda mesh: _predict(args, mesh), f"; {args.output} is as it was")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -112,85 +105,33 @@ def add_format_flags(parser: argparse.ArgumentParser, of: str, prefix: str | Non
     parser.add_argument(f"--{prefix}encoding", help=f"of --{of}; default: utf-8, or utf-16 if it looks so")
 
 
-def predict(args: argparse.Namespace, mesh: Mesh) -> None:
-    """Answer ``args`` on all ranks; rank 0 writes the file.
+def request_spec(args: argparse.Namespace) -> RequestSpec:
+    """Return what the flags of ``add_user_flags`` ask, and those of ``predict`` if they are there."""
+    from hstu.inference.prediction_requests import RequestSpec
 
-    Raises:
-        ValueError: for flags that do not fit the run, and for malformed files.
-    """
-    from hstu.inference.output import ParquetOutput
-    from hstu.inference.prediction_requests import make_prediction_requests
+    names = {field.name for field in fields(RequestSpec)} & set(vars(args))
+    given = {name: getattr(args, name) for name in names}
+    given["users_format"] = _file_format(args, "")
+    if "candidates" in names:
+        given["candidates_format"] = _file_format(args, "candidates_")
+    return RequestSpec(**given)
 
+
+def _file_format(args: argparse.Namespace, prefix: str) -> FileFormat:
+    """Return how to read the file whose flags begin with ``prefix``."""
+    names = [field.name for field in fields(FileFormat) if field.name != "prefix"]
+    return FileFormat(**{name: getattr(args, prefix + name) for name in names}, prefix=prefix)
+
+
+def _predict(args: argparse.Namespace, mesh: Mesh) -> None:
+    from hstu.inference.answers import AnswerOptions, predict
+    from hstu.inference.opened import open_trained
+
+    options = AnswerOptions(top_k=args.top_k, approximate=args.approximate, trained_only=args.trained_only)
     if args.top_k < 1:
         raise ValueError(f"--top_k = {args.top_k}: must be at least 1")
-    trainer, step = open_trained(args.run_dir, args.checkpoint, args.gin_bindings, mesh)
-    requests = make_prediction_requests(args, trainer)
-    if trainer.config.task == "retrieval" and args.candidates is not None:
-        raise ValueError("--candidates: a retrieval run ranks the whole catalogue; leave it out, or give a ranking run")
-    if trainer.config.task == "ranking" and args.trained_only:
-        raise ValueError("--trained_only: is for retrieval runs; a ranking run scores the pairs that it is given")
-    if args.approximate is not None:
-        _check_approximate(args, trainer.config)
-    if trainer.config.task == "ranking" and args.candidates is None and args.split == "future":
-        raise ValueError(
-            "--candidates: is required to predict with a ranking run, which scores given (user, item) pairs"
-        )
-    about = {"run": Path(args.run_dir).name, "task": trainer.config.task, "step": step, "split": args.split}
-    about |= {"protocol": trainer.config.dataset.protocol}
-    if trainer.config.retrieval is not None:
-        about |= {
-            "top_k": args.top_k,
-            "filter_seen": trainer.config.retrieval.filter_seen,
-            "approximate": args.approximate,
-            "trained_only": args.trained_only,
-            "ties": "lower item id first",
-        }
-    with ParquetOutput(args.output, mesh, about) as output:
-        for columns in _answers(args, trainer, requests, mesh, about):
-            output.write(columns)
-    logger.info("%d rows: %s", output.rows, args.output)
-
-
-def _check_approximate(args: argparse.Namespace, config: Config) -> None:
-    given = f"--approximate = {args.approximate}"
-    if config.retrieval is None or config.retrieval.similarity != "mol":
-        raise ValueError(f"{given}: is for RetrievalArgs.similarity = 'mol'; other scores are exact at that price")
-    if args.approximate < args.top_k:
-        raise ValueError(f"{given}: must be at least --top_k = {args.top_k}")
-
-
-def _answers(
-    args: argparse.Namespace, trainer: Any, requests: PredictionRequests, mesh: Mesh, about: dict[str, Any]
-) -> Iterator[dict[str, pa.Array]]:
-    """Yield the columns of the file, batch by batch; at the end ``about`` has the number of requests answered."""
-    from hstu.inference import recommend, score_candidates
-
-    loader = replace(trainer.loaders["test"], dataset=requests.dataset, split=requests.split)
-    if trainer.config.retrieval is None:
-        for rows, scores in score_candidates(trainer.model, loader, mesh):
-            yield requests.scores(rows, scores)
-        return
-    filter_seen = trainer.config.retrieval.filter_seen
-    options: dict[str, Any] = dict(filter_seen=filter_seen, num_candidates=args.approximate)
-    if args.trained_only:
-        options["keep"] = keep = trainer.trained_items.to(mesh.device)
-        logger.info("--trained_only: %d of %d items are left out", int((~keep).sum()), keep.numel())
-    answered = fewer = without = 0
-    for rows, best in recommend(trainer.model, loader, mesh, args.top_k, **options):
-        found = (best.items >= 0).sum(1)
-        answered += rows.numel()
-        fewer += int((found < args.top_k).sum())
-        without += int((found == 0).sum())
-        yield requests.recommendations(rows, best)
-    about |= {"num_requests": answered, "fewer_than_top_k": fewer, "without_items": without}
-    who = "held-out events" if requests.held_out else "users"
-    if silent := len(requests.split) - answered:
-        logger.info("%d of %d %s have no history to go by and get no answer", silent, len(requests.split), who)
-    if fewer:
-        reason = "they have seen the rest (RetrievalArgs.filter_seen = True)" if filter_seen else "there are no more"
-        reason += ", untrained ones left out" if args.trained_only else ""
-        logger.info("%d of %d %s get fewer than %d items, %d of them none: %s",
-                    fewer, answered, who, args.top_k, without, reason)  # fmt: skip
+    spec = request_spec(args)
+    predict(open_trained(args.run_dir, args.checkpoint, args.gin_bindings, mesh), spec, options, args.output)
 
 
 if __name__ == "__main__":

@@ -1,31 +1,23 @@
-"""What the training entrypoints call: flags to a config, a data set, a run directory, and the trainer."""
+"""What the training entrypoints call: flags to an order, and the order carried out."""
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
-from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from absl import app, flags
 
-from hstu import environment
-from hstu.cli.command import (
-    dataset_record,
-    find_dataset,
-    open_dataset,
-    recorded_task,
-    require_vocabularies,
-    run_on_mesh,
-)
+from hstu.cli.command import run_on_mesh
 from hstu.cli.flags import refuse_repeats, underscore_flags
-from hstu.config import ConfigError, LoadedConfig, load_config
+from hstu.config import ConfigError
+
+if TYPE_CHECKING:
+    from hstu.parallel import Mesh
 
 FLAGS = flags.FLAGS
-logger = logging.getLogger("hstu.cli")
 
 
 def define_flags() -> None:
@@ -58,115 +50,21 @@ def main(task: Literal["ranking", "retrieval"]) -> None:
     sys.exit(run_on_mesh(lambda mesh: _run(task, mesh), unfinished))
 
 
-def _run(task: Literal["ranking", "retrieval"], mesh: Any) -> None:
+def _run(task: Literal["ranking", "retrieval"], mesh: Mesh) -> None:
+    from hstu.training import session
     from hstu.training.run_directory import RunDirectory
 
-    run = RunDirectory(mesh.world.broadcast(_run_path()))
-    try:
-        _train_or_score(task, mesh, run)
-    finally:
-        run.unlock()
-
-
-def _train_or_score(task: Literal["ranking", "retrieval"], mesh: Any, run: Any) -> None:
-    from hstu.training.checkpoint_files import find_checkpoint
-    from hstu.training.init_from import find_source
-    from hstu.training.logging import check_loggers
-    from hstu.training.run_directory import configure_logging
-    from hstu.training.trainer import Trainer
-
-    loaded = _load(task, run)
-    path = find_dataset(loaded.config.dataset, run)
-    training = FLAGS.mode == "train"
-    started = mesh.world.broadcast(run.has_run())
-    restarted = training and mesh.on_main(run.has_begun)  # which has obeyed --resume and --checkpoint before
-    if training and started and FLAGS.resume == "never" and not restarted:
-        raise ValueError(f"--run-dir = {str(run.path)!r}: holds a run, and --resume=never; choose another directory")
-    if training:
-        check_loggers(loaded.config.trainer.loggers)
-    killed = training and mesh.on_main(run.lock)  # then a whole look at what the machine may not have written
-    dataset = open_dataset(path, mesh, check="all" if killed else "some")
-    choice = FLAGS.checkpoint or ("latest" if training else "best")
-    checkpoint = mesh.on_main(lambda: find_checkpoint(run.checkpoints, "latest")) if restarted else None
-    checkpoint = checkpoint or mesh.on_main(lambda: find_checkpoint(run.checkpoints, choice))
-    if checkpoint is None and (not training or FLAGS.resume == "must" or FLAGS.checkpoint is not None):
-        raise ValueError(f"--run-dir = {str(run.path)!r}: has no finished checkpoint {choice!r}; train first")
-    if checkpoint is not None:
-        require_vocabularies(checkpoint, dataset, mesh, resume=training)
-    init_from = loaded.config.trainer.init_from if training else None
-    source = None
-    if init_from is not None and checkpoint is None:
-        source = mesh.on_main(lambda: find_source(init_from, run.path))
-    problem = mesh.on_main(lambda: _problem(run)) if not training and started else None
-    if problem is not None:
-        logger.warning("%s; the scores are only printed", problem)
-    trainer = Trainer(loaded.config, dataset, mesh, run)
-    if not training:
-        assert checkpoint is not None
-        _score(trainer, checkpoint, choice, writable=problem is None)
-        return
-    if checkpoint is not None:
-        trainer.resume(checkpoint)
-    elif source is not None:
-        trainer.start_from(source)
-    mesh.on_main(run.create)
-    mesh.on_main(run.lock)
-    configure_logging(run.path / "train.log", is_main=mesh.is_main)
-    for note in loaded.notes:
-        logger.info("note: %s", note)
-    if checkpoint is not None:
-        logger.info("resumed from %s at step %d", checkpoint, trainer.progress.step)
-        if init_from is not None:
-            logger.info(
-                "TrainerArgs.init_from = %r: not used again, for the run has a checkpoint of its own", init_from
-            )
-    record = {"command": sys.argv, "dataset": dataset_record(loaded.config.dataset, path)}
-    record["started_from"] = trainer.started_from or mesh.world.broadcast(run.started_from())
-    loaded = replace(loaded, config=trainer.config)  # with the values that the data set decides
-    mesh.on_main(lambda: run.describe(loaded, environment.describe() | record))
-    trainer.train()
-
-
-def _problem(run: Any) -> str | None:
-    """Return why ``run`` cannot be written, if it cannot."""
-    try:
-        run.create()
-    except ValueError as error:
-        return str(error)
-    return None
-
-
-def _score(trainer: Any, checkpoint: Path, choice: str, *, writable: bool) -> None:
-    from hstu.training.logging import format_metrics
-
-    for note in trainer.notes:
-        logger.info("%s", note)
-    records = trainer.evaluate(checkpoint)
-    for record in records:
-        logger.info("step %d  %s  %s", record["step"], record["split"], format_metrics(record["metrics"]))
-    if writable:
-        trainer.mesh.on_main(trainer.run.create)
-        name = "eval.json" if choice == "best" else f"eval_{checkpoint.name}.json"
-        trainer.mesh.on_main(lambda: trainer.run.write_json(name, records[-1]))
-        logger.info("result: %s", trainer.run.path / name)
-
-
-def _load(task: Literal["ranking", "retrieval"], run: Any) -> LoadedConfig:
-    """Load the config that was given, or for a run directory alone the one it was trained with."""
-    trained = recorded_task(run)
-    if trained not in (None, task):
-        raise ValueError(
-            f"--run-dir = {str(run.path)!r}: holds a {trained} run; use pretrain_gr_{trained}.py or another directory"
-        )
-    given = FLAGS.gin_config_file
-    # A run goes on with what was given to it, and is scored with every value that applied to it.
-    own = run.path / ("config.gin" if FLAGS.mode == "train" else "operative.gin")
-    if given is None and own.is_file():
-        given = str(own)
-    if given is None:
-        raise ConfigError("--gin-config-file", "is required; for example synthetic_ranking.gin")
-    start = [] if FLAGS.init_from is None else [f"TrainerArgs.init_from = {str(Path(FLAGS.init_from).resolve())!r}"]
-    return load_config(task, [given], [*FLAGS.gin_bindings, *start])
+    order = session.Order(
+        task=task,
+        config=FLAGS.gin_config_file,
+        bindings=FLAGS.gin_bindings,
+        resume=FLAGS.resume,
+        checkpoint=FLAGS.checkpoint,
+        init_from=FLAGS.init_from,
+        command=sys.argv,
+    )
+    act = session.train if FLAGS.mode == "train" else session.score
+    act(order, mesh, RunDirectory(mesh.world.broadcast(_run_path())))
 
 
 def _run_path() -> Path:

@@ -22,7 +22,7 @@ from hstu.data.cleaning import (
     whole_seconds,
 )
 from hstu.data.column_cache import OFFSETS
-from hstu.data.files import FileFormat, one_event_a_row, open_table
+from hstu.data.files import FileFormat, in_memory, one_event_a_row, open_table
 from hstu.data.reader import SequenceDataset
 from hstu.data.schema import Feature, unknown_id
 from hstu.data.vocabulary import places_of
@@ -46,22 +46,33 @@ class HistoryColumns:
 
 
 def read_frame(
-    path: Path, columns: HistoryColumns, fmt: FileFormat, required: tuple[str, ...] = ("user",)
+    path: Path | pl.DataFrame,
+    columns: HistoryColumns,
+    fmt: FileFormat,
+    required: tuple[str, ...] = ("user",),
+    *,
+    name: str,
 ) -> pl.DataFrame:
-    """Read a file of events, pairs or users, one row for each.
+    """Read events, pairs or users, one row for each.
 
     Args:
-        path: A file, a directory of parts or a pattern.
+        path: A file, a directory of parts or a pattern; or a table that is there already.
         columns: Where things are, and what to do with rows that lack one.
-        fmt: How to read it.
+        fmt: How to read a file.
         required: Roles that it must have.
+        name: What messages call it.
 
     Raises:
         ValueError: if it cannot be read; see :func:`hstu.data.files.open_table`.
     """
     roles = ("user", "item") if fmt.format == "sequences" else required
-    table = open_table(path, [getattr(columns, role) for role in roles], fmt)
-    table = one_event_a_row(table, columns.item, [columns.time, columns.action], str(path))
+    wanted = [getattr(columns, role) for role in roles]
+    if isinstance(path, pl.DataFrame):
+        require_columns(path, wanted, name)
+        table = in_memory(path)
+    else:
+        table = open_table(path, wanted, fmt)
+    table = one_event_a_row(table, columns.item, [columns.time, columns.action], name)
     blocks = list(table.read(None))
     frame = pl.concat(blocks) if blocks else pl.DataFrame(schema=dict.fromkeys(table.columns, pl.String))
     if columns.missing != "drop":
@@ -70,13 +81,13 @@ def read_frame(
     lacking = [find_missing(frame[name], kind) for name, kind in kinds.items() if name in frame.columns]
     kept = frame.filter(~pl.any_horizontal(lacking)) if frame.height else frame
     logger.info(
-        "%s: %d rows in, %d without an id or a time are left out", path, frame.height, frame.height - kept.height
+        "%s: %d rows in, %d without an id or a time are left out", name, frame.height, frame.height - kept.height
     )
     return kept
 
 
 def read_histories(
-    path: Path, frame: pl.DataFrame, known: SequenceDataset, columns: HistoryColumns, unknown_items: str = "error"
+    file: str, frame: pl.DataFrame, known: SequenceDataset, columns: HistoryColumns, unknown_items: str = "error"
 ) -> tuple[SequenceDataset, pl.Series]:
     """Return the histories in ``frame``, one row per event, and the original id of each user.
 
@@ -84,7 +95,7 @@ def read_histories(
     times in that of the rows.
 
     Args:
-        path: What messages call the file.
+        file: What messages call the file.
         frame: The events.
         known: The data set whose ids apply.
         columns: Where things are.
@@ -93,7 +104,7 @@ def read_histories(
     Raises:
         ValueError: for a missing column, or a value that is unknown or malformed.
     """
-    schema, file = known.schema, str(path)
+    schema = known.schema
     if columns.use_actions:
         frame = _with_mask(frame, known, columns.action, file)
     wanted = [columns.user, columns.item, *columns.contexts]
@@ -131,15 +142,15 @@ def _with_mask(frame: pl.DataFrame, known: SequenceDataset, name: str, file: str
     return frame.with_columns(mask_of([frame[bit] for bit in bits], file).alias(name))
 
 
-def find_users(path: Path, frame: pl.DataFrame, known: SequenceDataset, columns: HistoryColumns) -> np.ndarray:
+def find_users(file: str, frame: pl.DataFrame, known: SequenceDataset, columns: HistoryColumns) -> np.ndarray:
     """Return the rows of the users that ``frame`` names, each once, int64 [S].
 
     Raises:
         ValueError: for a user that ``known`` lacks.
     """
-    require_columns(frame, [columns.user], str(path))
-    users = clean_ids(frame[columns.user], str(path), missing=columns.missing).unique(maintain_order=True)
-    return _require(users, find_ids(users, known.vocabulary(known.schema.user.name)), str(path)).to_numpy()
+    require_columns(frame, [columns.user], file)
+    users = clean_ids(frame[columns.user], file, missing=columns.missing).unique(maintain_order=True)
+    return _require(users, find_ids(users, known.vocabulary(known.schema.user.name)), file).to_numpy()
 
 
 def find_ids(column: pl.Series, originals: np.ndarray | pl.Series) -> pl.Series:

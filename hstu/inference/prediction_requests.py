@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
+import operator
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
 from torch import Tensor
 
-from hstu.data.cleaning import clean_ids, require_columns
+from hstu.data.cleaning import Missing, clean_ids, require_columns
 from hstu.data.files import FileFormat
 from hstu.data.reader import Histories, SequenceDataset
 from hstu.data.request_files import HistoryColumns, find_ids, find_users, read_frame, read_histories
 from hstu.data.requests import Requests
 from hstu.data.splits import Split
+from hstu.inference.opened import Opened
 from hstu.metrics.topk import TopK
 from hstu.models import RankingModel
-from hstu.training.trainer import Trainer
 
-logger = logging.getLogger("hstu.cli")
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,95 +82,129 @@ class PredictionRequests:
         return events.items, events.actions
 
 
-def make_prediction_requests(args: argparse.Namespace, trainer: Trainer) -> PredictionRequests:
-    """Return the requests of the flags ``users``, ``candidates``, ``split`` and ``request_time``.
+@dataclass(frozen=True, kw_only=True)
+class RequestSpec:
+    """Who asks, after which events, about which items, and how their tables are read.
+
+    Attributes:
+        users: New histories, one row per event, or users of the data set, in a column alone; None: all of these.
+        candidates: Pairs of user and item that are to be scored.
+        split: "future", after all events; "test" or "valid", before the event that evaluation holds out.
+        request_time: When the future is asked about: seconds, an ISO date, a datetime or "now"; None: at the last
+            event of each user.
+        unknown_items: What to do with events of items that the model does not know: "error", or "drop".
+        user_column: In these tables; None: that of the log, if on record, or of the data set; likewise the others.
+        time_format: Pattern of times, see ``InteractionSpec``, likewise ``missing``.
+        users_format: How a file of users is read.
+        candidates_format: How a file of candidates is read.
+    """
+
+    users: Path | pl.DataFrame | None = None
+    candidates: Path | pl.DataFrame | None = None
+    split: Literal["future", "test", "valid"] = "future"
+    request_time: str | int | datetime | None = None
+    unknown_items: Literal["error", "drop"] = "error"
+    user_column: str | None = None
+    item_column: str | None = None
+    time_column: str | None = None
+    action_column: str | None = None
+    time_format: str | None = None
+    missing: Missing = "error"
+    users_format: FileFormat = field(default_factory=FileFormat)
+    candidates_format: FileFormat = field(default_factory=FileFormat)
+
+
+def make_prediction_requests(spec: RequestSpec, opened: Opened) -> PredictionRequests:
+    """Return the requests of ``spec`` to the model ``opened``.
 
     Raises:
-        ValueError: for flags that exclude each other, and malformed files.
+        ValueError: for fields that exclude each other, and malformed tables.
     """
-    known = trainer.dataset
-    columns = history_columns(args, trainer)
+    known = opened.dataset
+    columns = history_columns(spec, opened)
     histories, chosen = known, None
     originals = _array(known.vocabulary(known.schema.user.name))
-    if args.users is not None:
-        frame = read_frame(args.users, columns, file_format(args, ""))
+    if spec.users is not None:
+        name = _name(spec.users, "users")
+        frame = read_frame(spec.users, columns, spec.users_format, name=name)
         if columns.item in frame.columns:
-            if args.split != "future":
-                raise ValueError(f"--split = {args.split!r}: a file of histories has no held-out events; use future")
-            histories, users = read_histories(args.users, frame, known, columns, args.unknown_items)
+            if spec.split != "future":
+                raise ValueError(f"--split = {spec.split!r}: a file of histories has no held-out events; use future")
+            histories, users = read_histories(name, frame, known, columns, spec.unknown_items)
             originals = users.to_arrow(compat_level=pl.CompatLevel.oldest())
         else:
-            chosen = find_users(args.users, frame, known, columns)
-    if args.split == "future":
+            chosen = find_users(name, frame, known, columns)
+    if spec.split == "future":
         items = None
         rows = np.arange(histories.num_users) if chosen is None else chosen
-        if args.candidates is not None:
-            rows, items = read_candidates(args.candidates, columns, originals, known, file_format(args, "candidates_"))
-        asked = Requests(histories, rows, items, parse_time(args.request_time))
+        if spec.candidates is not None:
+            rows, items = read_candidates(spec.candidates, columns, originals, known, spec.candidates_format)
+        asked = Requests(histories, rows, items, parse_time(spec.request_time))
         dataset: Histories = asked
         split, users_of = asked.split, rows
     else:
         for flag in ("candidates", "request_time"):
-            if getattr(args, flag) is not None:
-                raise ValueError(f"--{flag}: asks about the future; leave it out with --split {args.split}")
-        dataset, split, items = known, trainer.loaders[args.split].split, None
+            if getattr(spec, flag) is not None:
+                raise ValueError(f"--{flag}: asks about the future; leave it out with --split {spec.split}")
+        dataset, split, items = known, opened.assembly.loaders[spec.split].split, None
         if chosen is not None:
             mine = np.isin(split.users, chosen)
             split = Split(name=split.name, users=split.users[mine], stop=split.stop[mine])
         users_of = split.users
-    _tell_unknown(histories, np.unique(users_of), trainer)
+    _tell_unknown(histories, np.unique(users_of), opened)
     return PredictionRequests(
         dataset=dataset,
         split=split,
         users=originals.take(pa.array(users_of)),
         vocabulary=_array(known.vocabulary(known.schema.item.name)),
-        held_out=args.split != "future",
+        held_out=spec.split != "future",
         pairs=items,
-        score_names=score_names(trainer),
+        score_names=score_names(opened),
     )
 
 
-def _tell_unknown(histories: SequenceDataset, users: np.ndarray, trainer: Trainer) -> None:
+def _name(table: Path | pl.DataFrame, role: str) -> str:
+    """Return what messages call a table."""
+    return role if isinstance(table, pl.DataFrame) else str(table)
+
+
+def _tell_unknown(histories: SequenceDataset, users: np.ndarray, opened: Opened) -> None:
     """Say how many of ``users`` have a value of a context that training never met."""
     contexts = histories.gather(users, np.zeros_like(users), np.zeros_like(users)).contexts
-    counts = {name: int((~met[contexts[name]]).sum()) for name, met in trainer.loaders["test"].collate.met.items()}
+    counts = {name: int((~met[contexts[name]]).sum()) for name, met in opened.loader.collate.met.items()}
     if told := ", ".join(f"{name} of {count:,} users" for name, count in counts.items() if count):
         logger.info(
             "values that training never met are read as unknown: %s, of %s users in all", told, f"{len(users):,}"
         )
 
 
-def history_columns(args: argparse.Namespace, trainer: Trainer) -> HistoryColumns:
-    """Return where a file keeps what the model reads; names default to those of the data set's features."""
-    schema, collate = trainer.dataset.schema, trainer.loaders["test"].collate
+def history_columns(spec: RequestSpec, opened: Opened) -> HistoryColumns:
+    """Return where a table keeps what the model reads; by default as the log had it, or the data set's features."""
+    known = opened.columns
+    schema, collate = opened.dataset.schema, opened.loader.collate
     return HistoryColumns(
-        user=args.user_column or schema.user.name,
-        item=args.item_column or schema.item.name,
-        time=args.time_column or (schema.time.name if schema.time else ""),
-        action=args.action_column or (schema.action.name if schema.action else ""),
+        user=spec.user_column or known.get("user") or schema.user.name,
+        item=spec.item_column or known.get("item") or schema.item.name,
+        time=spec.time_column or known.get("time") or (schema.time.name if schema.time else ""),
+        action=spec.action_column or known.get("action") or (schema.action.name if schema.action else ""),
         contexts=collate.contexts,
         use_actions=collate.use_actions and schema.action is not None,
-        time_format=args.time_format,
-        missing=args.missing,
+        time_format=spec.time_format,
+        missing=spec.missing,
         has_unknown=collate.unknown_rate > 0,
     )
 
 
-def file_format(args: argparse.Namespace, prefix: str) -> FileFormat:
-    """Return how to read the file whose flags begin with ``prefix``."""
-    names = [field.name for field in fields(FileFormat) if field.name != "prefix"]
-    return FileFormat(**{name: getattr(args, prefix + name) for name in names}, prefix=prefix)
-
-
 def read_candidates(
-    path: Path, columns: HistoryColumns, users: pa.Array, known: SequenceDataset, fmt: FileFormat
+    table: Path | pl.DataFrame, columns: HistoryColumns, users: pa.Array, known: SequenceDataset, fmt: FileFormat
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the user row and the item id of each pair in a file, int64 [S] both.
+    """Return the user row and the item id of each pair, int64 [S] both.
 
     Raises:
         ValueError: for a user without history or an item that the model does not know.
     """
-    frame, file = read_frame(path, columns, fmt, ("user", "item")), str(path)
+    file = _name(table, "candidates")
+    frame = read_frame(table, columns, fmt, ("user", "item"), name=file)
     require_columns(frame, [columns.user, columns.item], file)
     user, item = (clean_ids(frame[name], file, missing=columns.missing) for name in (columns.user, columns.item))
     rows = find_ids(user, pl.Series(users.to_pylist()))
@@ -181,44 +216,46 @@ def read_candidates(
     return rows.to_numpy(), items.to_numpy()
 
 
-def score_names(trainer: Trainer) -> tuple[str, ...]:
-    """Return the columns of a ranking run, one for each output: ``score``, and behind it what it is of.
+def score_names(opened: Opened) -> tuple[str, ...]:
+    """Return the columns of scores: ``score``; of a ranking run one for each output, and behind it what it is of.
 
     Of a binary task or of regression that is the task's name, of a softmax the class, with the task's name before it
     if there are several tasks.
     """
-    if not isinstance(trainer.model, RankingModel):
-        return ()
-    tasks, names = trainer.model.tasks, []
+    if not isinstance(opened.model, RankingModel):
+        return ("score",)
+    tasks, names = opened.model.tasks, []
     if len(tasks) == 1 and tasks[0].outputs == 1:
         return ("score",)
     for task in tasks:
         behind = [task.name]
         if task.kind == "multiclass":
-            classes = trainer.dataset.vocabulary(task.feature).tolist()
+            classes = opened.dataset.vocabulary(task.feature).tolist()
             classes += [f"unused_{n}" for n in range(len(classes), task.outputs)]
             behind = [f"{task.name}_{name}" if len(tasks) > 1 else str(name) for name in classes]
         names += [f"score_{name}" for name in behind]
     return tuple(names)
 
 
-def parse_time(text: str | None) -> int | None:
-    """Return seconds of a number, an ISO date (UTC unless it names a zone) or ``now``; None of None.
+def parse_time(given: str | int | datetime | None) -> int | None:
+    """Return seconds of a number, an ISO date or a datetime (UTC unless it names a zone) or ``now``; None of None.
 
     Raises:
         ValueError: for anything else.
     """
-    if text is None:
+    if given is None:
         return None
-    if text == "now":
+    if given == "now":
         return int(time.time())
     try:
-        if text.lstrip("-").isdigit():
-            return int(text)
-        moment = datetime.fromisoformat(text)
-    except ValueError:
-        raise ValueError(f"--request_time = {text!r}: is no time; use seconds, an ISO date, or now") from None
-    return int((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp())
+        moment = given
+        if isinstance(given, str):
+            moment = int(given) if given.lstrip("-").isdigit() else datetime.fromisoformat(given)
+        if isinstance(moment, datetime):
+            return int((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp())
+        return operator.index(moment)  # type: ignore[arg-type]
+    except (ValueError, TypeError, OverflowError):
+        raise ValueError(f"--request_time = {given!r}: is no time; use seconds, an ISO date, or now") from None
 
 
 def _array(originals: np.ndarray) -> pa.Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ def recommend(
     filter_seen: bool,
     keep: Tensor | None = None,
     num_candidates: int | None = None,
+    catalogue: CataloguePart | None = None,
 ) -> Iterator[tuple[Tensor, TopK]]:
     """Yield, batch by batch, rows of ``loader.split`` [Q] in ascending order and the best items of each.
 
@@ -45,8 +47,9 @@ def recommend(
         keep: Which items may be returned, by id [items] bool; None: all.
         num_candidates: Of a mixture of logits: score only the items that a dot product of the summed vectors puts
             first, so many of them, as the h-indexer does (https://arxiv.org/abs/2306.04039); None: all, exactly.
+        catalogue: What :func:`catalogue_part` returned, for who asks more than once; None: it is looked up.
     """
-    first, vectors = _catalogue_part(model, loader, mesh)
+    first, vectors = catalogue or catalogue_part(model, loader, mesh)
     gather = mesh.tokens.gather if mesh.tokens.size > 1 else None
     mixture = model.similarity if num_candidates is not None else None
     assert mixture is None or isinstance(mixture, MixtureOfLogits), "other similarities are exact at this price"
@@ -94,7 +97,38 @@ def item_vectors(model: RetrievalModel, loader: BatchLoader, mesh: Mesh) -> Iter
     yield from _look_up(model, loader, mesh, 0, model.num_items)
 
 
-def _catalogue_part(model: RetrievalModel, loader: BatchLoader, mesh: Mesh) -> tuple[int, Tensor]:
+@torch.no_grad()
+def score_pairs(
+    model: RetrievalModel, loader: BatchLoader, mesh: Mesh, items: Tensor, catalogue: CataloguePart | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield, batch by batch, rows of ``loader.split`` [Q] in ascending order and the score of one item each, [Q, 1].
+
+    Args:
+        model: The model, on every rank.
+        loader: Unshuffled samples.
+        mesh: The ranks.
+        items: Item id that each row asks about, [S] int64 on the device.
+        catalogue: As in :func:`recommend`.
+    """
+    part = catalogue or catalogue_part(model, loader, mesh)
+    gather = mesh.tokens.gather if mesh.tokens.size > 1 else None
+
+    def own(queries: Tensor, vectors: Tensor) -> Tensor:
+        if isinstance(model.similarity, MixtureOfLogits):
+            return model.similarity.own_scores(queries, vectors)
+        return torch.einsum("qd,qcd->qc", queries, vectors)
+
+    for rows, queries in user_vectors(model, loader, mesh):
+        if rows.numel():
+            yield rows, best_of(queries, items[rows][:, None], part, 1, score=own, gather=gather).scores
+
+
+CataloguePart: TypeAlias = tuple[int, Tensor]
+"""Id of the first item of this rank's part of the catalogue, and vectors [n, ..]."""
+
+
+@torch.no_grad()
+def catalogue_part(model: RetrievalModel, loader: BatchLoader, mesh: Mesh) -> CataloguePart:
     """Look up this rank's part of the catalogue: the id of its first item, and vectors [n, ..]."""
     share = -(-model.num_items // mesh.tokens.size)
     first = mesh.tokens.rank * share

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import os
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from hstu.interrupt import Stopped, requested
 from hstu.parallel.rendezvous import join
+
+_current: Mesh | None = None
 
 
 @dataclass(frozen=True)
@@ -127,12 +130,16 @@ class Mesh:
     tokens: Group
 
     @classmethod
-    @contextmanager
+    @contextlib.contextmanager
     def create(cls) -> Iterator[Mesh]:
         """Join the job that torchrun describes, or make a job of one process; leave it at the end.
 
-        All ranks are data ranks until ``with_degrees`` says otherwise.
+        All ranks are data ranks until ``with_degrees`` says otherwise. Where there is a mesh already, it is that one.
         """
+        global _current
+        if _current is not None:
+            yield _current
+            return
         cuda = torch.cuda.is_available()
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
         if cuda:
@@ -146,10 +153,27 @@ class Mesh:
         try:
             assert dist.group.WORLD is not None
             world = Group.of(dist.group.WORLD, dist.new_group(backend="gloo"))
-            yield cls._describe(device, world, 1, 1)
+            _current = cls._describe(device, world, 1, 1)
+            yield _current
         finally:
+            _current = None
             parallel_state.destroy_model_parallel()
             dist.destroy_process_group()
+
+    @classmethod
+    def of_process(cls) -> Mesh:
+        """Return the mesh of this interpreter, which joins its job at the first call and leaves it when it ends.
+
+        Raises:
+            ValueError: if somebody else's process groups are here.
+        """
+        if _current is None:
+            if dist.is_initialized():
+                raise ValueError("torch.distributed is in use in this process; call destroy_process_group() first")
+            stack = contextlib.ExitStack()
+            atexit.register(stack.close)
+            return stack.enter_context(cls.create())
+        return _current
 
     def with_degrees(self, context: int, tensor: int) -> Mesh:
         """Return the mesh of these degrees; the rest of the ranks are data ranks.

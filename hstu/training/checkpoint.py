@@ -94,7 +94,7 @@ class Checkpointer:
     Args:
         directory: Where checkpoints are.
         parallel: The model.
-        optimizer: Both optimizers.
+        optimizer: Both optimizers; None: nothing is saved, and weights alone are loaded.
         identity: Of the model, see ``model_identity``.
         vocabularies: What its ids stand for, see ``describe_vocabularies``.
         keep_last: How many of the newest to keep; the best is always kept.
@@ -104,7 +104,7 @@ class Checkpointer:
         self,
         directory: Path,
         parallel: Parallelized,
-        optimizer: Optimizer,
+        optimizer: Optimizer | None,
         identity: dict[str, Any],
         vocabularies: Record,
         keep_last: int,
@@ -114,7 +114,7 @@ class Checkpointer:
         self.keep_last, self.mesh = keep_last, parallel.mesh
         self._saved_step: int | None = None
         # Of their own: what the threads of the ranks say to each other must not meet what training says.
-        self._writers = torch.distributed.new_group(backend="gloo")
+        self._writers = None if optimizer is None else torch.distributed.new_group(backend="gloo")
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: list[Future[None]] = []
         self._copying = False
@@ -144,6 +144,13 @@ class Checkpointer:
         assert self._saved_step == progress.step
         if self.mesh.is_main:
             self._pending.append(self._executor.submit(self._amend, _copy(progress), best))
+
+    def close(self) -> None:
+        """Give back what saving needs, threads and connections; nothing can be saved afterwards."""
+        self._executor.shutdown()
+        if self._writers is not None:
+            torch.distributed.destroy_process_group(self._writers)
+            self._writers = None
 
     def busy(self) -> bool:
         """Return whether a save is under way."""
@@ -230,6 +237,7 @@ class Checkpointer:
         self.parallel.tables.forget_cached_rows()
         self.parallel.tables.set_step(progress.table_steps)
         if optimizer:
+            assert self.optimizer is not None
             if path.resolve().parent == self.directory.resolve():
                 self._saved_step = progress.step
             self.optimizer.load(_below(_DENSE_OPTIMIZER, tensors), progress.dense_steps)
@@ -248,6 +256,7 @@ class Checkpointer:
         state |= {f"row_maps/{name}": value for name, value in tables.row_maps().items()}
         if not optimizer:
             return state
+        assert self.optimizer is not None
         state |= {_DENSE_OPTIMIZER + name: value for name, value in self.optimizer.state().items()}
         for width, collection in tables.collections.items():
             for weight, moments in collection.fused_optimizer.state_dict()["state"].items():

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import math
-import sys
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from hstu.bar import progress_bar
 from hstu.config import Config
 from hstu.config.retrieval import SAMPLED_100
 from hstu.data.batch import Batch
@@ -86,14 +86,16 @@ def evaluate(
 
 def _batches(loader: BatchLoader, config: Config, mesh: Mesh) -> Iterator[Batch]:
     total = min(loader.steps_per_epoch, config.trainer.max_eval_iters or loader.steps_per_epoch)
-    shown = mesh.is_main and sys.stdout.isatty()
-    if mesh.is_main and not shown and total > _LONG:
+    bar = progress_bar(desc=loader.split.name, total=total, leave=False, unit="batch") if mesh.is_main else None
+    if mesh.is_main and bar is None and total > _LONG:
         logger.info("scoring %d batches of %s; TrainerArgs.max_eval_iters shortens this", total, loader.split.name)
-    batches = itertools.islice(loader.epoch(0), total)
-    for batch in tqdm(batches, loader.split.name, total, leave=False, unit="batch", disable=not shown):
-        yield batch.to(mesh.device, non_blocking=True)
-        beat()
-        mesh.obey_signals()
+    with contextlib.nullcontext() if bar is None else bar:
+        for batch in itertools.islice(loader.epoch(0), total):
+            yield batch.to(mesh.device, non_blocking=True)
+            beat()
+            mesh.obey_signals()
+            if bar is not None:
+                bar.update()
 
 
 def _ranking(model: RankingModel, loader: BatchLoader, mesh: Mesh, config: Config) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import logging
-import sys
 import time
 import uuid
 from types import TracebackType
@@ -13,6 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from hstu.bar import progress_bar
 from hstu.config import Config, ConfigError
 from hstu.parallel import Mesh
 from hstu.quiet import warn_only
@@ -37,11 +37,7 @@ class RunLogger:
         check_loggers(loggers)
         self.run, self.total_steps, self.first_step = run, total_steps, first_step
         self.started = time.perf_counter()
-        self.bar = (
-            tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, smoothing=0.1)
-            if sys.stdout.isatty()
-            else None
-        )
+        self.bar = progress_bar(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, smoothing=0.1)
         self.tensorboard: Any = None
         self.wandb: Any = None
         if "tensorboard" in loggers:

@@ -9,6 +9,7 @@ import logging
 import os
 import socket
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -195,8 +196,29 @@ class _TerminalHandler(logging.StreamHandler):
             sys.stdout.flush()
 
 
-def configure_logging(log_file: Path | None, *, is_main: bool) -> None:
-    """Send the log to the terminal and, with tracebacks, to ``log_file``; ranks other than 0 report errors only."""
+@contextlib.contextmanager
+def kept_logging() -> Iterator[None]:
+    """Put the log back at the end as it was: a library's caller has an opinion of its own on where it goes."""
+    root = logging.getLogger("hstu")
+    handlers, propagate, level = root.handlers[:], root.propagate, root.level
+    root.handlers = []
+    try:
+        yield
+    finally:
+        for handler in root.handlers:
+            handler.close()
+        root.handlers, root.propagate = handlers, propagate
+        root.setLevel(level)
+
+
+def configure_logging(log_file: Path | None, *, is_main: bool, quiet: bool = False) -> None:
+    """Send the log to the terminal and, with tracebacks, to ``log_file``; ranks other than 0 report errors only.
+
+    Args:
+        log_file: None: the terminal alone.
+        is_main: Whether this is rank 0.
+        quiet: Whether the terminal gets warnings alone.
+    """
     root = logging.getLogger("hstu")
     for handler in list(root.handlers):
         root.removeHandler(handler)
@@ -204,7 +226,7 @@ def configure_logging(log_file: Path | None, *, is_main: bool) -> None:
     root.propagate = False
     root.setLevel(logging.DEBUG)
     terminal = _TerminalHandler()
-    terminal.setLevel(logging.INFO if is_main else logging.ERROR)
+    terminal.setLevel((logging.WARNING if quiet else logging.INFO) if is_main else logging.ERROR)
     terminal.setFormatter(logging.Formatter("%(message)s"))
     root.addHandler(terminal)
     if log_file is not None and is_main:

@@ -4,32 +4,24 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from hstu.config import Config, ConfigError
-from hstu.data.loader import BatchLoader
 from hstu.data.reader import SequenceDataset
-from hstu.data.seen import met_categories, met_contexts, trained_items
-from hstu.data.splits import Split, make_splits
 from hstu.interrupt import Stopped, patience
-from hstu.models import RetrievalModel, build_model, fit_to_data, make_collator
-from hstu.models.negatives import count_items
-from hstu.parallel import Mesh, parallelize
-from hstu.parallel.balance import balance, sample_costs
+from hstu.parallel import Mesh
 from hstu.quiet import warn_only
+from hstu.training.assembly import Assembly
 from hstu.training.checkpoint import Checkpointer, model_identity
 from hstu.training.checkpoint_files import Progress, find_checkpoint, read_marker, supersede
-from hstu.training.evaluate import best_possible, decide_filter_seen, evaluate, improves
+from hstu.training.evaluate import improves
 from hstu.training.file_errors import describe, is_foreseeable
-from hstu.training.hardware import on_device, present_peak
+from hstu.training.hardware import present_peak
 from hstu.training.init_from import in_words, initialize, open_source
 from hstu.training.logging import RunLogger, SilentLogger, format_metrics, make_logger
-from hstu.training.memory import require_memory
 from hstu.training.meter import Meter, TrainingError, not_finite
 from hstu.training.optimizer import Optimizer
 from hstu.training.plot import draw_curves, sketch_curves
@@ -37,12 +29,7 @@ from hstu.training.profile import profiler
 from hstu.training.run_directory import RunDirectory
 from hstu.training.step import Stepper
 from hstu.training.summary import describe_data, describe_plan, describe_unmet, memory_table
-from hstu.training.vocabularies import (
-    describe_vocabularies,
-    embedded_features,
-    keep_vocabularies,
-    require_same_vocabularies,
-)
+from hstu.training.vocabularies import keep_vocabularies, require_same_vocabularies
 from hstu.training.watchdog import beat, keep_stacks, watchdog
 
 logger = logging.getLogger(__name__)
@@ -66,86 +53,27 @@ class Trainer:
     """
 
     def __init__(self, config: Config, dataset: SequenceDataset, mesh: Mesh, run: RunDirectory) -> None:
-        config, self.notes = on_device(config, mesh.device)
-        mesh = mesh.with_degrees(
-            config.context_parallel.context_parallel_size, config.tensor_model_parallel.tensor_model_parallel_size
-        )
-        splits = make_splits(config.dataset, dataset, config.recent_targets)
-        config, self.filtering = self._resolved(config, dataset, mesh, splits["valid"])
-        self.config, self.dataset, self.mesh, self.run = config, dataset, mesh, run
-        args = config.trainer
+        self.assembly = assembly = Assembly(config, dataset, mesh)
+        self.config = config = assembly.config
+        self.notes, self.filtering, self.met = assembly.notes, assembly.filtering, assembly.met
+        self.dataset, self.mesh, self.run, self.loaders = dataset, assembly.mesh, run, assembly.loaders
+        self.parallel, self.model = assembly.parallel, assembly.model
         self.progress, self.resumed_at = Progress(), -1  # the last step whose checkpoints here are this run's
         self.started_from: dict[str, Any] | None = None
-        without_loss = dataset.action_ids(config.dataset.actions_without_loss)
-        collate = replace(make_collator(config, dataset.schema), actions_without_loss=without_loss)
-        #: Of contexts and categories that have a row for unknown values, which ids training meets.
-        self.met = met_contexts(dataset, splits["train"], collate.contexts) if config.feature.unknown_rate else {}
-        collate = replace(collate, met=dict(self.met))
-        self.loaders = {
-            name: BatchLoader(
-                dataset=dataset,
-                split=split,
-                collate=collate,
-                batch_size=args.train_batch_size if name == "train" else args.eval_batch_size,
-                rank=mesh.data.rank,
-                world_size=mesh.data.size,
-                micro_batches=args.gradient_accumulation_steps if name == "train" else 1,
-                drop_last=config.dataset.drop_last and name == "train",
-                seed=args.seed,
-                shuffle=config.dataset.shuffle and name == "train",
-                num_workers=config.dataset.num_workers,
-                pin_memory=mesh.device.type == "cuda",
-                balance=self._balance if args.enable_balanced_shuffler else None,
-            )
-            for name, split in splits.items()
-        }
         self.total_steps = self._total_steps()
-        require_memory(config, dataset.schema, mesh, self.loaders["train"])
-        model = build_model(config, dataset.schema, allocate_tables=False)
-        if model.categories is not None:
-            if config.feature.unknown_rate:
-                self.met |= met_categories(dataset, self.trained_items)
-            model.categories.read(dataset, self.met or None)
-        if config.retrieval is not None and config.retrieval.needs_item_counts:
-            assert isinstance(model, RetrievalModel)
-            model.sampler.set_counts(count_items(dataset, self.loaders["train"].split).to(mesh.device))
-        names = embedded_features(config, model, dataset.schema)
-        vocabularies = mesh.on_main(lambda: describe_vocabularies(dataset.vocabularies, names))
-        self.parallel = parallelize(model, mesh, config)
-        self.model = self.parallel.model
         self.optimizer = Optimizer(self.parallel, config.optimizer, self.total_steps)
         self.checkpointer = Checkpointer(
             run.checkpoints,
             self.parallel,
             self.optimizer,
             model_identity(config),
-            vocabularies,
-            args.keep_last_checkpoints,
+            assembly.vocabularies,
+            config.trainer.keep_last_checkpoints,
         )
-        self.meter = Meter(mesh, present_peak(config.network.dtype_str))
+        self.meter = Meter(self.mesh, present_peak(config.network.dtype_str))
         self.stepper = Stepper(self.parallel, self.optimizer, self.meter, config, dataset)
-        mesh.set_timeout(2 * args.hang_timeout_seconds)  # the watchdog speaks first
-        torch.manual_seed(args.seed + mesh.tokens.rank)  # ranks with the same tokens drop the same of them
-
-    @staticmethod
-    def _resolved(config: Config, dataset: SequenceDataset, mesh: Mesh, valid: Split) -> tuple[Config, str | None]:
-        """Return ``config`` with what only the data can decide, and the reason for filter_seen."""
-        config = fit_to_data(config, dataset.schema)
-        if config.retrieval is None:
-            return config, None
-        chosen, reason = mesh.on_main(lambda: decide_filter_seen(config, dataset, valid))
-        return replace(config, retrieval=replace(config.retrieval, filter_seen=chosen)), reason
-
-    @cached_property
-    def trained_items(self) -> torch.Tensor:
-        """Which items training shows, in a history or to be predicted, [items] bool in host memory."""
-        loader = self.loaders["train"]
-        return trained_items(self.dataset, loader.split, loader.collate)
-
-    def _balance(self, events: np.ndarray, ranks: int) -> list[np.ndarray]:
-        per_event = 2 if self.config.network.token_layout == "interleave" else 1
-        tokens = events * per_event + self.config.memory.num_memory_tokens
-        return balance(sample_costs(tokens, self.config.network), ranks)
+        self.mesh.set_timeout(2 * config.trainer.hang_timeout_seconds)  # the watchdog speaks first
+        torch.manual_seed(config.trainer.seed + self.mesh.tokens.rank)  # ranks with the same tokens drop the same
 
     def resume(self, checkpoint: Path) -> None:
         """Go on from ``checkpoint``, as if training had never stopped. Nothing is written yet.
@@ -240,7 +168,7 @@ class Trainer:
         self._require_same_vocabularies(checkpoint, resume=False)
         step = self.checkpointer.load(checkpoint, optimizer=False).step
         beat()
-        return [self._score(split, step) for split in splits]
+        return [self.assembly.score(split, step) for split in splits]
 
     def _require_same_vocabularies(self, checkpoint: Path, *, resume: bool) -> None:
         here = self.dataset.vocabularies
@@ -297,7 +225,7 @@ class Trainer:
             if owes or (interval != -1 and progress.step % interval == 0):
                 self._save()
             if owes:
-                record = self._score("valid", progress.step)
+                record = self.assembly.score("valid", progress.step)
                 best = self._note(record)
                 log.evaluation(record, "  (best so far)" if best else "")
                 progress.records = self.mesh.world.broadcast(self.run.num_records)
@@ -342,15 +270,6 @@ class Trainer:
             logger.info("best possible on this data:    %s", format_metrics(record["best_possible"]))
         self.mesh.on_main(lambda: self.run.write_json("eval.json", record))
         return record
-
-    def _score(self, split: str, step: int) -> dict[str, Any]:
-        trained = self.trained_items if self.config.dataset.protocol in ("temporal", "windows") else None
-        record = evaluate(self.model, self.loaders[split], self.mesh, self.config, step, trained)
-        beat()
-        if self.filtering is not None:
-            record["filter_seen_reason"] = self.filtering
-        best = best_possible(record, self.dataset.schema.best_possible)
-        return record if best is None else record | {"best_possible": best}
 
     def _train_record(self, epoch: int, rate: float) -> dict[str, Any]:
         return {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,8 +12,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from hstu.cli import export
 from hstu.config import ConfigError, DynamicEmbeddingArgs
+from hstu.inference import export
 from hstu.models.embedding import Table
 from hstu.models.negatives import random_columns
 from hstu.parallel import Mesh
@@ -386,7 +385,7 @@ def test_evaluation_changes_nothing(data: Path, tmp_path: Path, mesh: Mesh) -> N
         run.train()
         tables = tables_of(run)
         before = {name: value.clone() for name, value in tables.row_maps().items()}
-        scores = [run._score("test", 3)["metrics"] for _ in range(2)]
+        scores = [run.assembly.score("test", 3)["metrics"] for _ in range(2)]
         assert scores[0] == scores[1] and all(torch.equal(x, before[n]) for n, x in tables.row_maps().items())
 
 
@@ -453,14 +452,15 @@ def test_an_export_since_a_step(data: Path, tmp_path: Path, mesh: Mesh) -> None:
         tables.begin = watch  # type: ignore[method-assign]
         run.train()
         (shard,) = tables._weights["item_id"].local_shards()
-        export._write_changes(6, run, mesh, tmp_path / "out", {"since": 6})
-        export._write_changes(0, run, mesh, tmp_path / "all", {"since": 0})
+        opened = export.Opened(assembly=run.assembly, run=run.run, checkpoint=tmp_path, step=9, columns={})
+        for since in (6, 0):
+            export.export(opened, tmp_path / f"since {since}", export.ExportOptions(since=since))
         for since, wrong in ((-1, "from 0 to that"), (10, "the checkpoint is of step 9")):
             with pytest.raises(ValueError, match=wrong):
-                export._check_since(argparse.Namespace(since=since, faiss=False), run, 9)
+                export.export(opened, tmp_path / "none", export.ExportOptions(since=since))
     now, some, gone = (
         pl.read_parquet(tmp_path / folder / "tables" / f"item_id{end}.parquet")
-        for folder, end in (("all", ""), ("out", ""), ("out", ".evicted"))
+        for folder, end in (("since 0", ""), ("since 6", ""), ("since 6", ".evicted"))
     )
     assert {*now["number"]} == seen[9] and 0 < some.height < now.height
     assert {*some["number"]} == {*now.filter(pl.col("step") > 6)["number"]} and some["step"].min() > 6

@@ -103,7 +103,7 @@ def train(
                     trainer.checkpointer.wait()
                 if trainer.progress.step == trainer.total_steps:
                     break
-    scores = trainer._score("valid", trainer.progress.step)["metrics"] if planted is None else {}
+    scores = trainer.assembly.score("valid", trainer.progress.step)["metrics"] if planted is None else {}
     shards = {
         name.split(".")[-2]: [list(s.shard_sizes) for s in weight.metadata().shards_metadata]
         for collection in trainer.parallel.tables.collections.values()

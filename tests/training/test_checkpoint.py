@@ -15,8 +15,8 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
 from hstu.training import checkpoint as module
+from hstu.training.assembly import Assembly
 from hstu.training.checkpoint_files import CheckpointError, find_checkpoint, read_marker
-from hstu.training.trainer import Trainer
 from tests.training.runs import losses, trainer
 
 MODEL = {
@@ -76,14 +76,14 @@ def fake_scores(
 ) -> list[tuple[str, int]]:
     """Give the validation of each step a score of our choice; returns the list of (split, step) that were scored."""
     asked: list[tuple[str, int]] = []
-    score = Trainer._score
+    score = Assembly.score
 
-    def fake(self: Trainer, split: str, at: int) -> dict[str, Any]:
+    def fake(self: Assembly, split: str, at: int) -> dict[str, Any]:
         asked.append((split, at))
         record = score(self, split, at)
         return record | {"metrics": {**record["metrics"], metric: scores[at]}} if split == "valid" else record
 
-    monkeypatch.setattr(Trainer, "_score", fake)
+    monkeypatch.setattr(Assembly, "score", fake)
     return asked
 
 

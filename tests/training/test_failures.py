@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 import pytest
 
-from hstu.cli.command import find_dataset, run_on_mesh
+from hstu.cli.command import run_on_mesh
 from hstu.config import load_config
 from hstu.models import RetrievalModel
 from hstu.parallel import Mesh
@@ -26,6 +26,7 @@ from hstu.training import evaluate, watchdog
 from hstu.training.checkpoint import Checkpointer
 from hstu.training.checkpoint_files import read_marker
 from hstu.training.meter import TrainingError
+from hstu.training.run_data import find_dataset
 from hstu.training.run_directory import RunDirectory
 from hstu.training.step import Stepper
 from tests.launch import ROOT, run, started, torchrun_command

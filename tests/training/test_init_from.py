@@ -110,7 +110,7 @@ def test_the_next_steps_are_those_of_the_unbroken_run(
     source = sources(variant)
     with start(home / "other", tmp_path, variant, source, "TrainerArgs.max_train_iters=3", mesh=mesh) as run:
         run.start_from(find_source(str(source / "checkpoints" / "latest"), tmp_path))
-        before = run._score("test", 0)["metrics"]
+        before = run.assembly.score("test", 0)["metrics"]
         run.train()
     if variant != "dynamic":  # where items without a row share those of their numbers
         assert before == pytest.approx(json.loads((source / "eval.json").read_text())["metrics"], abs=1e-6)

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from hstu.config import ConfigError, TrainerArgs, load_config
-from hstu.training import hardware
+from hstu.training import assembly, hardware
 from hstu.training import trainer as module
+from hstu.training.assembly import Assembly
 from hstu.training.checkpoint_files import find_checkpoint
 from hstu.training.meter import TrainingError, not_finite
 from hstu.training.optimizer import Optimizer
@@ -117,14 +118,14 @@ def test_validation_chooses_and_test_is_scored_once(
     scores = dict.fromkeys(range(1, 11), 0.5) | {4: 0.8, 7: 0.3}
     asked = fake_scores(monkeypatch, scores, metric)
     seen: list[torch.Tensor] = []
-    evaluate = module.evaluate
+    evaluate = assembly.evaluate
 
     def watch(model: Any, loader: Any, *args: Any) -> dict[str, Any]:
         weights = next(model.backbone.parameters()).detach().clone()
         seen.append(weights)
         return evaluate(model, loader, *args)
 
-    monkeypatch.setattr(module, "evaluate", watch)
+    monkeypatch.setattr(assembly, "evaluate", watch)
     with trainer(data, tmp_path, "ranking", *TEN, f"RankingArgs.eval_metrics=('{metric}',)") as run:
         record = run.train()
     assert record is not None and record["step"] == choose
@@ -284,7 +285,7 @@ def test_the_clock_leaves_out_evaluations_saves_and_the_start(
 
     monkeypatch.setattr("hstu.training.meter.time", SimpleNamespace(perf_counter=lambda: now[0]))
     monkeypatch.setattr(Stepper, "take", taking(1, Stepper.take))
-    monkeypatch.setattr(Trainer, "_score", taking(100, Trainer._score))
+    monkeypatch.setattr(Assembly, "score", taking(100, Assembly.score))
     monkeypatch.setattr(module.Checkpointer, "save", taking(1000, module.Checkpointer.save))
     monkeypatch.setattr(module, "make_logger", taking(10000, module.make_logger))
     bindings = ("TrainerArgs.max_train_iters=4", "TrainerArgs.eval_interval=1", "TrainerArgs.log_interval=2")
@@ -397,8 +398,8 @@ def test_an_undefined_validation_score_is_not_called_the_best(
 ) -> None:
     monkeypatch.setattr(logging.getLogger("hstu"), "propagate", True)
     caplog.set_level(logging.INFO, "hstu")
-    score = Trainer._score
-    monkeypatch.setattr(Trainer, "_score", lambda *given: score(*given) | {"metrics": {"AUC": None}})
+    score = Assembly.score
+    monkeypatch.setattr(Assembly, "score", lambda *given: score(*given) | {"metrics": {"AUC": None}})
     with trainer(data, tmp_path, "ranking", "TrainerArgs.max_train_iters=2") as run:
         run.train()
     assert (

@@ -1,0 +1,131 @@
+"""A config and a data set to a model on this mesh, with what feeds and scores it: what training and inference share."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from hstu.config import Config
+from hstu.data.loader import BatchLoader
+from hstu.data.reader import SequenceDataset
+from hstu.data.seen import met_categories, met_contexts, trained_items
+from hstu.data.splits import Split, make_splits
+from hstu.models import RetrievalModel, build_model, fit_to_data, make_collator
+from hstu.models.negatives import count_items
+from hstu.parallel import Mesh, parallelize
+from hstu.parallel.balance import balance, sample_costs
+from hstu.training.evaluate import best_possible, decide_filter_seen, evaluate
+from hstu.training.hardware import on_device
+from hstu.training.memory import require_memory
+from hstu.training.vocabularies import describe_vocabularies, embedded_features
+from hstu.training.watchdog import beat
+
+
+class Assembly:
+    """One model on one data set, its weights not trained.
+
+    Args:
+        config: The run.
+        dataset: The data.
+        mesh: The ranks.
+
+    Attributes:
+        config: The run as these devices and this data set compute it.
+        notes: Lines about what was asked for and is computed otherwise.
+        filtering: Why seen items are left out or not; None of ranking.
+        mesh: The ranks, by the degrees of ``config``.
+        loaders: Samples of each split.
+        met: Of contexts and categories that have a row for unknown values, which ids training meets.
+        vocabularies: What the ids of the model stand for, see ``describe_vocabularies``.
+        parallel: The model on the mesh.
+
+    Raises:
+        ConfigError: if config and data do not fit together.
+    """
+
+    def __init__(self, config: Config, dataset: SequenceDataset, mesh: Mesh) -> None:
+        config, self.notes = on_device(config, mesh.device)
+        mesh = mesh.with_degrees(
+            config.context_parallel.context_parallel_size, config.tensor_model_parallel.tensor_model_parallel_size
+        )
+        splits = make_splits(config.dataset, dataset, config.recent_targets)
+        self.config, self.filtering = _resolved(config, dataset, mesh, splits["valid"])
+        self.dataset, self.mesh = dataset, mesh
+        self._load(splits)
+        self._build()
+
+    def _load(self, splits: dict[str, Split]) -> None:
+        config, dataset, mesh = self.config, self.dataset, self.mesh
+        args = config.trainer
+        without_loss = dataset.action_ids(config.dataset.actions_without_loss)
+        collate = replace(make_collator(config, dataset.schema), actions_without_loss=without_loss)
+        self.met = met_contexts(dataset, splits["train"], collate.contexts) if config.feature.unknown_rate else {}
+        collate = replace(collate, met=dict(self.met))
+        self.loaders = {
+            name: BatchLoader(
+                dataset=dataset,
+                split=split,
+                collate=collate,
+                batch_size=args.train_batch_size if name == "train" else args.eval_batch_size,
+                rank=mesh.data.rank,
+                world_size=mesh.data.size,
+                micro_batches=args.gradient_accumulation_steps if name == "train" else 1,
+                drop_last=config.dataset.drop_last and name == "train",
+                seed=args.seed,
+                shuffle=config.dataset.shuffle and name == "train",
+                num_workers=config.dataset.num_workers,
+                pin_memory=mesh.device.type == "cuda",
+                balance=self._balance if args.enable_balanced_shuffler else None,
+            )
+            for name, split in splits.items()
+        }
+
+    def _build(self) -> None:
+        config, dataset, mesh = self.config, self.dataset, self.mesh
+        require_memory(config, dataset.schema, mesh, self.loaders["train"])
+        model = build_model(config, dataset.schema, allocate_tables=False)
+        if model.categories is not None:
+            if config.feature.unknown_rate:
+                self.met |= met_categories(dataset, self.trained_items)
+            model.categories.read(dataset, self.met or None)
+        if config.retrieval is not None and config.retrieval.needs_item_counts:
+            assert isinstance(model, RetrievalModel)
+            model.sampler.set_counts(count_items(dataset, self.loaders["train"].split).to(mesh.device))
+        names = embedded_features(config, model, dataset.schema)
+        self.vocabularies = mesh.on_main(lambda: describe_vocabularies(dataset.vocabularies, names))
+        self.parallel = parallelize(model, mesh, config)
+        self.model = self.parallel.model
+
+    @cached_property
+    def trained_items(self) -> torch.Tensor:
+        """Which items training shows, in a history or to be predicted, [items] bool in host memory."""
+        loader = self.loaders["train"]
+        return trained_items(self.dataset, loader.split, loader.collate)
+
+    def score(self, split: str, step: int) -> dict[str, Any]:
+        """Return the evaluation record of ``split``, the same on every rank; ``step`` is on record."""
+        trained = self.trained_items if self.config.dataset.protocol in ("temporal", "windows") else None
+        record = evaluate(self.model, self.loaders[split], self.mesh, self.config, step, trained)
+        beat()
+        if self.filtering is not None:
+            record["filter_seen_reason"] = self.filtering
+        best = best_possible(record, self.dataset.schema.best_possible)
+        return record if best is None else record | {"best_possible": best}
+
+    def _balance(self, events: np.ndarray, ranks: int) -> list[np.ndarray]:
+        per_event = 2 if self.config.network.token_layout == "interleave" else 1
+        tokens = events * per_event + self.config.memory.num_memory_tokens
+        return balance(sample_costs(tokens, self.config.network), ranks)
+
+
+def _resolved(config: Config, dataset: SequenceDataset, mesh: Mesh, valid: Split) -> tuple[Config, str | None]:
+    """Return ``config`` with what only the data can decide, and the reason for filter_seen."""
+    config = fit_to_data(config, dataset.schema)
+    if config.retrieval is None:
+        return config, None
+    chosen, reason = mesh.on_main(lambda: decide_filter_seen(config, dataset, valid))
+    return replace(config, retrieval=replace(config.retrieval, filter_seen=chosen)), reason

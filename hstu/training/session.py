@@ -1,0 +1,180 @@
+"""Train in a run directory, or score one of its checkpoints: what the entrypoints and ``hstu.fit`` call."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from hstu import environment
+from hstu.config import ConfigError, LoadedConfig, load_config
+from hstu.data.reader import SequenceDataset
+from hstu.parallel import Mesh
+from hstu.training.checkpoint_files import find_checkpoint
+from hstu.training.init_from import find_source
+from hstu.training.logging import check_loggers, format_metrics
+from hstu.training.run_data import dataset_record, find_dataset, open_dataset, recorded_task, require_vocabularies
+from hstu.training.run_directory import RunDirectory, configure_logging
+from hstu.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+Resume = Literal["auto", "never", "must"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """What is to be done in a run directory.
+
+    Attributes:
+        task: Which model.
+        config: A gin file: a path, or the name of one in configs/; None: the one that the run was trained with.
+        bindings: Lines that win over the file.
+        resume: Whether training goes on from the run directory: if it can, never, or it must.
+        checkpoint: latest, best, a step, or a path; None: the latest to train, the best to score.
+        init_from: A run or checkpoint that a new run starts from.
+        command: For the record.
+        columns: For the record: role -> the column of the table that the data set was made of.
+        quiet: Whether the terminal gets warnings alone.
+    """
+
+    task: Literal["ranking", "retrieval"]
+    config: str | None = None
+    bindings: Sequence[str] = ()
+    resume: Resume = "auto"
+    checkpoint: str | None = None
+    init_from: str | None = None
+    command: Sequence[str] = ()
+    columns: dict[str, str | None] = field(default_factory=dict)
+    quiet: bool = False
+
+
+def train(order: Order, mesh: Mesh, run: RunDirectory) -> None:
+    """Train to the end, or go on with what was begun in ``run``, and score the best checkpoint on the test split.
+
+    Raises:
+        ValueError: for what the order, the data set and the run directory do not allow.
+        Stopped: if a signal asked for it; the state is saved.
+        TrainingError: if training cannot go on.
+    """
+    try:
+        _train(order, mesh, run)
+    finally:
+        run.unlock()
+
+
+def _train(order: Order, mesh: Mesh, run: RunDirectory) -> None:
+    loaded = _load(order, run, training=True)
+    path = find_dataset(loaded.config.dataset, run)
+    started = mesh.world.broadcast(run.has_run())
+    restarted = mesh.on_main(run.has_begun)  # which has obeyed --resume and --checkpoint before
+    if started and order.resume == "never" and not restarted:
+        raise ValueError(f"--run-dir = {str(run.path)!r}: holds a run, and --resume=never; choose another directory")
+    check_loggers(loaded.config.trainer.loggers)
+    killed = mesh.on_main(run.lock)  # then a whole look at what the machine may not have written
+    dataset = open_dataset(path, mesh, check="all" if killed else "some")
+    checkpoint = mesh.on_main(lambda: find_checkpoint(run.checkpoints, "latest")) if restarted else None
+    checkpoint = checkpoint or _chosen(
+        order.checkpoint or "latest", mesh, run, must=order.resume == "must" or order.checkpoint is not None
+    )
+    if checkpoint is not None:
+        require_vocabularies(checkpoint, dataset, mesh, resume=True)
+    init_from = loaded.config.trainer.init_from
+    source = None
+    if init_from is not None and checkpoint is None:
+        source = mesh.on_main(lambda: find_source(init_from, run.path))
+    trainer = Trainer(loaded.config, dataset, mesh, run)
+    try:
+        if checkpoint is not None:
+            trainer.resume(checkpoint)
+        elif source is not None:
+            trainer.start_from(source)
+        _describe(order, loaded, path, trainer)
+        if checkpoint is not None:
+            logger.info("resumed from %s at step %d", checkpoint, trainer.progress.step)
+            if init_from is not None:
+                logger.info(
+                    "TrainerArgs.init_from = %r: not used again, for the run has a checkpoint of its own", init_from
+                )
+        trainer.train()
+    finally:
+        trainer.checkpointer.close()
+
+
+def _describe(order: Order, loaded: LoadedConfig, data: Path, trainer: Trainer) -> None:
+    """Make the run directory, and say in it what is trained."""
+    mesh, run = trainer.mesh, trainer.run
+    mesh.on_main(run.create)
+    mesh.on_main(run.lock)
+    configure_logging(run.path / "train.log", is_main=mesh.is_main, quiet=order.quiet)
+    for note in loaded.notes:
+        logger.info("note: %s", note)
+    columns = {"columns": order.columns} if order.columns else {}
+    record = {"command": list(order.command), "dataset": dataset_record(loaded.config.dataset, data) | columns}
+    record["started_from"] = trainer.started_from or mesh.world.broadcast(run.started_from())
+    loaded = replace(loaded, config=trainer.config)  # with the values that the data set decides
+    mesh.on_main(lambda: run.describe(loaded, environment.describe() | record))
+
+
+def score(order: Order, mesh: Mesh, run: RunDirectory) -> None:
+    """Score a checkpoint on the validation and the test split; the test record is written if ``run`` can be.
+
+    Raises:
+        ValueError: as :func:`train`.
+    """
+    loaded = _load(order, run, training=False)
+    dataset: SequenceDataset = open_dataset(find_dataset(loaded.config.dataset, run), mesh)
+    started = mesh.world.broadcast(run.has_run())
+    choice = order.checkpoint or "best"
+    checkpoint = _chosen(choice, mesh, run, must=True)
+    assert checkpoint is not None
+    require_vocabularies(checkpoint, dataset, mesh, resume=False)
+    problem = mesh.on_main(lambda: _problem(run)) if started else None
+    if problem is not None:
+        logger.warning("%s; the scores are only printed", problem)
+    trainer = Trainer(loaded.config, dataset, mesh, run)
+    for note in trainer.notes:
+        logger.info("%s", note)
+    records = trainer.evaluate(checkpoint)
+    for record in records:
+        logger.info("step %d  %s  %s", record["step"], record["split"], format_metrics(record["metrics"]))
+    if problem is None:
+        mesh.on_main(run.create)
+        name = "eval.json" if choice == "best" else f"eval_{checkpoint.name}.json"
+        mesh.on_main(lambda: run.write_json(name, records[-1]))
+        logger.info("result: %s", run.path / name)
+
+
+def _chosen(choice: str, mesh: Mesh, run: RunDirectory, *, must: bool) -> Path | None:
+    found: Path | None = mesh.on_main(lambda: find_checkpoint(run.checkpoints, choice))
+    if found is None and must:
+        raise ValueError(f"--run-dir = {str(run.path)!r}: has no finished checkpoint {choice!r}; train first")
+    return found
+
+
+def _problem(run: RunDirectory) -> str | None:
+    """Return why ``run`` cannot be written, if it cannot."""
+    try:
+        run.create()
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _load(order: Order, run: RunDirectory, *, training: bool) -> LoadedConfig:
+    """Load the config that was given, or for a run directory alone the one it was trained with."""
+    trained, given = recorded_task(run), order.config
+    if trained not in (None, order.task):
+        raise ValueError(
+            f"--run-dir = {str(run.path)!r}: holds a {trained} run; use pretrain_gr_{trained}.py or another directory"
+        )
+    # A run goes on with what was given to it, and is scored with every value that applied to it.
+    own = run.path / ("config.gin" if training else "operative.gin")
+    if given is None and own.is_file():
+        given = str(own)
+    if given is None:
+        raise ConfigError("--gin-config-file", "is required; for example synthetic_ranking.gin")
+    start = [] if order.init_from is None else [f"TrainerArgs.init_from = {str(Path(order.init_from).resolve())!r}"]
+    return load_config(order.task, [given], [*order.bindings, *start])
