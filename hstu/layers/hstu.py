@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hstu.layers.cache import Cache, run_behind
 from hstu.layers.dropout import Dropout
 from hstu.layers.tensor_plan import Columns, Heads, OfAllHeads, PerToken, Rows, TensorPlan, split_parts
 from hstu.layers.tokens import Tokens
@@ -94,7 +95,7 @@ class HSTULayer(nn.Module):
 
     def forward(self, x: Tensor, tokens: Tokens) -> Tensor:
         """Map [T, D] to [T, D]; ``tokens`` gives the sequences, not the values."""
-        if self._is_fused(x):
+        if tokens.past is None and self._is_fused(x):
             return self._fused(x, tokens)
         projected = self.uvqk(self.input_norm(x))
         if self.config.silu_on == "uvqk":
@@ -179,21 +180,29 @@ class HSTULayer(nn.Module):
 
     def _attention(self, q: Tensor, k: Tensor, v: Tensor, tokens: Tokens) -> Tensor:
         config = self.config
+        k, v, keys = tokens.behind(
+            k.unflatten(-1, (-1, config.qk_channels)), v.unflatten(-1, (-1, config.value_channels))
+        )
         out = self.attention(
             q.unflatten(-1, (-1, config.qk_channels)),
-            k.unflatten(-1, (-1, config.qk_channels)),
-            v.unflatten(-1, (-1, config.value_channels)),
+            k,
+            v,
             tokens.layout,
             config.mask,
             scaling_seqlen=config.scaling_seqlen,
             alpha=config.alpha,
-            bias=self._bias(),
+            bias=self._bias(keys["keys"].longest if keys else 0),
             backend=config.backend,
+            **keys,
         )
         return out.flatten(-2)
 
-    def _bias(self) -> RelativeBias:
-        return RelativeBias(position=self.position_table, time=self.time_table, query_time=self.config.bias_query_time)
+    def _bias(self, longest: int = 0) -> RelativeBias:
+        """Return the tables; behind a cache candidates may be more than N, all of them at one position within it."""
+        table = self.position_table
+        if table is not None and longest > self.config.max_tokens:
+            table = F.pad(table, [longest - self.config.max_tokens] * 2)  # type: ignore[assignment]
+        return RelativeBias(position=table, time=self.time_table, query_time=self.config.bias_query_time)
 
 
 class HSTUStack(nn.Module):
@@ -201,6 +210,7 @@ class HSTUStack(nn.Module):
 
     def __init__(self, config: HSTUConfig, num_layers: int) -> None:
         super().__init__()
+        self.config = config
         self.layers = nn.ModuleList([HSTULayer(config) for _ in range(num_layers)])
 
     def tensor_plan(self) -> TensorPlan:
@@ -213,6 +223,12 @@ class HSTUStack(nn.Module):
         for layer in self.layers:
             x = layer(x, tokens)
         return x
+
+    def extend(self, cache: Cache | None, new_tokens: Tokens) -> tuple[Tensor, Cache]:
+        """Map what follows ``cache`` to hidden states; see :func:`hstu.layers.cache.run_behind`."""
+        config = self.config
+        asks_next = config.time_bias_buckets > 0 and config.bias_query_time == "next"
+        return run_behind(self, cache, new_tokens, config.mask, by_place=config.position_bias, asks_next=asks_next)
 
 
 def hstu_preset(name: Literal["research", "production"]) -> dict:

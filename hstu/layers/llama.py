@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hstu.layers.cache import Cache, run_behind
 from hstu.layers.dropout import Dropout
 from hstu.layers.positions import token_positions
 from hstu.layers.tensor_plan import Columns, PerToken, Rows, TensorPlan, split_parts
@@ -87,7 +88,8 @@ class LLaMALayer(nn.Module):
         """Map [T, D] to [T, D]; ``rotary`` is the rotation of each token's position."""
         projected = split_parts(self.qkv(self.attention_norm(x)), self.splits)
         q, k, v = (part.unflatten(-1, (-1, self.config.head_channels)) for part in projected)
-        attended = self.attention(rotate(q, rotary), rotate(k, rotary), v, tokens.layout, self.config.mask)
+        k, v, keys = tokens.behind(rotate(k, rotary), v)
+        attended = self.attention(rotate(q, rotary), k, v, tokens.layout, self.config.mask, **keys)
         x = x + self.dropout(self.wo(attended.flatten(-2)))
         normed = self.ffn_norm(x)
         return x + self.dropout(self.w2(F.silu(self.w1(normed)) * self.w3(normed)))
@@ -128,3 +130,7 @@ class LLaMAStack(nn.Module):
             x = layer(x, tokens, rotary)
         out: Tensor = self.final_norm(x)
         return out
+
+    def extend(self, cache: Cache | None, new_tokens: Tokens) -> tuple[Tensor, Cache]:
+        """Map what follows ``cache`` to hidden states; see :func:`hstu.layers.cache.run_behind`."""
+        return run_behind(self, cache, new_tokens, self.config.mask)

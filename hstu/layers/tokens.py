@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
 
 from hstu.ops import Layout
+
+if TYPE_CHECKING:
+    from hstu.layers.cache import Past
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,9 +76,17 @@ class Tokens(Stream):
 
     Attributes:
         values: [t, D].
+        past: What stands in front of these tokens; None for nothing.
     """
 
     values: Tensor
+    past: Past | None = None
+
+    def behind(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """Return the keys and values that a layer attends to, from its own [t, H, d], and their layout as an option."""
+        if self.past is None:
+            return k, v, {}
+        return *self.past.join(k, v), {"keys": self.past.keys}
 
     def with_values(self, values: Tensor) -> Tokens:
         """Return the same stream with other values."""

@@ -9,6 +9,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hstu.layers.cache import Cache, run_behind
 from hstu.layers.dropout import Dropout
 from hstu.layers.tensor_plan import Columns, PerToken, Rows, TensorPlan
 from hstu.layers.tokens import Tokens
@@ -86,7 +87,8 @@ class TransformerLayer(nn.Module):
 
     def _attend(self, x: Tensor, tokens: Tokens) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, -1, self.config.head_channels)).unbind(1)
-        out: Tensor = self.output(self.attention(q, k, v, tokens.layout, self.config.mask).flatten(-2))
+        k, v, keys = tokens.behind(k, v)
+        out: Tensor = self.output(self.attention(q, k, v, tokens.layout, self.config.mask, **keys).flatten(-2))
         return out
 
     def _feed_forward(self, x: Tensor) -> Tensor:
@@ -115,3 +117,7 @@ class TransformerStack(nn.Module):
             x = layer(x, tokens)
         out: Tensor = self.final_norm(x)
         return out
+
+    def extend(self, cache: Cache | None, new_tokens: Tokens) -> tuple[Tensor, Cache]:
+        """Map what follows ``cache`` to hidden states; see :func:`hstu.layers.cache.run_behind`."""
+        return run_behind(self, cache, new_tokens, self.config.mask)
