@@ -71,7 +71,7 @@ class Collator:
         if rows.size == 0:
             users, sample_ids, targets = np.full(1, -1), np.full(1, -1), np.zeros(1, np.int64)
             events = _one_empty_sample(dataset.schema, events)
-        candidates = targets if self.max_candidates else np.zeros_like(targets)
+        candidates = targets if self.max_candidates or split.asked is not None else np.zeros_like(targets)
         events = self._known_at_request(dataset.schema, events, candidates if training else targets)
         mask, labels = self._labels(dataset, events, candidates, is_target, training)
         times = events.times if events.times is not None else np.zeros_like(events.items)
@@ -107,7 +107,7 @@ class Collator:
         """
         users, stop, training = split.users[rows], split.stop[rows], split.name == "train"
         own = stop if split.first is None else stop - split.first[rows]
-        targets = self._num_targets(stop, own, training)
+        targets = self._num_targets(stop, own, training) if split.asked is None else split.asked[rows]
         return *self._gather(dataset, users, stop, own, targets, training), targets
 
     def _num_targets(self, stop: np.ndarray, own: np.ndarray, training: bool) -> np.ndarray:
@@ -198,7 +198,7 @@ class Collator:
             return mask, events.items[np.flatnonzero(mask) + 1]
         if events.actions is None:
             raise ValueError(f"data set {dataset.schema.name!r} has no action feature: ranking needs one to predict")
-        if self.max_candidates:
+        if self.max_candidates or candidates.any():
             mask = left < np.repeat(candidates, events.lengths)
         else:
             mask = np.ones_like(left, dtype=bool) if training else left == 0
@@ -254,7 +254,7 @@ class Collator:
         if self.use_actions and dataset.schema.action is not None and events.actions is not None:
             names.append(dataset.schema.action.name)
             actions = self._actions(dataset, events, drawn_for)
-            if self.max_candidates:
+            if candidates.any():
                 _, left = _places(events.lengths)
                 actions = actions[left >= np.repeat(candidates, events.lengths)]
             values.append(actions)

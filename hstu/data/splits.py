@@ -28,6 +28,7 @@ class Split:
             event ``stop - 1`` is the held-out target.
         first: The events of a training sample before this one are inputs without a loss, int64 [S];
             None: all have one.
+        asked: Events at the end of a valid or test sample that are asked about, as candidates, int64 [S]; None: one.
         known: The events of the user before this one are known to training, int64 [S]; None: those before ``stop``.
     """
 
@@ -35,6 +36,7 @@ class Split:
     users: np.ndarray
     stop: np.ndarray
     first: np.ndarray | None = None
+    asked: np.ndarray | None = None
     known: np.ndarray | None = None
 
     def __len__(self) -> int:

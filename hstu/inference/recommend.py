@@ -11,14 +11,18 @@ from torch import Tensor
 
 from hstu.data.batch import Batch
 from hstu.data.loader import BatchLoader
+from hstu.data.requests import Requests, Slates
 from hstu.data.seen import seen_before
 from hstu.layers.similarity import MixtureOfLogits
 from hstu.metrics.topk import TopK, best_of, top_k
 from hstu.models import RankingModel, RetrievalModel
+from hstu.models.caching import scores_slates
 from hstu.parallel import Mesh
 
 _LOOKUP_ROWS = 1 << 16  # items looked up at once
 _SCORED_ROWS = 1 << 16  # items scored at once
+_WRITTEN_ROWS = 1 << 16  # pairs yielded at once
+SLATE = 512  # candidates of a user that are run at once
 
 
 @torch.no_grad()
@@ -83,12 +87,39 @@ def score_candidates(model: RankingModel, loader: BatchLoader, mesh: Mesh) -> It
     """Yield, batch by batch, rows of ``loader.split`` [Q] in ascending order and predictions [Q, K] float64.
 
     Scored is the event ``split.stop - 1``: the probability of each class or, for binary tasks, of the label 1, and of
-    regression the number, as evaluation computes them.
+    regression the number, as evaluation computes them. :class:`Requests` of one user share one pass over the history,
+    where the backbone keeps keys and values; they are then yielded after all of them have been scored.
     """
     model.eval()
+    if isinstance(loader.dataset, Requests) and scores_slates(model):
+        yield from _score_slates(model, loader, loader.dataset.slates(SLATE), mesh)
+        return
     for batch in loader.epoch(0):
         request = model.scoring_request(batch.to(mesh.device))
         yield _joined(mesh, _labelled_samples(request.batch), model.predictions(request))
+
+
+def _score_slates(
+    model: RankingModel, loader: BatchLoader, slates: Slates, mesh: Mesh
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Score slates, the history of each user once, and yield all pairs in their order."""
+    pairs, scores = [], []
+    together = loader.batch_size * loader.world_size
+    for first in range(0, len(slates.number), together):
+        users = np.arange(first, min(first + together, len(slates.number)))
+        own, cache = users[loader.rank :: loader.world_size], None
+        for slate in range(int(slates.number[users].max())):  # as many on every rank: lookups are collective
+            rows = slates.rows(own, slate)
+            batch = loader.collate(slates.requests, slates.requests.split, rows, rows, 0).to(mesh.device)
+            if cache is None:
+                _, cache = model.extend(None, batch, history_alone=True)
+            hidden, _ = model.extend(cache, batch)
+            pairs.append(torch.from_numpy(slates.pairs_of(rows)).to(mesh.device))
+            scores.append(model.predictions_of(hidden))
+    if not pairs:
+        return
+    every, values = _joined(mesh, torch.cat(pairs), torch.cat(scores))
+    yield from zip(every.split(_WRITTEN_ROWS), values.split(_WRITTEN_ROWS), strict=True)
 
 
 @torch.no_grad()

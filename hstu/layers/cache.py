@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ class Cache:
         lengths: [B] int64, tokens of each sample that the cache stands for: what comes next stands at this place.
         timeless: [B] bool, samples without an event so far: their tokens take the time of the first one to come.
         layers: Keys [T, H, d_qk] and values [T, H, d_v] of each layer.
+        given: What tokens depend on beside those before them, each [B] int64; whoever made the cache compares it.
     """
 
     layout: Layout
@@ -33,6 +34,7 @@ class Cache:
     lengths: Tensor
     timeless: Tensor
     layers: tuple[tuple[Tensor, Tensor], ...]
+    given: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def num_samples(self) -> int:

@@ -227,8 +227,12 @@ class HSTUStack(nn.Module):
     def extend(self, cache: Cache | None, new_tokens: Tokens) -> tuple[Tensor, Cache]:
         """Map what follows ``cache`` to hidden states; see :func:`hstu.layers.cache.run_behind`."""
         config = self.config
-        asks_next = config.time_bias_buckets > 0 and config.bias_query_time == "next"
-        return run_behind(self, cache, new_tokens, config.mask, by_place=config.position_bias, asks_next=asks_next)
+        return run_behind(self, cache, new_tokens, config.mask, by_place=config.position_bias, asks_next=self.asks_next)
+
+    @property
+    def asks_next(self) -> bool:
+        """Whether a row depends on the time of the token after it."""
+        return self.config.time_bias_buckets > 0 and self.config.bias_query_time == "next"
 
 
 def hstu_preset(name: Literal["research", "production"]) -> dict:

@@ -127,6 +127,7 @@ class PlacedMemory:
         if self.number.numel():
             start = stream.tokens_per_event * self.number + blocks.tokens_before(self.segment) - stream.event_rows
             owner = sequence_ids(layout.offsets, total)
+            events = events.clamp(max=self.number.numel() - 1)
             of_event = contexts[owner] + start[events] + torch.arange(total, device=device)
             positions = torch.where(before_events, place, of_event)
             segments = torch.where(before_events, 0, self.segment[events])

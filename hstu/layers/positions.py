@@ -93,7 +93,7 @@ def _ages(tokens: Stream) -> Tensor:
 
 
 def _gaps(tokens: Stream) -> Tensor:
-    """Return the seconds since the event before that of each token, [T] int64; 0 for the first and for context.
+    """Return the seconds since the event before that of each token, [T] int64; 0 for the first and before it.
 
     What comes before a candidate is the last event of the history.
     """
@@ -107,6 +107,5 @@ def _gaps(tokens: Stream) -> Tensor:
     times = tokens.timestamps[rows]
     before = times[(first[:-1][sample] + place - 1).clamp(min=0)]
     gaps = torch.where(place > 0, times - before, 0).clamp(min=0)
-    is_context = positions_in_sequence(layout.offsets, total) < layout.context[sequence]
     event = torch.searchsorted(rows, token, right=True) - 1
-    return gaps[event.clamp(min=0)].masked_fill(is_context, 0)
+    return gaps[event.clamp(min=0)].masked_fill(event < first[:-1][sequence], 0)  # context, and memory of nothing

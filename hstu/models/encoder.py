@@ -11,13 +11,16 @@ from torch import Tensor, nn
 from hstu.config import Config
 from hstu.data.batch import Batch, KeyedJaggedTensor
 from hstu.data.schema import Schema, unknown_id
+from hstu.layers.cache import Cache, alone
+from hstu.layers.memory import Part
 from hstu.layers.mlp import initialize
-from hstu.layers.positions import PositionEncoder
+from hstu.layers.positions import PositionEncoder, token_positions
 from hstu.layers.postprocess import Postprocess
 from hstu.layers.preprocess import Preprocess
-from hstu.layers.tokens import Stream
+from hstu.layers.tokens import Stream, Tokens
 from hstu.models.backbone import make_backbone
 from hstu.models.binding import fit_to_data, item_categories, make_tables, memory_blocks, model_inputs
+from hstu.models.caching import extend
 from hstu.models.embedding import Embeddings, EmbeddingTables, ItemCategories
 from hstu.models.lookup import Lookup
 from hstu.models.losses import LossSum
@@ -107,11 +110,11 @@ class Encoder(nn.Module):
         """Lay out the tokens of ``batch``, and say which of them are local."""
         return self.shard(self.whole_stream(batch))
 
-    def whole_stream(self, batch: Batch) -> Stream:
-        """Lay out the tokens of ``batch``, whoever has which."""
+    def whole_stream(self, batch: Batch, part: Part | None = None) -> Stream:
+        """Lay out the tokens of ``batch``, whoever has which; ``part`` of its samples, None for all of them."""
         lengths = {name: batch.lengths(name) for name in self.features}
         sizes = dict(zip(batch.features.keys(), batch.features.length_per_key(), strict=True))
-        return self.preprocess.stream(lengths, sizes, batch.num_candidates, batch.timestamps)
+        return self.preprocess.stream(lengths, sizes, batch.num_candidates, batch.timestamps, part)
 
     def local_labels(self, batch: Batch, stream: Stream, predicting: Tensor) -> tuple[Batch, Tensor]:
         """Return ``batch`` with the labels that are predicted in local rows, and these rows.
@@ -140,12 +143,31 @@ class Encoder(nn.Module):
 
     def encode(self, embedded: dict[str, Tensor], request: Lookup) -> Tensor:
         """Return the local rows that carry labels, [L, D] float32."""
+        return self._encode(embedded, request, self.backbone)
+
+    def encode_behind(self, cache: Cache | None, embedded: dict[str, Tensor], request: Lookup) -> tuple[Tensor, Cache]:
+        """Return what ``encode`` does, where the local rows are the new ones behind ``cache``; and the longer cache."""
+        after: list[Cache] = []
+
+        def run(tokens: Tokens) -> Tensor:
+            hidden, longer = self.backbone.extend(cache, alone(tokens, token_positions(tokens)))  # type: ignore[operator]
+            after.append(longer)
+            out: Tensor = hidden
+            return out
+
+        return self._encode(embedded, request, run), after[0]
+
+    def _encode(self, embedded: dict[str, Tensor], request: Lookup, backbone: Callable[[Tokens], Tensor]) -> Tensor:
         embedded = {name: embedded[name] for name in self.features}
         device = request.rows.device.type
         with torch.autocast(device, self.autocast_dtype, enabled=self.autocast_dtype is not None):
-            hidden = self.backbone(self.preprocess(embedded, request.stream))
+            hidden = backbone(self.preprocess(embedded, request.stream))
         rows: Tensor = self.postprocess(hidden, request.rows)
         return rows
+
+    def extend(self, cache: Cache | None, batch: Batch, *, history_alone: bool = False) -> tuple[Tensor, Cache]:
+        """Run over what ``batch`` has beyond ``cache``; see :func:`hstu.models.caching.extend`."""
+        return extend(self, cache, batch, history_alone=history_alone)
 
     def num_tokens(self, batch: Batch) -> int:
         """Return the tokens that ``batch`` makes, without asking the device."""

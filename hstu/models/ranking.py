@@ -61,7 +61,12 @@ class RankingModel(Encoder):
 
     def predictions(self, request: Lookup) -> Tensor:
         """Return probabilities and numbers of the labelled events, [L, outputs of all tasks] float64."""
-        parts = self.logits(request).double().split([task.outputs for task in self.tasks], 1)
+        embedded = self.join(self.embeddings(request.features))
+        return self.predictions_of(self.encode(embedded, request))
+
+    def predictions_of(self, rows: Tensor) -> Tensor:
+        """Return the predictions of hidden rows [L, D], [L, outputs of all tasks] float64."""
+        parts = self.head(rows).double().split([task.outputs for task in self.tasks], 1)
         return torch.cat([task.predict(part) for task, part in zip(self.tasks, parts, strict=True)], 1)
 
     def targets(self, batch: Batch) -> dict[str, Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import polars as pl
 import pytest
@@ -11,6 +13,7 @@ from hstu.data.reader import SequenceDataset
 from hstu.data.request_files import HistoryColumns, read_histories
 from hstu.data.requests import Requests
 from hstu.data.seen import seen_before
+from tests.samples import make_dataset
 from tests.tiny import write_tiny
 
 
@@ -78,3 +81,25 @@ def test_seen_is_the_whole_history_before_the_target(dataset: SequenceDataset):
     for place, user in enumerate((7, 4)):
         history = dataset.gather(np.array([user]), np.zeros(1, int), dataset.lengths[[user]]).items
         assert items[rows == place].tolist() == history.tolist()
+
+
+def test_slates_hold_every_pair_once(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path / "small", [3, 0, 5, 2])
+    users, items = np.array([2, 0, 2, 2, 1, 2, 0]), np.arange(10, 17)
+    slates = Requests(dataset, users, items, 2 * 10**9).slates(3)
+    assert slates.number.tolist() == [1, 1, 2]  # of users 0, 1, 2
+    assert slates.rows(np.arange(3), 0).tolist() == [0, 1, 2] and slates.rows(np.arange(3), 1).tolist() == [4, 5, 3]
+    asked = slates.requests.split.asked
+    assert asked is not None and asked.tolist() == [2, 1, 3, 1, 0, 0, 0]
+    for row, (user, pairs) in enumerate([(0, [1, 6]), (1, [4]), (2, [0, 2, 3]), (2, [5]), (0, []), (1, []), (2, [])]):
+        assert slates.pairs_of(np.array([row])).tolist() == pairs
+        rows, length = np.array([row]), dataset.lengths[[user]]
+        found = slates.requests.gather(rows, np.zeros(1, np.int64), length + len(pairs))
+        history = dataset.gather(np.array([user]), np.zeros(1, np.int64), length)
+        assert found.items.tolist() == [*history.items, *items[pairs]]
+        assert found.times is not None and found.times[len(history.items) :].tolist() == [2 * 10**9] * len(pairs)
+        if len(pairs) == 3:  # any part of it
+            part = slates.requests.gather(rows, length + 1, length + 2)
+            assert part.items.tolist() == [items[2]]
+            part = slates.requests.gather(rows, length - 1, length + 1)
+            assert part.items.tolist() == [history.items[-1], items[0]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import logging
@@ -15,6 +16,7 @@ import pytest
 from hstu.cli import export, predict
 from hstu.data.synthetic import SyntheticConfig, generate
 from hstu.data.table import preprocess_interactions
+from hstu.layers.hstu import HSTUStack
 from hstu.metrics.ranking import Predicted, ranking_scores
 from tests import launch
 from tests.tiny import BINDINGS
@@ -206,6 +208,28 @@ def test_a_ranking_run_scores_held_out_events_and_candidates_alike(tmp_path: Pat
     asked = answers(tmp_path / "asked.parquet", *files, *COLUMNS, task="ranking")
     both = asked.join(held_out, on=["user", "item"], suffix="_test")
     assert both.height == 90 and np.allclose(both["score_1"], both["score_1_test"], atol=1e-6)
+
+
+def test_many_candidates_of_a_user_score_what_each_scores_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    recommend = importlib.import_module("hstu.inference.recommend")  # which the package has a function for, too
+    rng = np.random.default_rng(0)
+    who = [f"u-{user:02d}" for user in rng.choice(90, 20, replace=False)]
+    pairs = pl.DataFrame({"who": who * 12, "what": [f"sku {item}" for item in rng.integers(60, size=240)]})
+    pairs.sample(fraction=1, shuffle=True, seed=1).write_csv(tmp_path / "pairs.csv")
+    flags = ["--candidates", str(tmp_path / "pairs.csv"), *COLUMNS]
+    passes: list[int] = []
+    run = HSTUStack.forward
+    monkeypatch.setattr(HSTUStack, "forward", lambda self, x: passes.append(x.values.shape[0]) or run(self, x))
+    monkeypatch.setattr(recommend, "SLATE", 5)
+    together = answers(tmp_path / "together.parquet", *flags, task="ranking")
+    cached = sum(passes)
+    monkeypatch.setattr(recommend, "scores_slates", lambda model: False)
+    alone = answers(tmp_path / "alone.parquet", *flags, task="ranking")
+    order = pl.read_csv(tmp_path / "pairs.csv")
+    for found in (together, alone):
+        assert found["user"].to_list() == order["who"].to_list() and found["item"].to_list() == order["what"].to_list()
+    assert np.allclose(together.select("score_0", "score_1"), alone.select("score_0", "score_1"), atol=1e-6)
+    assert cached < (sum(passes) - cached) / 5
 
 
 @pytest.mark.parametrize(

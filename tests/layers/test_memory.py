@@ -13,8 +13,8 @@ from hstu.layers.postprocess import Postprocess
 from hstu.layers.preprocess import Preprocess
 
 D, N = 4, 6  # width, events of a full history
-# Events and candidates: full, short, only what is predicted, nothing at all, recent events alone.
-EVENTS, CANDIDATES = (7, 5, 1, 0, 2), (0, 0, 0, 0, 0)
+# Events and candidates: full, short, only what is predicted, nothing at all, recent events alone, nothing.
+EVENTS, CANDIDATES = (7, 5, 1, 0, 2, 0), (0, 0, 0, 0, 0, 0)
 WITH_CANDIDATES = (8, 5, 2, 0, 3), (2, 1, 2, 0, 1)
 BLOCKS = {
     "one": MemoryBlocks((4,), (2,), N, 4),
