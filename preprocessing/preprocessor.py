@@ -29,10 +29,12 @@ if find_spec("preprocessing") is None:
 from hstu.cli.flags import refuse_repeats, underscore_flags
 from hstu.data.atomic_directory import require_writable
 from hstu.data.cleaning import Missing
+from hstu.data.declarations import GRAMMAR
 from hstu.data.files import FORMATS, FileFormat, printable
 from hstu.data.interactions import Duplicates, InteractionSpec
+from hstu.data.overview import size_of
 from hstu.data.repeats import MANY_REPEATS, REPEATS_MATTER
-from hstu.data.schema import ActionType, Schema
+from hstu.data.schema import ActionType, Kind, Level, Schema
 from hstu.data.synthetic import Distribution, SyntheticConfig, generate
 from hstu.data.table import encode
 from hstu.data.writer import write_dataset, writing
@@ -57,14 +59,18 @@ def define_flags() -> None:
     spec: dict[str, Any] = {field.name: field.default for field in fields(InteractionSpec)}
     flags.DEFINE_string("name", None, "custom: name of the data set.")
     flags.DEFINE_string("interactions", None, "custom: events, a file or a directory or pattern of parts.")
-    flags.DEFINE_string("users", None, "custom: file of users; its other columns become contexts.")
-    flags.DEFINE_string("items", None, "custom: file of items; its other columns become categories.")
+    flags.DEFINE_string("users", None, "custom: file of users; --user_features says what it holds.")
+    flags.DEFINE_string("items", None, "custom: file of items; --item_features says what it holds.")
     flags.DEFINE_string("user_column", spec["user_column"], "custom: column of user ids, in both files.")
     flags.DEFINE_string("item_column", spec["item_column"], "custom: column of item ids, in both files.")
     flags.DEFINE_string("time_column", None, "custom: column of times; without it, the order of the rows.")
     flags.DEFINE_string("time_format", None, "custom: pattern of times, as '%d.%m.%Y %H:%M'; default ISO or numbers.")
     flags.DEFINE_string("action_column", None, "custom: column of actions; click,like,buy makes a bit mask of three.")
     flags.DEFINE_enum("action_type", spec["action_type"], get_args(ActionType), "custom: how to read actions.")
+    for level in get_args(Level):
+        flags.DEFINE_string(f"{level}_features", None, f"custom: what columns of {level}s are: {GRAMMAR}; kinds: "
+                            f"{', '.join(get_args(Kind))}, and control for what is only kept.")  # fmt: skip
+    flags.DEFINE_string("set_separator", spec["set_separator"], "custom: between the members of sets, and vectors.")
     flags.DEFINE_enum("duplicates", spec["duplicates"], get_args(Duplicates), "custom: rows that are equal.")
     flags.DEFINE_enum("missing", spec["missing"], get_args(Missing), "custom: rows that lack an id, time or action.")
     for name, prefix in TABLES.items():
@@ -253,8 +259,11 @@ def summary(schema: Schema, directory: Path) -> str:
     rows.append(("repeats", f"{repeats:,} events ({share:.1%}) of an item that their user met before"))
     if schema.action:
         rows.append((schema.action.name, f"{schema.action.action_type}, {schema.action.vocab_size} values"))
-    rows += [(feature.name, f"context, {feature.vocab_size} values") for feature in schema.contexts]
-    rows += [(feature.name, f"category of items, {feature.vocab_size} values") for feature in schema.categories]
+    for level in get_args(Level):
+        rows += [
+            (feature.name, f"{feature.kind if feature.role == 'feature' else 'kept'}, of {level}s, {size_of(feature)}")
+            for feature in schema.stored(level)
+        ]
     for split, scores in (schema.best_possible or {}).items():
         rows.append((f"best {split}", ", ".join(f"{name} {score:.3f}" for name, score in scores.items())))
     lines = [f"{schema.name}: {directory}"] + [f"  {name:<16} {value}" for name, value in rows]

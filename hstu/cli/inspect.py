@@ -13,7 +13,7 @@ import numpy as np
 
 from hstu.cli.flags import Parser
 from hstu.data.files import printable
-from hstu.data.overview import Overview, examples, overview
+from hstu.data.overview import Overview, examples, overview, size_of
 from hstu.data.overview_plot import draw_overview, sketch_overview
 from hstu.data.reader import SequenceDataset
 from hstu.data.schema import Feature
@@ -45,19 +45,14 @@ def report(dataset: SequenceDataset, found: Overview) -> str:
 
 
 def _described(feature: Feature) -> str:
-    whose, size, about = str(feature.role), "seconds", [*(feature.bits or [feature.action_type or ""])]
-    if feature.vocab_size is not None:
-        size = f"{feature.vocab_size:,} values"
+    whose, about = str(feature.role), [*(feature.bits or [feature.action_type or ""])]
     if feature.role in ("feature", "control"):
         whose, about = str(feature.level), ["kept, no input" if feature.role == "control" else str(feature.kind)]
         about += [] if feature.known_at_request else ["known after the request"]
         about += [] if feature.table in (None, feature.name) else [f"table {feature.table}"]
-    if feature.width is not None:
-        size = f"{feature.width:,} wide"
     if (known := feature.statistics) is not None:
-        size = f"{known.quantiles[0]:.4g} to {known.quantiles[-1]:.4g}"
         about.append(f"mean {known.mean:.4g}, deviation {known.std:.4g}, median {known.quantiles[50]:.4g}")
-    return f"  {feature.name:24} {whose:8} {size:>16}  {', '.join(about)}".rstrip()
+    return f"  {feature.name:24} {whose:8} {size_of(feature):>16}  {', '.join(about)}".rstrip()
 
 
 def _spread(counts: np.ndarray) -> str:

@@ -71,7 +71,9 @@ class Look:
 
 
 @dataclass(frozen=True)
-class _Place:
+class Place:
+    """Where values are: a file and the number of rows before them, or the place of each of their rows."""
+
     file: str
     rows: Rows
 
@@ -81,7 +83,8 @@ class _Place:
         if row is not None:
             number = int(self.rows[row]) if isinstance(self.rows, np.ndarray) else self.rows + row
             place = f"{self.file}: column {column.name!r}, row {number + 1}"
-            raise ValueError(f"{place}: value {column[row]!r} {reason}")
+            value = column[row].to_list() if column.dtype.is_nested() else column[row]
+            raise ValueError(f"{place}: value {value!r} {reason}")
 
 
 def as_text(column: pl.Series) -> pl.Series:
@@ -141,7 +144,7 @@ def clean_ids(
     Raises:
         ValueError: For a missing, empty or padded id, a fractional or non-finite number, or another type.
     """
-    place = _Place(file, rows)
+    place = Place(file, rows)
     column = _present(column, place, "give every row an id, or leave such rows out with --missing drop")
     if column.dtype == pl.String:
         if (look or Look().add(column)).plain:
@@ -171,7 +174,7 @@ def clean_values(column: pl.Series, file: str, look: Look | None = None, rows: R
     Raises:
         ValueError: For a missing or non-finite value.
     """
-    place = _Place(file, rows)
+    place = Place(file, rows)
     column = _present(column, place, "fill it (with 'unknown', say) or remove the row")
     if column.dtype == pl.String:
         look = look or Look().add(column)
@@ -202,7 +205,7 @@ def clean_masks(column: pl.Series, file: str, look: Look | None = None, rows: Ro
     # Words become nulls; a block of a column that has them elsewhere may hold numbers alone.
     masks = column.cast(pl.Float64, strict=False)
     fits = masks.is_between(0, 2**MAX_BITS - 1) & (masks == masks.floor())
-    _Place(file, rows).refuse(column, ~fits.fill_null(False), remedy)
+    Place(file, rows).refuse(column, ~fits.fill_null(False), remedy)
     return masks.cast(pl.Int64)
 
 
@@ -214,7 +217,7 @@ def mask_of(columns: list[pl.Series], file: str, rows: Rows = 0) -> pl.Series:
     Raises:
         ValueError: For a value that is no truth value, 0, 1 or a count.
     """
-    place, mask = _Place(file, rows), pl.repeat(0, len(columns[0]), dtype=pl.Int64, eager=True)
+    place, mask = Place(file, rows), pl.repeat(0, len(columns[0]), dtype=pl.Int64, eager=True)
     for bit, column in enumerate(columns):
         words = as_text(column)
         if words.dtype == pl.String:
@@ -240,7 +243,7 @@ def clean_times(
     Raises:
         ValueError: For a missing, non-finite or unparsable value, values of several units, or another type.
     """
-    place = _Place(file, rows)
+    place = Place(file, rows)
     column = _present(column, place, "give every row a time or remove the row")
     look = look or look_at_times(column)
     if time_format is not None:
@@ -295,7 +298,7 @@ def whole_seconds(times: pl.Series, ticks_per_second: int) -> pl.Series:
     return times // ticks_per_second
 
 
-def _parse_time_strings(column: pl.Series, look: Look, place: _Place) -> pl.Series:
+def _parse_time_strings(column: pl.Series, look: Look, place: Place) -> pl.Series:
     text = column.str.strip_chars()
     if look.plain:
         return text.cast(pl.Int64)
@@ -318,7 +321,7 @@ def _parse_time_strings(column: pl.Series, look: Look, place: _Place) -> pl.Seri
     return parsed.alias(column.name)
 
 
-def _parse_formatted(column: pl.Series, time_format: str, place: _Place) -> pl.Series:
+def _parse_formatted(column: pl.Series, time_format: str, place: Place) -> pl.Series:
     if not (column.dtype == pl.String or column.dtype.is_integer()):
         raise ValueError(f"{place.file}: column {column.name!r} is {column.dtype}; --time_format is for strings")
     text = column.cast(pl.String).str.strip_chars()
@@ -331,12 +334,12 @@ def _parse_formatted(column: pl.Series, time_format: str, place: _Place) -> pl.S
     return parsed.dt.replace_time_zone(None).alias(column.name)
 
 
-def _to_int64(column: pl.Series, place: _Place) -> pl.Series:
+def _to_int64(column: pl.Series, place: Place) -> pl.Series:
     numbers = column.cast(pl.Int64, strict=False)
     place.refuse(column, numbers.is_null(), "is too large; numbers go up to 2**63 - 1, or use strings")
     return numbers
 
 
-def _present(column: pl.Series, place: _Place, remedy: str) -> pl.Series:
+def _present(column: pl.Series, place: Place, remedy: str) -> pl.Series:
     place.refuse(column, column.is_null(), f"is missing; {remedy}")
     return as_text(column)

@@ -59,7 +59,7 @@ class Runs:
         return len(self._runs)
 
     def append(self, columns: dict[str, np.ndarray], source: int = 0) -> None:
-        """Add events of a source, one array [N] per column; one is "user", integers."""
+        """Add events of a source, one array [N] or [N, w] per column; one is "user", integers."""
         if source != self._source and self._pending_rows:
             self._flush()
         self._source = source
@@ -117,7 +117,7 @@ def _write_run(run: _Run, blocks: list[dict[str, np.ndarray]]) -> None:
     with run.path.open("wb") as file:
         for name, values in columns.items():
             values = _smallest(values)
-            run.types[name] = values.dtype
+            run.types[name] = np.dtype((values.dtype, values.shape[1:]))
             (values if order is None else values[order]).tofile(file)
     if run.path.stat().st_size != sum(kind.itemsize * run.rows for kind in run.types.values()):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # tofile does not notice in its last bytes

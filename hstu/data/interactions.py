@@ -10,8 +10,9 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from hstu.data.cleaning import MAX_BITS, Missing, clean_ids, clean_values, require_columns
-from hstu.data.schema import ActionType, require_plain_name
+from hstu.data.cleaning import MAX_BITS, Missing
+from hstu.data.declarations import Declaration, parse_declarations
+from hstu.data.schema import ActionType, Level, require_plain_name
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,10 @@ class InteractionSpec:
         duplicates: What to do with rows equal in all columns: "error", "drop" all but the first, or "keep".
         missing: What to do with rows that lack a user, an item, the time or the action: "error" or "drop" them; "keep"
             takes NA, NULL, NaN and None for ids, and refuses what is empty.
+        event_features: Declarations of other columns of the interactions, see :mod:`hstu.data.declarations`.
+        user_features: Declarations of columns of the users table; None takes all of them for categories.
+        item_features: Declarations of columns of the items table, likewise.
+        set_separator: Between the members of sets, and the numbers of vectors, that are written as strings.
         file: What messages call the interactions.
         users_file: What messages call the users table.
         items_file: What messages call the items table.
@@ -57,6 +62,10 @@ class InteractionSpec:
     max_user_events: int = 0
     duplicates: Duplicates = "error"
     missing: Missing = "error"
+    event_features: str = ""
+    user_features: str | None = None
+    item_features: str | None = None
+    set_separator: str = "|"
     file: str = "interactions"
     users_file: str = "users"
     items_file: str = "items"
@@ -81,9 +90,30 @@ class InteractionSpec:
             raise ValueError(
                 f"max_user_events is {self.max_user_events}, less than min_user_events {self.min_user_events}"
             )
-        columns = self.column_names
+        columns = [*self.column_names, *(declared.name for declared in self.declared("event"))]
         if repeated := [column for column in columns if columns.count(column) > 1]:
             raise ValueError(f"column {repeated[0]!r} is named for two roles; each role needs its own")
+        self._check_declarations()
+
+    def _check_declarations(self) -> None:
+        declared = [*self.declared("event"), *self.declared("user"), *self.declared("item")]
+        taken = {USER, ITEM, *([TIME] if self.time_column else []), *([self.action_name] if self.action_column else [])}
+        for number, one in enumerate(declared):
+            flag = f"--{one.level}_features"
+            if one.name in taken or one.name in {other.name for other in declared[:number]}:
+                raise ValueError(f"{flag}: the data set has another feature {one.name!r}; rename the column")
+            if one.table in taken:
+                raise ValueError(f"{flag}: {one.name!r}: table={one.table} is none of features; choose another name")
+        own = {one.name for one in declared if one.has_ids and one.table != one.name}
+        if clash := own & {one.table for one in declared if one.has_ids}:
+            raise ValueError(f"table={min(clash)} is the name of a feature of another table; choose another name")
+        if not self.set_separator:
+            raise ValueError("--set_separator is empty; say what stands between the members of a set, as '|'")
+
+    def declared(self, level: Level) -> tuple[Declaration, ...]:
+        """The declared features of a level."""
+        text = {"event": self.event_features, "user": self.user_features, "item": self.item_features}[level]
+        return parse_declarations(text or "", level)
 
     @property
     def action_columns(self) -> tuple[str, ...]:
@@ -92,7 +122,7 @@ class InteractionSpec:
 
     @property
     def column_names(self) -> list[str]:
-        """All columns of the table that are read."""
+        """The columns of the table that have roles."""
         single = [column for role, column in self.columns.items() if column and role != "action"]
         return [*single, *self.action_columns]
 
@@ -121,58 +151,3 @@ def most_recent(lengths: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]
 def to_arrow(column: pl.Series) -> pa.Array:
     """An array of plain types, which every reader of parquet knows."""
     return column.to_arrow(compat_level=pl.CompatLevel.oldest())
-
-
-def columns_of(
-    kind: Literal["user", "item"],
-    table: pl.DataFrame,
-    known: pl.Series,
-    spec: InteractionSpec,
-    absent: str | None = None,
-) -> list[pl.Series]:
-    """The columns of the users or the items table, one value for each ``known`` user or item.
-
-    Args:
-        kind: Whose table it is.
-        table: One row for each.
-        known: Ids of those of the log.
-        spec: Names of columns and files.
-        absent: Value for those who are not in the table; without one they are refused.
-    """
-    file, key = (spec.users_file, spec.user_column) if kind == "user" else (spec.items_file, spec.item_column)
-    require_columns(table, [key], file)
-    ids = clean_ids(table[key], file, missing=spec.missing)
-    first = ids.is_first_distinct().to_numpy()
-    if not first.all():
-        row = int(first.argmin())
-        raise ValueError(f"{file}: row {row + 1}: {kind} {ids[row]!r} appears twice; keep one row per {kind}")
-    if ids.dtype != known.dtype:
-        ids, known = ids.cast(pl.String), known.cast(pl.String)
-    row_of = pl.DataFrame({"id": ids, "row": np.arange(len(ids))})
-    rows = known.to_frame("id").join(row_of, on="id", how="left", maintain_order="left")["row"]
-    missing = known.filter(rows.is_null())
-    if len(missing) and absent is not None:
-        logger.info("%s: %d %ss of %s are missing; they get %r", file, len(missing), kind, spec.file, absent)
-    elif len(missing):
-        raise ValueError(
-            f"{file}: {len(missing)} of {len(known)} {kind}s of {spec.file} are missing "
-            f"(for example {missing[0]!r}); add them or leave the {kind}s file out"
-        )
-    idle = len(ids) - (len(known) - len(missing))
-    if idle:
-        logger.info("%s: %d %ss without events are left out", file, idle, kind)
-    columns = [column for column in table.get_columns() if column.name != key]
-    if nested := [column.name for column in columns if column.dtype.is_nested()]:
-        logger.warning("%s: columns %s hold lists and are left out; a feature is one value", file, nested)
-    others = [clean_values(column, file) for column in columns if column.name not in nested]
-    if len(missing):
-        return [column.cast(pl.String).gather(rows).fill_null(absent) for column in others]
-    return [column.gather(rows) for column in others]
-
-
-def encode_category(column: pl.Series) -> tuple[np.ndarray, pl.Series]:
-    """Ids of the values, int64, and the vocabulary, ascending."""
-    vocabulary = column.unique().sort()
-    table = pl.DataFrame({"value": vocabulary, "id": np.arange(len(vocabulary))})
-    ids = column.to_frame("value").join(table, on="value", how="left", maintain_order="left")["id"]
-    return ids.to_numpy(), vocabulary

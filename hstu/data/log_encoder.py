@@ -15,21 +15,15 @@ import numpy as np
 import polars as pl
 
 from hstu.data.external_sort import EVENTS_PER_RUN, Runs
-from hstu.data.interactions import (
-    ITEM,
-    TIME,
-    USER,
-    InteractionSpec,
-    columns_of,
-    encode_category,
-    most_recent,
-    to_arrow,
-)
+from hstu.data.feature_codes import FeatureColumn, Summary, make_vocabularies, summarize
+from hstu.data.feature_tables import TableFeatures
+from hstu.data.interactions import ITEM, TIME, USER, InteractionSpec, most_recent, to_arrow
 from hstu.data.numbering import Numbering
 from hstu.data.repeats import count_repeats
-from hstu.data.schema import Feature, Level, Schema, count_statistics
-from hstu.data.spill import ROW_HASH, Log, Progress, find_repeats, first_of_equals
+from hstu.data.schema import Feature, Schema, count_statistics
+from hstu.data.spill import FEATURE, ROW_HASH, Log, Progress, find_repeats, first_of_equals
 from hstu.data.splits import MIN_EVENTS
+from hstu.data.values import Values, take
 from hstu.data.writer import EVENTS_PER_PART, DatasetWriter, part_bounds
 
 logger = logging.getLogger(__name__)
@@ -92,8 +86,9 @@ def encode_log(
     Args:
         blocks: Position of a file in the order of the log, and a table of events of it, with the columns "user"
             and "item" (integers or strings) and, as the spec says, "action" (numbers or strings) and "time"
-            (numbers), without nulls; with ROW_HASH (uint64), of the rows of a user that are equal there the first
-            is kept. Files may come in any order, the events of one in theirs.
+            (numbers), without nulls; with FEATURE + its name for each declared one; with ROW_HASH (uint64), of the
+            rows of a user that are equal there the first is kept. Files may come in any order, the events of one in
+            theirs.
         spec: Names and filters.
         options: The rest.
         writer: Where the parts and vocabularies go.
@@ -114,9 +109,10 @@ def encode_log(
         on_repeats(repeats)
     kept = _filter(log.runs, user_counts, item_counts, spec, options, progress)
     features, contexts, action_ids = _describe(log, kept, spec, options, (users(), items()), writer)
-    encoder = _PartEncoder(log.runs, kept, spec, options, action_ids, drop_repeats=len(repeats) > 0)
+    encoder = _PartEncoder(log, kept, spec, options, action_ids, drop_repeats=len(repeats) > 0)
     lengths, seen_again = _write_parts(encoder, contexts, writer, progress)
     counts = count_statistics(lengths, len(kept.items), seen_again)
+    features += [column.feature() for column in log.features.values()]
     return Schema(name=spec.name, features=tuple(features), counts=counts)
 
 
@@ -125,7 +121,8 @@ def _spill(
 ) -> Log:
     folder = writer.work / "runs"
     folder.mkdir()
-    log = Log(Runs(folder, options.events_per_run))
+    features = {told.name: FeatureColumn(told, spec.file) for told in spec.declared("event")}
+    log = Log(Runs(folder, options.events_per_run), features=features)
     try:
         for source, block in blocks:
             log.spill(source, block)
@@ -143,26 +140,17 @@ def _describe(
     options: EncodingOptions,
     tables: tuple[pl.DataFrame | None, pl.DataFrame | None],
     writer: DatasetWriter,
-) -> tuple[list[Feature], dict[str, np.ndarray], Callable[[np.ndarray], np.ndarray] | None]:
-    """Write the vocabularies; returns the features, the contexts of users, and what makes ids of actions' codes."""
-    originals = log.users.originals(kept.users)
-    vocabularies = {USER: originals, ITEM: log.items.originals(kept.items)}
-    features = [Feature(name=USER, role="user", vocab_size=len(kept.users))]
-    contexts: dict[str, np.ndarray] = {}
-    categories: dict[str, np.ndarray] = {}
-    users, items = tables
-
-    def encode(columns: list[pl.Series], level: Level, ids: dict[str, np.ndarray]) -> None:
-        for column in columns:
-            ids[column.name], vocabularies[column.name] = encode_category(column)
-            size = len(vocabularies[column.name])
-            features.append(Feature(name=column.name, level=level, kind="categorical", vocab_size=size))
-
-    if users is not None:
-        encode(columns_of("user", users, originals, spec, options.absent_context), "user", contexts)
-    features.append(Feature(name=ITEM, role="item", vocab_size=len(kept.items)))
-    if items is not None:
-        encode(columns_of("item", items, vocabularies[ITEM], spec), "item", categories)
+) -> tuple[list[Feature], dict[str, Values], Callable[[np.ndarray], np.ndarray] | None]:
+    """Write the vocabularies; returns features, values of those of users, and what makes ids of actions' codes."""
+    vocabularies = {USER: log.users.originals(kept.users), ITEM: log.items.originals(kept.items)}
+    of_users = TableFeatures.read("user", tables[0], vocabularies[USER], spec, options.absent_context)
+    of_items = TableFeatures.read("item", tables[1], vocabularies[ITEM], spec)
+    for table in (of_users, of_items):
+        vocabularies |= {name: vocabulary for name, (_, vocabulary) in table.undeclared.items()}
+    vocabularies |= make_vocabularies([*log.features.values(), *of_users.columns.values(), *of_items.columns.values()])
+    (user_features, contexts), (item_features, categories) = of_users.encode(), of_items.encode()
+    features = [Feature(name=USER, role="user", vocab_size=len(kept.users)), *user_features]
+    features += [Feature(name=ITEM, role="item", vocab_size=len(kept.items)), *item_features]
     action_ids = None
     if spec.action_column:
         size = 2**options.action_bits
@@ -241,14 +229,15 @@ class _PartEncoder:
 
     def __init__(
         self,
-        runs: Runs,
+        log: Log,
         kept: _Kept,
         spec: InteractionSpec,
         options: EncodingOptions,
         action_ids: Callable[[np.ndarray], np.ndarray] | None,
         drop_repeats: bool,
     ) -> None:
-        self._runs = runs
+        self._runs = runs = log.runs
+        self.features = log.features
         self._kept = kept
         self._spec = spec
         self._ticks = options.ticks_per_second
@@ -261,8 +250,8 @@ class _PartEncoder:
         first, stop = np.array(self.parts).T
         self._starts, self._stops = runs.bounds(kept.users[first], kept.users[stop - 1])
 
-    def encode(self, part: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Number of events of each user of a part, [B], and the features of the events, [T]."""
+    def encode(self, part: int) -> tuple[np.ndarray, dict[str, Values]]:
+        """Number of events of each user of a part, [B], and the features of the events, T values of each."""
         first, stop = self.parts[part]
         columns = self._runs.part(self._starts[:, part], self._stops[:, part], self._columns)
         if self._drop_repeats:
@@ -279,12 +268,14 @@ class _PartEncoder:
         if self._spec.max_user_events:
             recent, lengths = most_recent(lengths, self._spec.max_user_events)
             order = order[recent]
-        events = {ITEM: item[order]}
+        events: dict[str, Values] = {ITEM: item[order]}
         if "action" in columns:
             actions = columns["action"][order]
             events[self._spec.action_name] = self._action_ids(actions) if self._action_ids else actions.astype(np.int64)
         if "time" in columns:
             events[TIME] = (columns["time"][order] // self._ticks).astype(np.int64)
+        for name, column in self.features.items():
+            events[name] = column.values(columns[FEATURE + name][order])
         return lengths, events
 
 
@@ -304,23 +295,30 @@ def _order(user: np.ndarray, time: np.ndarray | None) -> np.ndarray:
 
 
 def _write_parts(
-    encoder: _PartEncoder, contexts: dict[str, np.ndarray], writer: DatasetWriter, progress: Progress
+    encoder: _PartEncoder, contexts: dict[str, Values], writer: DatasetWriter, progress: Progress
 ) -> tuple[np.ndarray, int]:
-    """Write all parts; returns the number of events of each user, [U], and how many are of an item met before."""
+    """Write all parts; returns the number of events of each user, [U], and how many are of an item met before.
 
-    def write(part: int) -> tuple[np.ndarray, int]:
+    The features of events are told what is in the parts.
+    """
+
+    def write(part: int) -> tuple[np.ndarray, int, dict[str, Summary]]:
         start, stop = encoder.parts[part]
         lengths, events = encoder.encode(part)
-        chosen = {name: ids[start:stop] for name, ids in contexts.items()}
+        chosen = {name: take(values, np.arange(start, stop)) for name, values in contexts.items()}
         writer.part(part, users=(USER, start), lengths=lengths, contexts=chosen, events=events)
-        return lengths, count_repeats(lengths, events[ITEM])
+        items = events[ITEM]
+        assert isinstance(items, np.ndarray)
+        return lengths, count_repeats(lengths, items), {n: summarize(events[n], seed=part) for n in encoder.features}
 
     pool = ThreadPoolExecutor(_THREADS)
     try:
         lengths, done, repeats = [], 0, 0
-        for number, (part, again) in enumerate(pool.map(write, range(len(encoder.parts)))):
+        for number, (part, again, summaries) in enumerate(pool.map(write, range(len(encoder.parts)))):
             lengths.append(part)
             done, repeats = done + int(part.sum()), repeats + again
+            for name, summary in summaries.items():
+                encoder.features[name].add(summary)
             progress("writing", done, (number + 1) / len(encoder.parts))
         return np.concatenate(lengths), repeats
     finally:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import polars as pl
 
 # Below this, a value indexes a table: 2**26 counts take 256 MiB, and the 32 million items of KuaiRand fit in.
 _TABLE = 1 << 26
+_NO_INTEGER = -(2**63)
 
 
 class ValueCounts:
@@ -82,3 +84,38 @@ class Numbering:
         ids = np.full(len(distinct), -1, np.int64)
         ids[found] = self._ids[position[found]]
         return ids[inverse]
+
+
+class Ids:
+    """The distinct ids of a column; strings get codes in the order of their first appearance."""
+
+    def __init__(self) -> None:
+        self._counts = ValueCounts()
+        self._known: pl.Series | None = None  # empty, of the type that holds the strings seen so far
+
+    def codes(self, column: pl.Series) -> np.ndarray:
+        """Count a block of ids and return them as integers, [N]; of nulls one that no id has."""
+        missing = _NO_INTEGER if column.dtype.is_integer() else -1
+        if column.dtype == pl.String:
+            kind = pl.Categorical(pl.Categories.random()) if self._known is None else self._known.dtype
+            category = column.cast(kind)
+            # The strings are forgotten with the last column that has their type.
+            self._known = category.clear()
+            column = category.to_physical()
+        if column.null_count():
+            self._counts.add(column.drop_nulls().to_numpy())
+            return column.cast(pl.Int64).fill_null(missing).to_numpy()
+        codes = column.to_numpy()
+        self._counts.add(codes)
+        return codes
+
+    def counts(self) -> tuple[np.ndarray, np.ndarray]:
+        """The distinct codes, ascending, and how often each was seen; they are not kept."""
+        counts, self._counts = self._counts, ValueCounts()
+        return counts.result()
+
+    def originals(self, codes: np.ndarray) -> pl.Series:
+        """The ids that the codes stand for."""
+        if self._known is None:
+            return pl.Series(codes)
+        return pl.Series(codes.astype(np.uint32)).cat.to(self._known.dtype).cast(pl.String)

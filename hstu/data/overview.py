@@ -10,6 +10,7 @@ import numpy as np
 
 from hstu.data.reader import SequenceDataset, Sequences
 from hstu.data.repeats import MANY_REPEATS, REPEATS_MATTER, count_repeats
+from hstu.data.schema import Feature
 
 COLD_EVENTS = 5
 LARGE_SHARE = 0.1  # of all events, when one user or item has more
@@ -97,6 +98,15 @@ def examples(dataset: SequenceDataset, count: int = EXAMPLES, newest: int = 5) -
         }
         for b in range(len(chosen))
     ]
+
+
+def size_of(feature: Feature) -> str:
+    """Return how many values a feature has, or between what they lie, in a few words."""
+    if feature.statistics is not None:
+        return f"{feature.statistics.quantiles[0]:.4g} to {feature.statistics.quantiles[-1]:.4g}"
+    if feature.width is not None:
+        return f"{feature.width:,} wide"
+    return "seconds" if feature.vocab_size is None else f"{feature.vocab_size:,} values"
 
 
 def _all_users(dataset: SequenceDataset) -> Iterator[Sequences]:

@@ -9,43 +9,14 @@ import numpy as np
 import polars as pl
 
 from hstu.data.external_sort import Runs
-from hstu.data.numbering import Numbering, ValueCounts
+from hstu.data.feature_codes import FeatureColumn
+from hstu.data.numbering import Ids, Numbering
 from hstu.data.writer import part_bounds
 
+FEATURE = "feature: "  # before the name of a feature of events, a column of a block
 ROW_HASH = "row hash"  # column of a block: equal where rows are
 
 Progress = Callable[[str, int, float], None]  # what is being done, events so far, share of the whole
-
-
-class Ids:
-    """The distinct ids of a column; strings get codes in the order of their first appearance."""
-
-    def __init__(self) -> None:
-        self._counts = ValueCounts()
-        self._known: pl.Series | None = None  # empty, of the type that holds the strings seen so far
-
-    def codes(self, column: pl.Series) -> np.ndarray:
-        """Count a block of ids and return them as integers, [N]."""
-        if column.dtype == pl.String:
-            kind = pl.Categorical(pl.Categories.random()) if self._known is None else self._known.dtype
-            category = column.cast(kind)
-            # The strings are forgotten with the last column that has their type.
-            self._known = category.clear()
-            column = category.to_physical()
-        codes = column.to_numpy()
-        self._counts.add(codes)
-        return codes
-
-    def counts(self) -> tuple[np.ndarray, np.ndarray]:
-        """The distinct codes, ascending, and how often each was seen; they are not kept."""
-        counts, self._counts = self._counts, ValueCounts()
-        return counts.result()
-
-    def originals(self, codes: np.ndarray) -> pl.Series:
-        """The ids that the codes stand for."""
-        if self._known is None:
-            return pl.Series(codes)
-        return pl.Series(codes.astype(np.uint32)).cat.to(self._known.dtype).cast(pl.String)
 
 
 class Actions:
@@ -85,6 +56,7 @@ class Log:
     users: Ids = field(default_factory=Ids)
     items: Ids = field(default_factory=Ids)
     actions: Actions = field(default_factory=Actions)
+    features: dict[str, FeatureColumn] = field(default_factory=dict)
 
     def spill(self, source: int, block: pl.DataFrame) -> None:
         """Add events of a file; for the columns see :func:`hstu.data.log_encoder.encode_log`."""
@@ -93,6 +65,8 @@ class Log:
             columns["action"] = self.actions.codes(block["action"])
         if "time" in block.columns:
             columns["time"] = block["time"].to_numpy()
+        for name, feature in self.features.items():
+            columns[FEATURE + name] = feature.codes(block[FEATURE + name])
         if ROW_HASH in block.columns:
             columns[ROW_HASH] = block[ROW_HASH].to_numpy().view(np.int64)
         self.runs.append(columns, source)

@@ -26,6 +26,7 @@ from hstu.data.cleaning import (
     require_names,
     ticks_per_second,
 )
+from hstu.data.feature_cleaning import FeatureLook, clean_feature
 from hstu.data.files import (
     FileFormat,
     Table,
@@ -39,7 +40,7 @@ from hstu.data.files import (
 from hstu.data.interactions import InteractionSpec
 from hstu.data.log_encoder import EncodingOptions, encode_log
 from hstu.data.schema import Schema
-from hstu.data.spill import ROW_HASH, Progress
+from hstu.data.spill import FEATURE, ROW_HASH, Progress
 from hstu.data.writer import DatasetWriter, writing
 
 if TYPE_CHECKING:
@@ -67,8 +68,8 @@ def preprocess_interactions(
     Args:
         interactions: The events: a polars or pandas table, or the path of a file, a directory or a pattern.
         data_dir: Where data sets are.
-        users: One row per user; every column but the user column becomes a context feature.
-        items: One row per item; every column but the item column becomes a category feature.
+        users: One row per user, with what ``user_features`` declares; without it, every column is a category.
+        items: One row per item, with what ``item_features`` declares; without it, every column is a category.
         formats: How to read those that are files, under their names here; by default, as their endings say.
         **options: Fields of :class:`InteractionSpec`; ``name`` is required.
 
@@ -178,15 +179,23 @@ class _Cleaner:
     """Looks at a table, then gives it block by block as :func:`encode_log` asks for it."""
 
     def __init__(self, table: Table, spec: InteractionSpec, progress: Progress) -> None:
-        require_names(table.columns, spec.column_names, spec.file)
-        others = [column for column in spec.column_names if column != spec.item_column]
-        self._table = one_event_a_row(table, spec.item_column, others, spec.file)
+        self._features = {told.name: (told, FeatureLook()) for told in spec.declared("event")}
+        read = [*spec.column_names, *self._features]
+        require_names(table.columns, read, spec.file)
+        others = [column for column in read if column != spec.item_column]
+        whole = [name for name, (told, _) in self._features.items() if told.may_hold_lists]
+        self._table = one_event_a_row(table, spec.item_column, others, spec.file, whole)
+        if ignored := [name for name in table.columns if name not in read]:
+            logger.info("%s: columns that are not declared (--event_features) are left out: %s",
+                        spec.file, ", ".join(map(printable, ignored)))  # fmt: skip
         self._spec, self._progress = spec, progress
         self._looks = {role: Look() for role, column in spec.columns.items() if column}
         self._rows = self._dropped = self._repeats = 0
         self._classes: set[object] = set()
         self.ticks_per_second = 1
-        for block, _ in self._read(spec.column_names):
+        for block, _ in self._read(read):
+            for name, (told, feature_look) in self._features.items():
+                feature_look.add(block[name], told, spec.set_separator)
             for role, look in self._looks.items():
                 column = block[spec.columns[role]]  # type: ignore[index]
                 if role == "time":
@@ -249,6 +258,9 @@ class _Cleaner:
         if spec.action_column:
             clean = clean_masks if spec.action_type == "bitmask" else clean_values
             columns.append(clean(block[spec.action_column], spec.file, looks["action"], rows).alias("action"))
+        for name, (told, look) in self._features.items():
+            feature = clean_feature(block[name], told, spec.file, look, spec.set_separator, rows)
+            columns.append(feature.alias(FEATURE + name))
         if spec.duplicates != "keep":
             columns.append(block.hash_rows().alias(ROW_HASH))
         return pl.DataFrame(columns)

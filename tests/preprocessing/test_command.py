@@ -55,6 +55,28 @@ def test_movielens_beside_its_raw_files(command: Command, tmp_path: Path) -> Non
     assert (tmp_path / "data" / "ml-100k" / "u.data").is_file()
 
 
+def test_declared_features_of_a_log_and_its_items(command: Command, tmp_path: Path) -> None:
+    rows = [f"{user},{item},{user * item}.5,b{item % 3},r{user}{item}\n" for user in range(6) for item in range(5)]
+    (tmp_path / "log.csv").write_text("user_id,item_id,price,brand,request\n" + "".join(rows))
+    items = [f"{item},cheap;red,{item}\n" for item in range(5)]
+    (tmp_path / "items.csv").write_text("item_id,tags,notes\n" + "".join(items))
+    flags = ("--dataset_name=custom", "--name=mine", "--interactions=log.csv", "--items=items.csv")
+    declared = ("--item-features=tags:multi", "--set_separator=;")
+    result = command(*flags, *declared, "--event_features=price:numeric,brand:categorical,request:control")
+    assert result.returncode == 0, result.stderr
+    for part in (
+        "items.csv: columns that are not declared are left out: notes",
+        "price            numeric, of events, 0.5 to 20.5",
+        "brand            categorical, of events, 3 values",
+        "request          kept, of events, 30 values",
+        "tags             multi, of items, 2 values",
+    ):
+        assert part in result.stdout
+    refused = command(*flags, *declared, "--event_features=request:categorical")
+    assert_refused(refused, "log.csv: column 'request' has 30 values in 30 rows", "request:control")
+    assert SequenceDataset.open(tmp_path / "tmp_data" / "mine").schema.of("event", "numeric"), "the old one stays"
+
+
 def test_all_named_data_sets(command: Command, tmp_path: Path) -> None:
     write_ml_100k(tmp_path / "raw", ratings())
     write_ml_1m(tmp_path / "raw" / "ml-1m", ratings())

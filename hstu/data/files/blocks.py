@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 import polars as pl
@@ -35,7 +35,9 @@ def in_memory(frame: pl.DataFrame) -> Table:
     return Table(frame.columns, read, lambda rows: min(1.0, rows / max(1, frame.height)))
 
 
-def one_event_a_row(table: Table, item: str, others: list[str], file: str) -> Table:
+def one_event_a_row(
+    table: Table, item: str, others: list[str], file: str, may_hold_lists: Collection[str] = ()
+) -> Table:
     """A table in which a list of items, and the lists of ``others`` beside it, become a row for each entry.
 
     Columns that are no lists are repeated. A table without a list of items stays as it is.
@@ -45,6 +47,7 @@ def one_event_a_row(table: Table, item: str, others: list[str], file: str) -> Ta
         item: Column of the items.
         others: Columns that may hold lists of the same lengths.
         file: What messages call it.
+        may_hold_lists: Those of ``others`` of which one value may be a list.
 
     Raises:
         ValueError: When it is read, for lists of unequal lengths, or a list beside an item that is none.
@@ -55,7 +58,10 @@ def one_event_a_row(table: Table, item: str, others: list[str], file: str) -> Ta
         for block in table.read(columns):
             rows = block.height
             if item in block.columns:
-                block = _exploded(block, item, [name for name in others if name in block.columns], (file, row))
+                present = [name for name in others if name in block.columns]
+                if not _holds_lists(block[item]):
+                    present = [name for name in present if name not in may_hold_lists]
+                block = _exploded(block, item, present, (file, row))
             row += rows
             if block.height:
                 yield block
@@ -64,8 +70,8 @@ def one_event_a_row(table: Table, item: str, others: list[str], file: str) -> Ta
 
 
 def _exploded(block: pl.DataFrame, item: str, others: list[str], place: tuple[str, int]) -> pl.DataFrame:
-    lists = [name for name in others if isinstance(block[name].dtype, (pl.List, pl.Array))]
-    if not isinstance(block[item].dtype, (pl.List, pl.Array)):
+    lists = [name for name in others if _holds_lists(block[name])]
+    if not _holds_lists(block[item]):
         if lists:
             raise ValueError(f"{place[0]}: column {lists[0]!r} holds lists, the item column {item!r} does not; "
                              "give one value a row, or lists in both")  # fmt: skip
@@ -81,3 +87,7 @@ def _exploded(block: pl.DataFrame, item: str, others: list[str], place: tuple[st
     block = block.filter(lengths > 0)
     position = pl.int_ranges(pl.col(item).list.len()).alias(POSITION)
     return block.with_columns(position).explode(item, *lists, POSITION)
+
+
+def _holds_lists(column: pl.Series) -> bool:
+    return isinstance(column.dtype, (pl.List, pl.Array))
