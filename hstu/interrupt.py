@@ -52,7 +52,7 @@ class StopRequest:
         self.words, self.grace, self.patient = words, grace, False
         self.busy: Callable[[], bool] = lambda: False  # with a save, which is waited for
         self.requested: int | None = None
-        self._raised = False
+        self._noted = False
 
     def __enter__(self) -> StopRequest:
         global _active
@@ -79,9 +79,9 @@ class StopRequest:
         _active = None
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        first, self._noted = not self._noted, True  # of the others the thread decides
         self.requested = self.requested or number
-        if not (self.patient or self._raised or self.grace == 0):
-            self._raised = True
+        if first and not (self.patient or self.grace == 0):
             raise Stopped(number)
 
     def _watch(self, read: int) -> None:

@@ -48,6 +48,15 @@ def test_the_first_signal_raises_or_is_noted(number: int) -> None:
     assert requested() is None
 
 
+def test_an_echo_after_patience_raises_nothing() -> None:
+    """The first was obeyed; raised once more, on the way out, the process would end with code 1."""
+    with StopRequest():
+        with patience(lambda: "", lambda: False):
+            signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        assert requested() == signal.SIGTERM
+
+
 def test_an_ignored_signal_stays_ignored() -> None:
     """As under nohup, or in the background of a script."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)

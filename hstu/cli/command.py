@@ -33,7 +33,9 @@ def run_on_mesh(action: Callable[[Mesh], None], unfinished: str = "") -> int:
 
         with Mesh.create() as mesh:
             stop.grace = GRACE
-            return _run(action, mesh, unfinished)
+            code = _run(action, mesh, unfinished)
+            stop.patient = True  # what is left is to part
+            return code
 
 
 def _run(action: Callable[[Mesh], None], mesh: Mesh, unfinished: str) -> int:

@@ -137,9 +137,10 @@ class Trainer:
             make_logger(self.mesh, self.run, self.config, self.progress.step, self.total_steps) as log,
         ):
             outcome = self._to_the_end(log)
+            if not isinstance(outcome, Stopped):
+                self.mesh.on_main(lambda: self._draw(outcome))  # a signal comes too late to stop the run
         if isinstance(outcome, Stopped):
             raise outcome
-        self.mesh.on_main(lambda: self._draw(outcome))
         return outcome
 
     def _to_the_end(self, log: RunLogger | SilentLogger) -> dict[str, Any] | Stopped:
