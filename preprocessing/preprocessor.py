@@ -68,7 +68,8 @@ def define_flags() -> None:
     flags.DEFINE_string("action_column", None, "custom: column of actions; click,like,buy makes a bit mask of three.")
     flags.DEFINE_enum("action_type", spec["action_type"], get_args(ActionType), "custom: how to read actions.")
     for level in get_args(Level):
-        flags.DEFINE_string(f"{level}_features", None, f"custom: what columns of {level}s are: {GRAMMAR}; kinds: "
+        owner = "custom, synthetic" if level == "event" else "custom"
+        flags.DEFINE_string(f"{level}_features", None, f"{owner}: what columns of {level}s are: {GRAMMAR}; kinds: "
                             f"{', '.join(get_args(Kind))}, and control for what is only kept.")  # fmt: skip
     flags.DEFINE_string("set_separator", spec["set_separator"], "custom: between the members of sets, and vectors.")
     flags.DEFINE_enum("duplicates", spec["duplicates"], get_args(Duplicates), "custom: rows that are equal.")
@@ -85,7 +86,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("min_user_events", None, "Drop users with fewer events" + default)
     flags.DEFINE_integer("min_item_events", None, "Drop items with fewer events, repeated with the users" + default)
     flags.DEFINE_integer("max_user_events", None, "Keep the most recent events of each user; default 0 (all).")
-    for field in fields(SyntheticConfig):
+    for field in (field for field in fields(SyntheticConfig) if field.name not in FLAGS):
         text, known = f"synthetic: {field.name.replace('_', ' ')}, see hstu.data.synthetic.", cast(Any, field.default)
         if isinstance(known, str):
             flags.DEFINE_enum(field.name, known, get_args(Distribution), text)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -24,6 +24,8 @@ class PlantedModel:
         interest: Probability of a cluster given the type, [G, K].
         transition_weight: Weight of ``transition`` in the mixture with ``interest``.
         action: Probability of a positive action given type and item, [G, N].
+        lead_weight: Probability that the features of the last event, not the mixture, lead to the next cluster.
+        lead_share: How often they lead to a cluster, [K].
     """
 
     cluster: np.ndarray
@@ -32,16 +34,24 @@ class PlantedModel:
     interest: np.ndarray
     transition_weight: float
     action: np.ndarray
+    lead_weight: float = 0.0
+    lead_share: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
-    def cluster_weights(self, types: np.ndarray, last_cluster: np.ndarray) -> np.ndarray:
+    def cluster_weights(self, types: np.ndarray, last_cluster: np.ndarray, lead: np.ndarray) -> np.ndarray:
         """Probability of the cluster of the next item, were nothing seen, [B, K].
 
         Args:
             types: Type of each user, [B].
             last_cluster: Cluster of the last item, [B]; -1 where there is none yet.
+            lead: Cluster to which the features of the last event lead, [B]; -1 for who does not see them.
         """
         weight = np.where(last_cluster == _NONE, 0.0, self.transition_weight)[:, None]
-        return (1 - weight) * self.interest[types] + weight * self.transition[last_cluster]
+        mixture = (1 - weight) * self.interest[types] + weight * self.transition[last_cluster]
+        if not self.lead_weight:
+            return mixture
+        led = np.where((lead == _NONE)[:, None], self.lead_share, np.arange(mixture.shape[1]) == lead[:, None])
+        weight = np.where(last_cluster == _NONE, 0.0, self.lead_weight)[:, None]
+        return (1 - weight) * mixture + weight * led
 
 
 class Sampler:
@@ -94,7 +104,7 @@ class Sampler:
     def _unseen_mass(self, weights: np.ndarray, seen: _Seen) -> np.ndarray:
         """Probability of the unseen items of each segment, [B, S], up to a factor for each user."""
         users, segments = len(weights), len(self.starts)
-        lost = np.take_along_axis(weights, seen.clusters, axis=1) * seen.choices
+        lost = np.take_along_axis(weights, seen.clusters, axis=1) * self.model.choice[seen.items]
         flat = np.arange(users)[:, None] * segments + seen.segments
         taken = np.bincount(flat.ravel(), lost.ravel(), users * segments).reshape(users, segments)
         mass = np.maximum(weights @ self.mass - taken, 0)
@@ -108,75 +118,105 @@ class Sampler:
 
 @dataclass(frozen=True)
 class _Seen:
-    """Items that users have seen, [B, L], what the sampler knows of each, and unseen items of each segment, [B, S]."""
+    """Items that users have seen, [B, L], cluster and segment of each, and unseen items of each segment, [B, S]."""
 
     items: np.ndarray
     clusters: np.ndarray
-    choices: np.ndarray
     segments: np.ndarray
     left: np.ndarray
 
     @classmethod
     def nothing(cls, sampler: Sampler, users: int, steps: int) -> _Seen:
         """Room for ``steps`` items of each user."""
-        whole = [np.full((users, steps), _NONE, kind) for kind in (np.int64, np.int64, np.float64, np.int64)]
-        items, clusters, choices, segments = whole
-        return cls(items, clusters, choices, segments, np.tile(np.bincount(sampler.segment), (users, 1)))
+        items, clusters, segments = (np.full((users, steps), _NONE) for _ in range(3))
+        return cls(items, clusters, segments, np.tile(np.bincount(sampler.segment), (users, 1)))
 
-    def of(self, users: int, steps: int) -> _Seen:
-        """What the first ``users`` have seen in ``steps`` steps."""
-        whole = (self.items, self.clusters, self.choices, self.segments)
-        items, clusters, choices, segments = (values[:users, :steps] for values in whole)
-        return _Seen(items, clusters, choices, segments, self.left[:users])
+    def of(self, users: slice | np.ndarray, steps: int) -> _Seen:
+        """What ``users`` have seen in ``steps`` steps."""
+        items, clusters, segments = (values[users, :steps] for values in (self.items, self.clusters, self.segments))
+        return _Seen(items, clusters, segments, self.left[users])
 
     def add(self, step: int, items: np.ndarray, sampler: Sampler) -> None:
         """The first users see an item each."""
         users, segments = np.arange(len(items)), sampler.segment[items]
         self.items[users, step], self.segments[users, step] = items, segments
         self.clusters[users, step] = sampler.model.cluster[items]
-        self.choices[users, step] = sampler.model.choice[items]
         self.left[users, segments] -= 1
 
 
+@dataclass(frozen=True)
+class Circumstances:
+    """What the next item depends on beside user and last item, for each of T events.
+
+    Attributes:
+        lead: Cluster to which the features of the event lead, [T]; -1 where there are none.
+        span: Which of the models holds at its time, [T].
+    """
+
+    lead: np.ndarray
+    span: np.ndarray
+
+    def of(self, events: slice) -> Circumstances:
+        """Those of some events."""
+        return Circumstances(self.lead[events], self.span[events])
+
+
 def draw_items(
-    sampler: Sampler, types: np.ndarray, lengths: np.ndarray, uniform: np.ndarray, tell: Callable[[int], None]
+    samplers: list[Sampler],
+    types: np.ndarray,
+    lengths: np.ndarray,
+    given: Circumstances,
+    uniform: np.ndarray,
+    tell: Callable[[int], None],
 ) -> np.ndarray:
     """Draw the items of a block of users, one step of all of them at a time; the sequences are flat, [T].
 
     Args:
-        sampler: Of the model.
+        samplers: One for each span of time.
         types: Type of each user, [B].
         lengths: Events of each user, [B].
+        given: Of their events.
         uniform: A number in [0, 1) for each event, [T], step after step, in the order of the users.
         tell: Told how many events more are drawn.
     """
     order = np.argsort(-lengths, kind="stable")  # those who are still there stand in front
-    seen = _Seen.nothing(sampler, len(types), int(lengths.max()))
+    first = np.cumsum(lengths) - lengths
+    seen = _Seen.nothing(samplers[0], len(types), int(lengths.max()))
     used = 0
     for step in range(seen.items.shape[1]):
         active = np.flatnonzero(lengths > step)
         users = order[: len(active)]
         last = seen.clusters[: len(active), step - 1] if step else np.full(len(active), _NONE)
-        weights = sampler.model.cluster_weights(types[users], last)
+        lead = given.lead[first[users] + step - 1] if step else last
         drawn = uniform[used : used + len(active)][np.searchsorted(active, users)]
-        seen.add(step, sampler.draw(weights, seen.of(len(active), step), drawn), sampler)
+        items, spans = np.empty(len(active), np.int64), given.span[first[users] + step]
+        for span, sampler in enumerate(samplers):
+            # A slice copies nothing.
+            rows = np.flatnonzero(spans == span) if len(samplers) > 1 else slice(len(active))
+            weights = sampler.model.cluster_weights(types[users[rows]], last[rows], lead[rows])
+            items[rows] = sampler.draw(weights, seen.of(rows, step), drawn[rows])
+        seen.add(step, items, samplers[0])
         used += len(active)
         tell(len(active))
     items = seen.items[np.argsort(order)]
     return items[items != _NONE]
 
 
-def oracle_ranks(model: PlantedModel, types: np.ndarray, items: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+def oracle_ranks(
+    models: list[PlantedModel], types: np.ndarray, items: np.ndarray, lengths: np.ndarray, given: Circumstances
+) -> np.ndarray:
     """Rank of the last but one and of the last item of each user among the items unseen then, ties half, [U, 2]."""
     ranks = np.zeros((len(types), 2))
-    first = np.cumsum(lengths) - lengths
+    first, model = np.cumsum(lengths) - lengths, models[0]
+    clusters = model.transition.shape[0]
     for split in (0, 1):
         target = first + lengths - 2 + split
-        kinds = types * model.transition.shape[0] + model.cluster[items[target - 1]]
+        last, lead, span = model.cluster[items[target - 1]], given.lead[target - 1], given.span[target]
+        kinds = ((types * clusters + last) * (clusters + 1) + lead + 1) * len(models) + span
         order = np.argsort(kinds, kind="stable")
         for users in np.split(order, np.flatnonzero(np.diff(kinds[order])) + 1):  # who have the same scores
-            weights = model.cluster_weights(types[users[:1]], model.cluster[items[target[users[:1]] - 1]])[0]
-            scores = weights[model.cluster] * model.choice
+            one, current = users[:1], models[span[users[0]]]
+            scores = current.cluster_weights(types[one], last[one], lead[one])[0][model.cluster] * current.choice
             ascending = np.sort(scores)
             for user in users:
                 own = scores[items[target[user]]]

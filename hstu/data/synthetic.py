@@ -3,7 +3,8 @@
 A user has a latent type; a type is interested in a few clusters of items. The cluster of the next item is
 drawn from the user's interests or, with probability ``transition_weight``, from the row of a transition
 matrix that belongs to the last item's cluster; the item within the cluster by popularity; an item that the
-user has seen is drawn again. The action is binary with p = sigmoid(affinity of the type to the cluster +
+user has seen is drawn again. Features of events may lead to the next cluster, and decide on the action
+(:mod:`hstu.data.planted_features`). The action is binary with p = sigmoid(affinity of the type to the cluster +
 quality of the item). The oracle knows all of this and is scored on the very events that are held out.
 """
 
@@ -13,20 +14,24 @@ import hashlib
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
 import pyarrow as pa
 
-from hstu.data.planted import PlantedModel, Sampler, draw_items, oracle_ranks
+from hstu.data.planted import Circumstances, PlantedModel, Sampler, draw_items, oracle_ranks
+from hstu.data.planted_features import PLANTED, draw_features, drifting, spans_of
 from hstu.data.schema import Feature, Schema, count_statistics
 from hstu.data.spill import Progress
 from hstu.data.splits import MIN_EVENTS
 from hstu.data.writer import EncodedDataset, write_dataset
 
 Distribution = Literal["uniform", "normal", "zipf", "lognormal"]
+
+#: Behind the name of a split: the best possible scores there for who does not see the planted features of events.
+WITHOUT_FEATURES = " without features"
 
 _BLOCK = 512  # users drawn at once; with another number, other data
 _THREADS = 2
@@ -51,6 +56,11 @@ class SyntheticConfig:
         context_visibility: Probability that the context feature shows the type; otherwise it is random.
         affinity_scale: Standard deviation of the affinity of types to clusters in the action's logit.
         quality_scale: Standard deviation of item quality in the action's logit.
+        event_features: Which of number, brand (both lead to the next item) and price (of the action) are planted.
+        feature_weight: Probability that number and brand, not interests and transitions, lead to the next cluster.
+        price_scale: What a standard deviation of the price takes off the action's logit.
+        num_brands: Brands.
+        popularity_drift: Step of the logarithm of an item's popularity from one tenth of the time to the next.
         seed: Seed of everything.
     """
 
@@ -67,6 +77,11 @@ class SyntheticConfig:
     context_visibility: float = 0.8
     affinity_scale: float = 1.6
     quality_scale: float = 0.4
+    event_features: str = ""
+    feature_weight: float = 0.8
+    price_scale: float = 2.0
+    num_brands: int = 8
+    popularity_drift: float = 0.0
     seed: int = 1
 
     def __post_init__(self) -> None:
@@ -82,10 +97,18 @@ class SyntheticConfig:
         for name in ("seqlen_distribution", "value_distribution"):
             choices = get_args(Distribution)
             self._require(name, getattr(self, name) in choices, f"is none of {', '.join(choices)}")
-        for name in ("transition_weight", "context_visibility"):
+        self._at_least("num_brands", 2, "one brand says nothing")
+        if unknown := [name for name in self.planted_features if name not in PLANTED]:
+            raise ValueError(f"event_features: {unknown[0]!r} is not planted; choose some of {', '.join(PLANTED)}")
+        for name in ("transition_weight", "context_visibility", "feature_weight"):
             self._require(name, 0 <= getattr(self, name) <= 1, "must lie in [0, 1]")
-        for name in ("affinity_scale", "quality_scale"):
+        for name in ("affinity_scale", "quality_scale", "price_scale", "popularity_drift"):
             self._require(name, 0 <= getattr(self, name) < float("inf"), "must be finite and not negative")
+
+    @property
+    def planted_features(self) -> tuple[str, ...]:
+        """Names in ``event_features``."""
+        return tuple(name.strip() for name in self.event_features.split(",") if name.strip())
 
     def _at_least(self, name: str, bound: int, why: str) -> None:
         self._require(name, getattr(self, name) >= bound, f"must be at least {bound} ({why})")
@@ -170,24 +193,42 @@ def generate(
 
     Memory grows with the events (some 40 bytes each) and with the catalogue, not with their product.
     """
-    seeds = np.random.SeedSequence(config.seed).spawn(6)
-    plan, sizes, draws, labels, context, clock = (np.random.default_rng(seed) for seed in seeds)
+    seeds = np.random.SeedSequence(config.seed).spawn(8)
+    plan, sizes, draws, labels, context, clock = (np.random.default_rng(seed) for seed in seeds[:6])
     model = plant(config, plan)
     users = config.num_users
     types = plan.integers(config.num_types, size=users)
     weights = distribution_weights(config.seqlen_distribution, config.max_seqlen - config.min_seqlen + 1)
     lengths = config.min_seqlen + sizes.choice(len(weights), size=users, p=weights)
-    items = _draw_all(model, types, lengths, draws, progress)
-    probability = model.action[np.repeat(types, lengths), items]
-    actions = (labels.random(len(items)) < probability).astype(np.int64)
+    times, events = _draw_times(lengths, clock), int(lengths.sum())
+    planted = draw_features(config.planted_features, events, config.num_brands, config.num_clusters, seeds[6])
+    leads = config.feature_weight * bool(planted.share.any())
+    model = replace(model, lead_weight=leads, lead_share=planted.share)
+    drifts = config.popularity_drift > 0
+    models = drifting(model, config.popularity_drift, seeds[7]) if drifts else [model]
+    given = Circumstances(planted.lead, spans_of(times) if drifts else np.zeros(events, np.int64))
+    items = _draw_all(models, types, lengths, given, draws, progress)
+    # For who does not see the price the order is the same as of the mean over prices, which rises with it.
+    without = model.action[np.repeat(types, lengths), items]
+    price = planted.price(config.price_scale)
+    probability = without if price is None else 1 / (1 + (1 / without - 1) * np.exp(price))
+    actions = (labels.random(events) < probability).astype(np.int64)
     shown = context.random(users) < config.context_visibility
     segment = np.where(shown, types, context.integers(config.num_types, size=users))
-    last = np.cumsum(lengths) - 1
-    progress("scoring the oracle", len(items), 0.0)
-    ranks, best = oracle_ranks(model, types, items, lengths), {}
-    for split, (column, events) in {"valid": (0, last - 1), "test": (1, last)}.items():
-        auc = area_under_curve(probability[events], actions[events])
-        best[split] = {"AUC": auc, **ranking_metrics(ranks[:, column])}
+    progress("scoring the oracle", events, 0.0)
+
+    def best(probability: np.ndarray, given: Circumstances, suffix: str = "") -> dict[str, dict[str, float]]:
+        ranks, last = oracle_ranks(models, types, items, lengths, given), np.cumsum(lengths) - 1
+        found = {}
+        for split, (column, held_out) in {"valid": (0, last - 1), "test": (1, last)}.items():
+            auc = area_under_curve(probability[held_out], actions[held_out])
+            found[split + suffix] = {"AUC": auc, **ranking_metrics(ranks[:, column])}
+        return found
+
+    scores = best(probability, given)
+    if planted.values:
+        unseen = Circumstances(np.full(events, -1), given.span)
+        scores |= best(without, unseen, WITHOUT_FEATURES)
     schema = Schema(
         name=name,
         features=(
@@ -197,27 +238,34 @@ def generate(
             Feature(name="cluster", level="item", kind="categorical", vocab_size=config.num_clusters),
             Feature(name="action", role="action", vocab_size=2, action_type="bitmask"),
             Feature(name="timestamp", role="time"),
+            *planted.features(config.num_brands),
         ),
         counts=count_statistics(lengths, config.num_items, repeats=0),
         source={"SyntheticConfig": hashlib.sha256(json.dumps(asdict(config)).encode()).hexdigest()},
-        best_possible=best,
+        best_possible=scores,
     )
     sizes_of = {f.name: f.vocab_size for f in schema.features if f.vocab_size and f.role != "action"}
     return EncodedDataset(
         schema=schema,
         lengths=lengths,
         contexts={"segment": segment},
-        events={"item_id": items, "action": actions, "timestamp": _draw_times(lengths, clock)},
+        events={"item_id": items, "action": actions, "timestamp": times, **planted.values},
         vocabularies={feature: pa.array(np.arange(size)) for feature, size in sizes_of.items()},
         categories={"cluster": model.cluster},
     )
 
 
 def _draw_all(
-    model: PlantedModel, types: np.ndarray, lengths: np.ndarray, rng: np.random.Generator, progress: Progress
+    models: list[PlantedModel],
+    types: np.ndarray,
+    lengths: np.ndarray,
+    given: Circumstances,
+    rng: np.random.Generator,
+    progress: Progress,
 ) -> np.ndarray:
     """Draw the items of all users, blocks of them in threads; flat, [T]."""
-    sampler, total, lock = Sampler(model), int(lengths.sum()), threading.Lock()
+    samplers, total, lock = [Sampler(model) for model in models], int(lengths.sum()), threading.Lock()
+    ends = np.cumsum(lengths)
     drawn = 0
 
     def tell(events: int) -> None:
@@ -227,7 +275,9 @@ def _draw_all(
             progress("drawing events", drawn, drawn / total)
 
     def draw(block: slice, uniform: np.ndarray) -> np.ndarray:
-        return draw_items(sampler, types[block], lengths[block], uniform, tell)
+        first, last = block.start, min(block.stop, len(types)) - 1
+        events = slice(ends[first] - lengths[first], ends[last])
+        return draw_items(samplers, types[block], lengths[block], given.of(events), uniform, tell)
 
     blocks = [slice(start, start + _BLOCK) for start in range(0, len(types), _BLOCK)]
     uniform = [rng.random(int(lengths[block].sum())) for block in blocks]

@@ -28,11 +28,16 @@ TINY = ("--num_users=50", "--num_items=60", "--num_clusters=8", "--max_seqlen=30
 
 
 def test_planted_data_from_any_directory(command: Command, tmp_path: Path) -> None:
-    result = command("--dataset_name", "synthetic", *TINY, "--seed", 7)
+    result = command("--dataset_name", "synthetic", *TINY, "--seed", 7, "--event-features=number,price")
     assert result.returncode == 0 and result.stderr == ""
     dataset = SequenceDataset.open(tmp_path / "tmp_data" / "synthetic")
     assert dataset.num_users == 50 and dataset.schema.best_possible
-    for part in ("synthetic: tmp_data/synthetic", "users            50", "best test        AUC 0."):
+    for part in (
+        "synthetic: tmp_data/synthetic",
+        "users            50",
+        "best test        AUC 0.",
+        "price            numeric",
+    ):
         assert part in result.stdout
 
 
