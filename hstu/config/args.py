@@ -184,6 +184,9 @@ class NetworkArgs(Args):
     dense_initializer_normal_std: float = 0.02
     embedding_initializer_std: float = 0.02
     dtype_str: Literal["float32", "bfloat16"] = "float32"
+    #: Of the stream between layers, for memory and bandwidth: bfloat16 with dtype_str = "bfloat16" alone, and not for
+    #: gru and hf.
+    residual_dtype_str: Literal["float32", "bfloat16"] = "float32"
     kernel_backend: Literal["auto", "pytorch", "triton"] = "auto"
     #: What the backward of hstu computes again instead of keeping it, for memory: the norm of a layer's input, SiLU of
     #: u, v, q and k, the gated attention output.
@@ -213,6 +216,11 @@ class NetworkArgs(Args):
 
     def validate(self) -> None:
         self.require_range("hidden_dropout", 0, 1)
+        if self.residual_dtype_str == "bfloat16":
+            if self.dtype_str != "bfloat16":
+                raise self.error("residual_dtype_str", "needs NetworkArgs.dtype_str = 'bfloat16'")
+            if self.backbone == "gru" or self.is_hugging_face:
+                raise self.error("residual_dtype_str", f"{self.backbone} has no stream of this library; use 'float32'")
         self.require_range("input_dropout", 0, 1)
         for name in (
             "scaling_seqlen",

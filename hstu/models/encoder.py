@@ -81,6 +81,7 @@ class Encoder(nn.Module):
         eps = config.retrieval.l2_norm_eps if config.retrieval and norm == "l2" else network.norm_epsilon
         self.postprocess = Postprocess(network.hidden_size, norm, eps, last_token=config.task == "retrieval")
         self.autocast_dtype = torch.bfloat16 if network.dtype_str == "bfloat16" else None
+        self.residual_dtype = torch.bfloat16 if network.residual_dtype_str == "bfloat16" else None
         own = (self.preprocess,) if network.is_hugging_face else (self.preprocess, self.backbone)
         for part in own:
             initialize(part, network.dense_initializer_type, network.dense_initializer_normal_std)
@@ -161,7 +162,10 @@ class Encoder(nn.Module):
         embedded = {name: embedded[name] for name in self.features}
         device = request.rows.device.type
         with torch.autocast(device, self.autocast_dtype, enabled=self.autocast_dtype is not None):
-            hidden = backbone(self.preprocess(embedded, request.stream))
+            tokens = self.preprocess(embedded, request.stream)
+            if self.residual_dtype is not None:
+                tokens = tokens.with_values(tokens.values.to(self.residual_dtype))
+            hidden = backbone(tokens)
         rows: Tensor = self.postprocess(hidden, request.rows)
         return rows
 

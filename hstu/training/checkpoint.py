@@ -45,7 +45,7 @@ _DENSE_OPTIMIZER = "optimizer/"
 
 def model_identity(config: Config) -> dict[str, Any]:
     """Return what must agree between a checkpoint and the model that loads it beside its ids, as JSON values."""
-    runtime = {"hidden_dropout", "input_dropout", "dtype_str", "kernel_backend", *RECOMPUTE}
+    runtime = {"hidden_dropout", "input_dropout", "dtype_str", "residual_dtype_str", "kernel_backend", *RECOMPUTE}
     network = {
         f"NetworkArgs.{name}": value
         for name, value in dataclasses.asdict(config.network).items()

@@ -134,4 +134,4 @@ def on_device(config: Config, device: torch.device) -> tuple[Config, tuple[str, 
     if device.type != "cpu" or config.network.dtype_str != "bfloat16" or not flags or flags & _BFLOAT16_FLAGS:
         return config, ()
     note = "note: NetworkArgs.dtype_str = 'bfloat16' is computed in float32: this CPU has no units for bfloat16"
-    return replace(config, network=replace(config.network, dtype_str="float32")), (note,)
+    return replace(config, network=replace(config.network, dtype_str="float32", residual_dtype_str="float32")), (note,)

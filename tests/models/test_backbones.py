@@ -146,6 +146,7 @@ REFUSED = [
     ("bert", "NetworkArgs.target_group_size=2", "between candidates"),
     ("bert", "NetworkArgs.context_attention='full'", "causal attention"),
     ("bert", "RetrievalArgs.mask_probability=1.5", "at most 1"),
+    ("sasrec", "NetworkArgs.residual_dtype_str='bfloat16'", "needs NetworkArgs.dtype_str = 'bfloat16'"),
 ]
 
 
@@ -154,6 +155,30 @@ def test_what_makes_no_sense_is_refused_with_a_reason(backbone: str, line: str, 
     with pytest.raises(ConfigError) as caught:
         config_of(backbone, "retrieval", *([line] if line else []))
     assert reason in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_stream_of_low_precision_is_refused_where_it_is_not_the_librarys() -> None:
+    with pytest.raises(ConfigError, match="residual_dtype_str: gru has no stream"):
+        config_of("gru", "retrieval", *(f"NetworkArgs.{n}dtype_str='bfloat16'" for n in ("", "residual_")))
+
+
+@pytest.mark.parametrize("backbone", ["hstu", "sasrec", "llama", "bert"])
+def test_the_residual_stream_in_bfloat16(dataset: SequenceDataset, backbone: str) -> None:
+    """What layers hand on is bfloat16; loss and gradients are those of float32 up to its rounding."""
+    found = {}
+    for precision, lines in (("float32", ("",)), ("bfloat16", ("", "residual_"))):
+        config = config_of(backbone, "retrieval", *(f"NetworkArgs.{n}dtype_str={precision!r}" for n in lines))
+        model: Any = build(dataset, config)
+        handed_on: set[torch.dtype] = set()
+        for layer in model.backbone.layers:
+            layer.register_forward_hook(lambda module, inputs, out, met=handed_on: met.add(out.dtype))
+        loss = model(batch_of(dataset, config))
+        loss.total.backward()
+        assert handed_on == {getattr(torch, precision)} and loss.total.dtype == torch.float32
+        found[precision] = loss.total.detach(), torch.cat([p.grad.flatten() for p in model.backbone.parameters()])
+    (exact, gradient), (rounded, narrow) = found.values()
+    assert float((rounded - exact).abs() / exact) < 0.02 and not torch.equal(rounded, exact)
+    assert float((narrow - gradient).norm() / gradient.norm()) < 0.1
 
 
 def test_a_name_that_no_module_goes_by_is_an_error_and_not_another_backbone() -> None:

@@ -39,7 +39,8 @@ def hstu_layer(
     weights and the tables of the relative bias.
 
     Args:
-        x: ``[T, D]``, of the dtype of the norms' weights; that of the products may be narrower.
+        x: ``[T, D]``. The norms' weights are of its dtype, or of float32 where that is wider; those of the products may
+            be narrower.
         layout: of the batch.
         weights: of the layer.
         options: shape, form, and what the backward computes again instead of keeping it.
@@ -106,7 +107,7 @@ def _check(x: Tensor, weights: LayerWeights, options: LayerOptions) -> None:
         tensor = getattr(weights, name)
         if tensor is None:
             continue
-        dtype = x.dtype if "norm" in name else weights.uvqk.dtype
+        dtype = torch.promote_types(x.dtype, torch.float32) if "norm" in name else weights.uvqk.dtype
         if tuple(tensor.shape) != shape or tensor.dtype != dtype or tensor.device != x.device:
             raise ValueError(
                 f"weights.{name} must be {list(shape)} of {dtype} on {x.device}, "

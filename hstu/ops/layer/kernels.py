@@ -18,7 +18,7 @@ class TorchKernels:
 
     def norm(self, x: Tensor, affine: Affine, eps: float, dtype: torch.dtype) -> tuple[Tensor, Moments]:
         """Layer norm over the last dimension, in ``dtype``."""
-        n, *moments = torch.native_layer_norm(x, x.shape[-1:], *affine, eps)
+        n, *moments = torch.native_layer_norm(_wide(x), x.shape[-1:], *affine, eps)
         return n.to(dtype), (moments[0], moments[1])
 
     def norm_backward(
@@ -26,9 +26,9 @@ class TorchKernels:
     ) -> tuple[Tensor, Affine]:
         """Gradients of x (plus ``residual``), weight and bias."""
         wanted = [True, *(parameter is not None for parameter in affine)]
-        grad = grad.to(x.dtype)
-        dx, dw, db = aten.native_layer_norm_backward(grad, x, x.shape[-1:], *moments, *affine, wanted)
-        return dx.add_(residual), (dw if wanted[1] else None, db if wanted[2] else None)
+        wide = _wide(x)
+        dx, dw, db = aten.native_layer_norm_backward(grad.to(wide.dtype), wide, x.shape[-1:], *moments, *affine, wanted)
+        return dx.add_(residual).to(x.dtype), (dw if wanted[1] else None, db if wanted[2] else None)
 
     def project(self, n: Tensor, weight: Tensor, bias: Tensor | None, silu_columns: int) -> tuple[Tensor, Tensor]:
         """``z = n W^T + b``, and z with SiLU on its leading columns."""
@@ -92,6 +92,6 @@ class TorchKernels:
         return keep.div_(1.0 - options.dropout)
 
 
-def _wide(o: Tensor) -> Tensor:
-    """The norm's weights stay in float32 beside low-precision products."""
-    return o.to(torch.promote_types(o.dtype, torch.float32))
+def _wide(x: Tensor) -> Tensor:
+    """Norms are computed in float32, as their weights are, beside low-precision products and streams."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
