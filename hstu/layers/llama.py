@@ -59,6 +59,15 @@ def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     return torch.stack([even * cosine - odd * sine, even * sine + odd * cosine], dim=-1).flatten(-2)
 
 
+class RMSNorm(nn.RMSNorm):
+    """Root mean square norm (https://arxiv.org/abs/1910.07467), its weight in the precision of the stream."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension of x [.., D]."""
+        assert self.weight is not None
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class LLaMALayer(nn.Module):
     """One layer of LLaMA (https://arxiv.org/abs/2302.13971).
 
@@ -80,8 +89,8 @@ class LLaMALayer(nn.Module):
         self.w2 = nn.Linear(config.ffn_size, hidden, bias=False)
         self.w3 = nn.Linear(hidden, config.ffn_size, bias=False)
         self.wo.init_scale = self.w2.init_scale = 1 / math.sqrt(2 * num_layers)  # type: ignore[assignment]
-        self.attention_norm = nn.RMSNorm(hidden, config.norm_eps)
-        self.ffn_norm = nn.RMSNorm(hidden, config.norm_eps)
+        self.attention_norm = RMSNorm(hidden, config.norm_eps)
+        self.ffn_norm = RMSNorm(hidden, config.norm_eps)
         self.dropout = Dropout(config.dropout)
 
     def forward(self, x: Tensor, tokens: Tokens, rotary: tuple[Tensor, Tensor]) -> Tensor:
@@ -116,7 +125,7 @@ class LLaMAStack(nn.Module):
         super().__init__()
         self.config = config
         self.layers = nn.ModuleList([LLaMALayer(config, num_layers) for _ in range(num_layers)])
-        self.final_norm = nn.RMSNorm(config.hidden_size, config.norm_eps)
+        self.final_norm = RMSNorm(config.hidden_size, config.norm_eps)
 
     def tensor_plan(self) -> TensorPlan:
         """What is not in the layers."""

@@ -158,7 +158,7 @@ def test_what_makes_no_sense_is_refused_with_a_reason(backbone: str, line: str, 
 
 
 def test_a_stream_of_low_precision_is_refused_where_it_is_not_the_librarys() -> None:
-    with pytest.raises(ConfigError, match="residual_dtype_str: gru has no stream"):
+    with pytest.raises(ConfigError, match="residual_dtype_str = 'bfloat16': gru has no stream"):
         config_of("gru", "retrieval", *(f"NetworkArgs.{n}dtype_str='bfloat16'" for n in ("", "residual_")))
 
 
