@@ -1,4 +1,4 @@
-"""SHA-256 sums of files: made as they are written, checked when they are read."""
+"""Sums of files: made as they are written, checked when they are read."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ import hashlib
 import json
 import os
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 BLOCK = 1 << 20  # bytes of a file that have a sum of their own
 _SAMPLED = 8  # blocks of a file that are checked at every start
@@ -89,3 +93,18 @@ def find_damage(path: Path, known: dict[str, Any], *, whole: bool) -> str | None
     except FileNotFoundError:
         return "is missing"
     return None
+
+
+@contextmanager
+def open_parquet(path: Path) -> Iterator[pq.ParquetFile]:
+    """Open a file of a data set, whose pages have sums of their own.
+
+    Raises:
+        ValueError: If it is damaged, also when it is read.
+    """
+    try:
+        with pq.ParquetFile(path, memory_map=True, page_checksum_verification=True) as file:
+            yield file
+    except (pa.ArrowException, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: not readable as parquet ({reason}); run the preprocessor again") from error

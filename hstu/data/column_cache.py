@@ -15,9 +15,8 @@ from typing import Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from hstu.data.checksums import SummedFile, find_damage
+from hstu.data.checksums import SummedFile, find_damage, open_parquet
 from hstu.data.schema import DATA_DIR, SCHEMA_FILE, Feature, Schema
 from hstu.data.values import MisfitError, Sets, Values, arrow_type, from_arrow
 
@@ -219,8 +218,7 @@ def _read_chunks(file: Path, schema: Schema, first_row: int) -> Iterator[dict[st
     """Yield the checked columns of some users after the other: ``OFFSETS`` -> their lengths."""
     names = [feature.name for feature in (*user_features(schema), *event_features(schema))]
     rows = int(_EVENTS_AT_ONCE / max(1.0, schema.counts["seqlen_mean"])) + 1
-    try:
-        parquet = pq.ParquetFile(file, memory_map=True)
+    with open_parquet(file) as parquet:
         present = parquet.schema_arrow.names
         if missing := [name for name in (schema.user.name, *names) if name not in present]:
             raise ValueError(f"{file}: column {missing[0]!r} is missing; present: {', '.join(present)}")
@@ -228,8 +226,6 @@ def _read_chunks(file: Path, schema: Schema, first_row: int) -> Iterator[dict[st
         for batch in parquet.iter_batches(batch_size=rows, columns=[schema.user.name, *names]):
             yield _Chunk(file, row).columns(batch, schema, first_row)
             row += batch.num_rows
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{file}: not readable as parquet ({error}); run the preprocessor again") from error
 
 
 class _Chunk:

@@ -11,8 +11,8 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
+from hstu.data.checksums import open_parquet
 from hstu.data.schema import ITEM_FEATURE, SCHEMA_FILE, VOCABULARY_DIR, Schema
 from hstu.data.values import Values, count, from_arrow, take
 
@@ -49,15 +49,16 @@ def _plain(block: pa.Array) -> tuple[str, tuple[np.ndarray, np.ndarray]]:
     if pa.types.is_floating(block.type):
         values = block.cast(pa.float64())
         return "real", (values.fill_null(0).to_numpy(zero_copy_only=False), _validity(values))
+    kind = "bytes" if pa.types.is_binary(block.type) or pa.types.is_large_binary(block.type) else "text"
     if not (pa.types.is_large_string(block.type) or pa.types.is_string(block.type)):
         block = block.cast(pa.large_string())
     lengths = pc.fill_null(pc.binary_length(block).cast(pa.int64()), -1).to_numpy(zero_copy_only=False)
     text = block.cast(pa.large_binary())
     if not len(text):
-        return "text", (lengths, np.zeros(0, np.uint8))
+        return kind, (lengths, np.zeros(0, np.uint8))
     offsets = np.frombuffer(text.buffers()[1], np.int64)[text.offset : text.offset + len(text) + 1]
     letters = np.frombuffer(text.buffers()[2] or b"", np.uint8)[offsets[0] : offsets[-1]]
-    return "text", (lengths, letters)
+    return kind, (lengths, letters)
 
 
 def _validity(values: pa.Array) -> np.ndarray:
@@ -172,26 +173,22 @@ class Vocabularies:
         if not path.is_file():
             present = ", ".join(sorted(file.stem for file in path.parent.glob("*.parquet")))
             raise ValueError(f"{path}: no vocabulary of {feature!r}; there are: {present}")
-        try:
-            with pq.ParquetFile(path, memory_map=True) as file:
-                if column not in file.schema_arrow.names:
-                    raise ValueError(f"{path}: column {column!r} is missing; run the preprocessor again")
-                number = 0
-                for block in file.iter_batches(batch_size=_BLOCK, columns=["id", column]):
-                    ids = block.column("id").to_numpy(zero_copy_only=False)
-                    if not np.array_equal(ids, np.arange(number, number + len(ids))):
-                        raise ValueError(
-                            f"{path}: is damaged, its ids are not 0, 1, 2, ...; run the preprocessor again"
-                        )
-                    number += len(ids)
-                    yield block.column(column)
-                if number != self.size(feature):
-                    raise ValueError(
-                        f"{path}: has {number} values, {self.path / SCHEMA_FILE} says {self.size(feature)}; "
-                        "run the preprocessor again"
-                    )
-        except (pa.ArrowException, OSError) as error:
-            raise ValueError(f"{path}: not readable as parquet ({error}); run the preprocessor again") from error
+        with open_parquet(path) as file:
+            for name in ("id", column):
+                if name not in file.schema_arrow.names:
+                    raise ValueError(f"{path}: column {name!r} is missing; run the preprocessor again")
+            number = 0
+            for block in file.iter_batches(batch_size=_BLOCK, columns=["id", column]):
+                ids = block.column("id").to_numpy(zero_copy_only=False)
+                if not np.array_equal(ids, np.arange(number, number + len(ids))):
+                    raise ValueError(f"{path}: is damaged, its ids are not 0, 1, 2, ...; run the preprocessor again")
+                number += len(ids)
+                yield block.column(column)
+            if number != self.size(feature):
+                raise ValueError(
+                    f"{path}: has {number} values, {self.path / SCHEMA_FILE} says {self.size(feature)}; "
+                    "run the preprocessor again"
+                )
 
 
 def places_of(values: pl.Series, known: pl.Series) -> pl.Series:

@@ -97,7 +97,7 @@ class DatasetWriter:
 
 
 def _write(table: pa.Table, path: Path) -> None:
-    """Write parquet with differences of integers packed: half the time of the defaults, to write and to read."""
+    """Write parquet with sums of its pages, and differences of integers packed: half the time of the defaults."""
     encodings = {}
     for column in table.schema:
         name, kind = column.name, column.type
@@ -105,7 +105,8 @@ def _write(table: pa.Table, path: Path) -> None:
             name, kind = f"{name}.list.element", kind.value_type
         if pa.types.is_int64(kind):
             encodings[name] = "DELTA_BINARY_PACKED"
-    pq.write_table(table, path, compression="zstd", use_dictionary=False, column_encoding=encodings)
+    options = dict(compression="zstd", use_dictionary=False, write_page_checksum=True)
+    pq.write_table(table, path, column_encoding=encodings, **options)
 
 
 @contextmanager

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 import re
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -367,6 +368,35 @@ def test_damaged_columns_are_named_and_made_again(
     caplog.clear()
     SequenceDataset.open(tmp_path / "small", check="all")
     assert not caplog.text
+
+
+def test_no_bit_of_the_files_of_a_data_set_changes_it_in_silence(tmp_path: Path) -> None:
+    folder = make_dataset(tmp_path / "small", [3, 4, 90], originals={"item": [f"i{n}" for n in range(50)]}).path
+
+    def events(dataset: SequenceDataset) -> list:
+        found = dataset.gather(np.arange(3), np.zeros(3), dataset.lengths)
+        return [x.tolist() for x in (found.items, found.actions, found.times, *found.contexts.values())]
+
+    dataset, refused = SequenceDataset.open(folder), 0
+    parts = {
+        "data/part-00000.parquet": events,
+        "vocabulary/item.parquet": lambda _: dataset.vocabulary("item").tolist(),
+    }
+    for name, content in parts.items():
+        path, written = folder / name, content(dataset)
+        whole = path.read_bytes()
+        for place in range(5, len(whole), 47):
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+            try:
+                for columns in columns_folders(folder) if content is events else ():
+                    shutil.rmtree(columns)  # which are read otherwise
+                found = SequenceDataset.open(folder) if content is events else dataset
+                assert content(found) == written, f"byte {place} of {path.name}"
+            except ValueError as error:
+                refused += 1
+                assert str(path.parent) in str(error) and "\n" not in str(error)
+        path.write_bytes(whole)
+    assert refused > 40
 
 
 def test_damage_that_no_sample_met_is_refused_where_it_cannot_be_an_id(tmp_path: Path) -> None:

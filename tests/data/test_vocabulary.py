@@ -40,6 +40,7 @@ def test_the_identity_is_that_of_the_values_in_their_order(kind: str) -> None:
 def test_how_values_are_stored_does_not_matter() -> None:
     assert len({identity_of([pa.array([3, 1], kind)]) for kind in (pa.int64(), pa.int32(), pa.uint8())}) == 1
     assert len({identity_of([pa.array(["x", "yz"], kind)]) for kind in (pa.string(), pa.large_string())}) == 1
+    assert identity_of([pa.array(["x"])]) != identity_of([pa.array([b"x"])]), "one bit of a file makes bytes of text"
 
 
 def test_values_that_look_alike_are_told_apart() -> None:
