@@ -22,6 +22,7 @@ _COMMON = (
     "NetworkArgs.num_attention_heads=2",
     "NetworkArgs.kv_channels=8",
     "NetworkArgs.hidden_dropout=0.0",
+    "NetworkArgs.item_embedding='local'",
     "OptimizerArgs.optimizer_str='adam'",
     "OptimizerArgs.learning_rate=3e-3",
     "TrainerArgs.train_batch_size=32",

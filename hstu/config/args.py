@@ -7,7 +7,8 @@ from typing import ClassVar, Literal
 
 from hstu.config.backbones import HUGGING_FACE, backbone_defaults, check_backbone, check_degrees
 from hstu.config.base import UNSET, Args, ConfigError
-from hstu.config.embedding import DynamicEmbeddingArgs, EmbeddingArgs, FeatureArgs
+from hstu.config.embedding import DynamicEmbeddingArgs, EmbeddingArgs
+from hstu.config.features import FeatureArgs
 from hstu.config.memory import MemoryArgs
 from hstu.config.ranking import RankingArgs
 from hstu.config.retrieval import RetrievalArgs
@@ -171,9 +172,9 @@ class NetworkArgs(Args):
     #: DatasetArgs.train_stride = 1, those would see the future in it. "gap": seconds since the event before.
     time_bucket_of: Literal["age", "gap"] = "age"
     time_bucket_fn: Literal["sqrt", "log"] = "sqrt"
-    #: "local": a row for each item; "categorical": the sum of the rows of its categories (the other columns of
-    #: the items file); "both": all of these.
-    item_embedding: Literal["local", "categorical", "both"] = "local"
+    #: What an item's vector is made of: "local", a row of its own; "categorical", its features (the other columns of
+    #: the items file); "both". None: "both" where items have features.
+    item_embedding: Literal["local", "categorical", "both"] = UNSET
     #: Widths of embeddings; -1: hidden_size.
     item_embedding_dim: int = -1
     action_embedding_dim: int = -1

@@ -39,24 +39,6 @@ class EmbeddingArgs(Args):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FeatureArgs(Args):
-    """What becomes of values that training never met: of users' contexts, actions of a history, categories of items.
-
-    The table of each such feature has one row more, for all of them.
-    """
-
-    #: Share of the values that training replaces by the row for unknown ones, of contexts by sample, of actions by
-    #: event, of categories by item and step, so that this row learns what can be said without the value. 0: no such
-    #: row, and predict refuses values that the data set lacks.
-    unknown_rate: float = 0.01
-
-    limits: ClassVar = {"unknown_rate": (0, 1)}
-
-    def validate(self) -> None:
-        self.require_range("unknown_rate", 0, 1)
-
-
-@dataclass(frozen=True, kw_only=True)
 class DynamicEmbeddingArgs(Args):
     """Tables whose rows go to the ids that training meets; see ``hstu.parallel.dynamic``.
 

@@ -17,6 +17,7 @@ from torchrec.streamable import Pipelineable  # noqa: E402
 
 POOL = "__pool__"
 """Feature of item ids that no sample owns: negatives, or the whole catalogue."""
+_BY_FEATURE = ("numbers", "set_lengths", "targets")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,7 @@ class Batch(Pipelineable):
             None unless the loss asks for it.
         numbers: Numeric feature or vector -> float32, [E, width] of events or [B, width] of users, NaN where missing.
         set_lengths: Feature whose value is a set, one for each event -> ids of each event's, [E] int64.
+        targets: Feature that is predicted -> its values of all events, ids [E] int64 or numbers [E, width].
     """
 
     features: KeyedJaggedTensor
@@ -54,6 +56,7 @@ class Batch(Pipelineable):
     whole_history: Tensor | None = None
     numbers: dict[str, Tensor] = field(default_factory=dict)
     set_lengths: dict[str, Tensor] = field(default_factory=dict)
+    targets: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def num_samples(self) -> int:
@@ -113,7 +116,8 @@ class Batch(Pipelineable):
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Keep the memory alive until ``stream`` is done with it."""
-        for value in (*vars(self).values(), *self.numbers.values(), *self.set_lengths.values()):
+        every = (*vars(self).values(), *(value for name in _BY_FEATURE for value in getattr(self, name).values()))
+        for value in every:
             if isinstance(value, (Tensor, KeyedJaggedTensor)):
                 value.record_stream(stream)
 
@@ -124,7 +128,7 @@ class Batch(Pipelineable):
             for name, value in vars(self).items()
             if isinstance(value, (Tensor, KeyedJaggedTensor))
         }
-        for name in ("numbers", "set_lengths"):
+        for name in _BY_FEATURE:
             changed[name] = {feature: function(value) for feature, value in getattr(self, name).items()}
         return replace(self, **changed)
 

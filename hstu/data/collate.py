@@ -27,6 +27,7 @@ class Collator:
         contexts: Categorical features of users to carry, one id a sample.
         user_features: Other features of users to carry.
         event_features: Features of events to carry.
+        label_features: Features of events that are predicted, ids and numbers.
         use_actions: Whether the history's actions are inputs.
         history_start: First event of the history that a sample sees, as in a Python slice; None: the oldest.
         history_end: Where what it sees ends, as in a Python slice; None: with the history.
@@ -46,6 +47,7 @@ class Collator:
     contexts: tuple[str, ...] = ()
     user_features: tuple[str, ...] = ()
     event_features: tuple[str, ...] = ()
+    label_features: tuple[str, ...] = ()
     use_actions: bool = True
     history_start: int | None = None
     history_end: int | None = None
@@ -72,6 +74,7 @@ class Collator:
             users, sample_ids, targets = np.full(1, -1), np.full(1, -1), np.zeros(1, np.int64)
             events = _one_empty_sample(dataset.schema, events)
         candidates = targets if self.max_candidates or split.asked is not None else np.zeros_like(targets)
+        predicted = {name: np.asarray(events.of_events[name]) for name in self.label_features}
         events = self._known_at_request(dataset.schema, events, candidates if training else targets)
         mask, labels = self._labels(dataset, events, candidates, is_target, training)
         times = events.times if events.times is not None else np.zeros_like(events.items)
@@ -96,6 +99,7 @@ class Collator:
                 for name, values in self._declared(events)
                 if isinstance(values, Sets) and name in self.event_features
             },
+            targets={name: torch.from_numpy(values) for name, values in predicted.items()},
         )
 
     def visible(self, dataset: Histories, split: Split, rows: np.ndarray) -> tuple[Sequences, np.ndarray, np.ndarray]:
@@ -134,7 +138,10 @@ class Collator:
         start = np.maximum(np.minimum(start, end), end - longest)
         bounds = np.stack([start, end, history, stop], axis=1).reshape(-1, 2)
         pieces = dataset.gather(
-            np.repeat(users, 2), bounds[:, 0], bounds[:, 1], (*self.user_features, *self.event_features)
+            np.repeat(users, 2),
+            bounds[:, 0],
+            bounds[:, 1],
+            (*self.user_features, *self.event_features, *self.label_features),
         )
         events = replace(
             pieces,
@@ -196,7 +203,7 @@ class Collator:
             if training:
                 mask[:-1] &= is_target[1:]
             return mask, events.items[np.flatnonzero(mask) + 1]
-        if events.actions is None:
+        if events.actions is None and not self.label_features:
             raise ValueError(f"data set {dataset.schema.name!r} has no action feature: ranking needs one to predict")
         if self.max_candidates or candidates.any():
             mask = left < np.repeat(candidates, events.lengths)
@@ -204,7 +211,7 @@ class Collator:
             mask = np.ones_like(left, dtype=bool) if training else left == 0
         if training:
             mask &= is_target
-        return mask, events.actions[mask]
+        return mask, events.items[mask] * 0 if events.actions is None else events.actions[mask]
 
     def _left_out(self, dataset: Histories, events: Sequences) -> np.ndarray:
         assert dataset.schema.action is not None and events.actions is not None, "ids of actions come from actions"

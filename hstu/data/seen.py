@@ -12,6 +12,7 @@ from hstu.data.collate import Collator
 from hstu.data.reader import Histories, SequenceDataset
 from hstu.data.schema import unknown_id
 from hstu.data.splits import Split
+from hstu.data.values import Sets, Values, take
 
 _EVENTS_AT_ONCE = 1 << 22
 
@@ -56,12 +57,16 @@ def met_contexts(dataset: SequenceDataset, train: Split, names: tuple[str, ...])
 
 
 def met_categories(dataset: SequenceDataset, trained: Tensor) -> dict[str, np.ndarray]:
-    """Return which ids of each category the items ``trained`` [items] bool have, as ``met_contexts`` does."""
-    chosen = trained.numpy()
+    """Return which ids of each feature the items ``trained`` [items] bool have, as ``met_contexts`` does."""
+    chosen = np.flatnonzero(trained.numpy())
     return {
-        feature.name: _marked(dataset.category_ids(feature.name)[chosen], (feature.vocab_size or 0) + 1)
-        for feature in dataset.schema.categories
+        feature.name: _marked(_ids(take(dataset.item_features(feature.name), chosen)), (feature.vocab_size or 0) + 1)
+        for feature in dataset.schema.of("item", "categorical", "multi")
     }
+
+
+def _ids(values: Values) -> np.ndarray:
+    return values.ids if isinstance(values, Sets) else values
 
 
 def _marked(ids: np.ndarray, size: int) -> np.ndarray:

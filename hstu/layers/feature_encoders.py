@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import reduce
 from operator import add
 from typing import Literal
@@ -17,6 +17,30 @@ from hstu.ops import lengths_to_offsets, sequence_ids
 
 Pooling = Literal["mean", "sum"]
 Merging = Literal["concat", "sum", "multiply"]
+
+
+class ByFeature(nn.Module):
+    """Modules of some features, whose names may have dots or be those of methods."""
+
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self._keys = {name: "of_" + name.replace(".", "/") for name in modules}
+        for name, module in modules.items():
+            self.add_module(self._keys[name], module)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __contains__(self, feature: str) -> bool:
+        return feature in self._keys
+
+    def __getitem__(self, feature: str) -> nn.Module:
+        return self.get_submodule(self._keys[feature])
+
+    def forward(self, feature: str, x: Tensor) -> Tensor:
+        """Return ``x`` through the module of ``feature``, if it has one."""
+        out: Tensor = self[feature](x) if feature in self else x
+        return out
 
 
 def pool_sets(rows: Tensor, lengths: Tensor, pooling: Pooling) -> Tensor:
@@ -156,26 +180,25 @@ class FeatureMerge(nn.Module):
         super().__init__()
         assert kind != "multiply" or base in widths
         self.kind, self.names, self.base = kind, tuple(widths), base
-        self.norms = nn.ModuleDict({n: nn.LayerNorm(w) for n, w in widths.items() if n in norm and w > 1})
+        self.norms = ByFeature({n: nn.LayerNorm(w) for n, w in widths.items() if n in norm and w > 1})
         self.dropout = Dropout(dropout)
-        self.projections = nn.ModuleDict()
+        others = {} if kind == "concat" else {n: nn.Linear(w, width) for n, w in widths.items() if w != width}
+        self.projections = ByFeature(others)
         if kind == "concat":
             self.joined: nn.Module = MLP(
                 sum(widths.values()), (hidden or width, width)[not hidden :], activation="silu"
             )
-        else:
-            self.projections.update({n: nn.Linear(w, width) for n, w in widths.items() if w != width})
         for layer in (layer for layer in self.modules() if isinstance(layer, nn.Linear)):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
 
     def forward(self, parts: Mapping[str, Tensor]) -> Tensor:
         """Map [n, width] of each part to [n, width]."""
-        own = {name: self.norms[name](parts[name]) if name in self.norms else parts[name] for name in self.names}
+        own = {name: self.norms(name, parts[name]) for name in self.names}
         if self.kind == "concat":
             joined: Tensor = self.joined(self.dropout(torch.cat([*own.values()], -1)))
             return joined
-        own = {name: self.projections[name](x) if name in self.projections else x for name, x in own.items()}
+        own = {name: self.projections(name, x) for name, x in own.items()}
         if self.kind == "multiply" and self.base is not None:
             base = own.pop(self.base)
             merged = base * reduce(add, own.values(), torch.ones_like(base))

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from hstu.layers.feature_encoders import ByFeature
 from hstu.layers.memory import MemoryBlocks, Part, PlacedMemory
 from hstu.layers.mlp import MLP
 from hstu.layers.positions import PositionEncoder
@@ -48,7 +49,7 @@ class Preprocess(nn.Module):
     ) -> None:
         super().__init__()
         self.item, self.action, self.contexts, self.layout = item, action, contexts, layout
-        self.project = nn.ModuleDict(
+        self.project = ByFeature(
             {
                 name: MLP(width, (hidden_size, hidden_size), activation="silu")
                 for name, width in widths.items()
@@ -135,7 +136,7 @@ class Preprocess(nn.Module):
             stream: Of the batch.
         """
         # Under autocast a projection ends in bfloat16; the stream keeps the tables' precision.
-        values = {n: self.project[n](x).to(x.dtype) if n in self.project else x for n, x in embedded.items()}
+        values = {name: self.project(name, x).to(x.dtype) for name, x in embedded.items()}
         places = {name: stream.places(stream.feature_rows[name]) for name in values}
         if stream.memory is not None and self.memory is not None:
             places[_MEMORY], token = stream.places(stream.memory[0]), stream.memory[1]

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from hstu.config import Config, ConfigError
-from hstu.data.batch import POOL
 from hstu.data.collate import Collator
-from hstu.data.schema import Schema, unknown_id
+from hstu.data.schema import Schema
 from hstu.layers.memory import MemoryBlocks
 from hstu.models.backbone import has_position_table
-from hstu.models.embedding import Table, category_feature
+from hstu.models.features import Declared, declared_features
+
+MERGED_CONTEXT = "__user__"
+"""The token of all features of a user."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,13 +22,17 @@ class Inputs:
     Attributes:
         item: Item feature.
         action: Action feature that is an input, or None.
-        contexts: Context features, in token order.
+        declared: The declared features.
+        contexts: Tokens of the user's features, in their order.
+        items_have_rows: Whether each item has a row of its own.
         max_tokens: Tokens of the longest sample.
     """
 
     item: str
     action: str | None
+    declared: Declared
     contexts: tuple[str, ...]
+    items_have_rows: bool
     max_tokens: int
 
 
@@ -43,30 +49,40 @@ def fit_to_data(config: Config, schema: Schema) -> Config:
         network = replace(network, scaling_seqlen=inputs.max_tokens)
     if has_position_table(network):
         network = replace(network, num_position_buckets=network.num_position_buckets or inputs.max_tokens)
-    return replace(config, network=network, dataset=replace(config.dataset, contextual_feature_names=inputs.contexts))
+    if not inputs.declared.items:
+        network = replace(network, item_embedding="local")
+    elif inputs.items_have_rows:
+        network = replace(network, item_embedding="both")
+    declared = inputs.declared
+    users, events, items = (
+        tuple(feature.name for feature in features)
+        for features in (declared.users, (*declared.events, *declared.outcomes), declared.items)
+    )
+    return replace(
+        config,
+        network=network,
+        dataset=replace(config.dataset, contextual_feature_names=users),
+        feature=replace(config.feature, event_features=events, item_features=items),
+    )
 
 
 def make_collator(config: Config, schema: Schema) -> Collator:
     """Return the collator of ``config`` for data sets of ``schema``.
 
     Raises:
-        ConfigError: for context features that the schema lacks.
+        ConfigError: for features that the schema lacks.
     """
-    known = tuple(feature.name for feature in schema.contexts)
-    chosen = config.dataset.contextual_feature_names
-    for name in chosen or ():
-        if name not in known:
-            available = ", ".join(known) or "none"
-            raise ConfigError(
-                "DatasetArgs.contextual_feature_names",
-                f"= {chosen!r}: data set {schema.name!r} has no context feature {name!r}; it has: {available}",
-            )
+    declared = declared_features(config, schema)
+    contexts = tuple(feature.name for feature in declared.users if feature.kind == "categorical")
     retrieval = config.retrieval
     return Collator(
         task=config.task,
         max_history=config.dataset.max_history_seqlen,
         max_candidates=config.dataset.max_num_candidates,
-        contexts=known if chosen is None else chosen,
+        contexts=contexts,
+        user_features=tuple(feature.name for feature in declared.users if feature.kind != "categorical"),
+        event_features=tuple(feature.name for feature in (*declared.events, *declared.outcomes)),
+        label_features=label_features(config, schema),
         use_actions=config.network.token_layout != "item" and schema.action is not None,
         history_start=config.dataset.history_start,
         history_end=config.dataset.history_end,
@@ -75,6 +91,12 @@ def make_collator(config: Config, schema: Schema) -> Collator:
         unknown_rate=config.feature.unknown_rate,
         whole_history=retrieval is not None and retrieval.loss == "bce" and retrieval.bce_excludes == "history",
     )
+
+
+def label_features(config: Config, schema: Schema) -> tuple[str, ...]:
+    """Return the features of events, actions aside, that a ranking predicts."""
+    named = dict.fromkeys(task[2].partition(":")[0] for task in (config.ranking.tasks if config.ranking else ()))
+    return tuple(feature.name for feature in schema.of("event") if feature.name in named)
 
 
 def model_inputs(config: Config, schema: Schema) -> Inputs:
@@ -100,11 +122,17 @@ def model_inputs(config: Config, schema: Schema) -> Inputs:
         )
     per_event = 2 if network.token_layout == "interleave" else 1
     events = per_event * (collator.max_history + 1) + collator.max_candidates
+    declared = declared_features(config, schema)
+    contexts = tuple(feature.name for feature in declared.users)
+    if contexts and config.feature.context_merge == "concat":
+        contexts = (MERGED_CONTEXT,)
     return Inputs(
         item=schema.item.name,
         action=schema.action.name if schema.action is not None and collator.use_actions else None,
-        contexts=collator.contexts,
-        max_tokens=len(collator.contexts) + events + config.memory.num_memory_tokens,
+        declared=declared,
+        contexts=contexts,
+        items_have_rows=network.item_embedding != "categorical",
+        max_tokens=len(contexts) + events + config.memory.num_memory_tokens,
     )
 
 
@@ -115,70 +143,3 @@ def memory_blocks(config: Config) -> MemoryBlocks | None:
         return None
     offsets, sizes = zip(*args.insert_method, strict=True)
     return MemoryBlocks(offsets, sizes, config.dataset.max_history_seqlen, args.pretrain_item_num)
-
-
-def make_tables(config: Config, schema: Schema) -> tuple[Table, ...]:
-    """Return one table for each feature that the model embeds, named after it and sized by the schema.
-
-    Raises:
-        ConfigError: for a sharding type given to a table that does not exist.
-    """
-    inputs, network = model_inputs(config, schema), config.network
-    widths = {inputs.item: network.item_embedding_dim} if network.item_embedding != "categorical" else {}
-    categories = dict.fromkeys(item_categories(config, schema), network.item_embedding_dim)
-    widths |= categories
-    if inputs.action is not None:
-        widths[inputs.action] = network.action_embedding_dim
-    widths |= {name: network.contextual_embedding_dim for name in inputs.contexts}
-    named = {f"EmbeddingArgs.{f}": getattr(config.embedding, f) for f in ("table_sharding_types", "uvm_caching_tables")}
-    named["DynamicEmbeddingArgs.capacity"] = config.dynamic_embedding.capacity
-    for field, table in ((field, table) for field, tables in named.items() for table in tables):
-        if table not in widths:
-            raise ConfigError(field, f": no table {table!r}; tables: {', '.join(widths)}")
-    rows = {feature.name: feature.vocab_size for feature in schema.features}
-    actions = () if inputs.action is None else (inputs.action,)
-    unknown = (*inputs.contexts, *actions, *categories) if config.feature.unknown_rate > 0 else ()
-    rows |= {name: unknown_id(schema, name) + 1 for name in unknown}
-    rows |= config.dynamic_embedding.capacity
-    _check_dynamic(config, inputs.item)
-    sources = (inputs.item, POOL) if config.task == "retrieval" else (inputs.item,)
-    features = {name: tuple(category_feature(source, name) for source in sources) for name in categories}
-    features[inputs.item] = sources
-    return tuple(
-        Table(
-            name=name,
-            rows=rows[name] or 0,
-            width=width,
-            features=features.get(name, (name,)),
-            std=network.embedding_initializer_std,
-            seed=config.trainer.seed,
-            unknown=name in unknown,
-        )
-        for name, width in widths.items()
-    )
-
-
-def _check_dynamic(config: Config, item: str) -> None:
-    """Raise ``ConfigError`` where negatives would be drawn from items of which most have no row."""
-    args, retrieval = config.dynamic_embedding, config.retrieval
-    if item in args.capacity and retrieval and retrieval.loss == "bce":
-        raise args.error("capacity", f"table {item!r}: bce draws its negatives from all items, of which those not met "
-                         "yet have no row; use RetrievalArgs.loss = 'sampled_softmax'")  # fmt: skip
-    if item in args.capacity and retrieval and retrieval.negatives not in ("in_batch", "uniform"):
-        raise args.error("capacity", f"table {item!r}: items not met yet have no row and are no negatives; use "
-                         "RetrievalArgs.loss = 'sampled_softmax' with sampling_strategy = 'in_batch' or "
-                         "'uniform'")  # fmt: skip
-
-
-def item_categories(config: Config, schema: Schema) -> tuple[str, ...]:
-    """Return the categories that items are embedded by.
-
-    Raises:
-        ConfigError: if there are to be some and the data set has none.
-    """
-    if config.network.item_embedding == "local":
-        return ()
-    if not schema.categories:
-        raise config.network.error("item_embedding", f"data set {schema.name!r} has no categories of items; give the "
-                                   "preprocessor an --items file, or use 'local'")  # fmt: skip
-    return tuple(feature.name for feature in schema.categories)

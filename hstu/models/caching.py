@@ -161,5 +161,5 @@ def _run(
     rows = ((place >= start[owner]) & (place < stop[owner])).nonzero().squeeze(1)
     local = stream.shard(rows)
     labelled, places = model.local_labels(batch, local, batch.label_events)
-    request = Lookup(batch=labelled, stream=local, rows=places, features=model.ids(batch, local))
-    return model.encode_behind(cache, model.join(model.embeddings(request.features)), request)
+    request = Lookup(batch=labelled, stream=local, rows=places, values=model.values(batch, local))
+    return model.encode_behind(cache, model.join(model.embeddings(request.features), request.values), request)

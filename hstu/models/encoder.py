@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hstu.config import Config
-from hstu.data.batch import Batch, KeyedJaggedTensor
-from hstu.data.schema import Schema, unknown_id
+from hstu.data.batch import Batch
+from hstu.data.schema import Schema
 from hstu.layers.cache import Cache, alone
 from hstu.layers.memory import Part
 from hstu.layers.mlp import initialize
@@ -19,11 +20,14 @@ from hstu.layers.postprocess import Postprocess
 from hstu.layers.preprocess import Preprocess
 from hstu.layers.tokens import Stream, Tokens
 from hstu.models.backbone import make_backbone
-from hstu.models.binding import fit_to_data, item_categories, make_tables, memory_blocks, model_inputs
+from hstu.models.binding import fit_to_data, memory_blocks, model_inputs
 from hstu.models.caching import extend
-from hstu.models.embedding import Embeddings, EmbeddingTables, ItemCategories
+from hstu.models.embedding import Embeddings, EmbeddingTables
+from hstu.models.feature_tokens import FeatureTokens
+from hstu.models.item_encoder import make_item_encoder
 from hstu.models.lookup import Lookup
 from hstu.models.losses import LossSum
+from hstu.models.tables import make_tables
 
 
 class Encoder(nn.Module):
@@ -40,22 +44,18 @@ class Encoder(nn.Module):
         config = fit_to_data(config, schema)
         network, inputs = config.network, model_inputs(config, schema)
         self.embeddings: Embeddings = EmbeddingTables(make_tables(config, schema), allocate=allocate_tables)
-        categories = item_categories(config, schema)
-        #: What stands for items beside, or in place of, rows of their own; whoever has the data sets its ids.
-        self.categories = None
-        if categories:
-            unknown = {name: unknown_id(schema, name) for name in categories}
-            rate, seed = config.feature.unknown_rate, config.trainer.seed
-            self.categories = ItemCategories(inputs.item, unknown, schema.item.vocab_size or 0, rate, seed)
+        #: What stands for items beside, or in place of, rows of their own; whoever has the data sets its values.
+        self.item_encoder = make_item_encoder(config, schema, inputs, self.embeddings.widths)
+        #: What the tokens of events and users are made of.
+        self.feature_tokens = FeatureTokens(config, schema, inputs, self.embeddings.widths)
         #: Dense weights with one row for each id of a feature, and the feature.
         self.row_weights: dict[str, str] = {}
         #: Vocabularies whose ids number some outputs of a weight.
         self.class_features: tuple[str, ...] = ()
-        self.features = (*inputs.contexts, inputs.item, *([inputs.action] if inputs.action else []))
-        widths = {inputs.item: network.item_embedding_dim} | self.embeddings.widths
+        self.features = self.feature_tokens.names
         self.preprocess = Preprocess(
             network.hidden_size,
-            {name: width for name, width in widths.items() if name in self.features},
+            self.feature_tokens.widths,
             item=inputs.item,
             action=inputs.action,
             contexts=inputs.contexts,
@@ -113,8 +113,7 @@ class Encoder(nn.Module):
 
     def whole_stream(self, batch: Batch, part: Part | None = None) -> Stream:
         """Lay out the tokens of ``batch``, whoever has which; ``part`` of its samples, None for all of them."""
-        lengths = {name: batch.lengths(name) for name in self.features}
-        sizes = dict(zip(batch.features.keys(), batch.features.length_per_key(), strict=True))
+        lengths, sizes = self.feature_tokens.lengths(batch)
         return self.preprocess.stream(lengths, sizes, batch.num_candidates, batch.timestamps, part)
 
     def local_labels(self, batch: Batch, stream: Stream, predicting: Tensor) -> tuple[Batch, Tensor]:
@@ -131,16 +130,22 @@ class Encoder(nn.Module):
         own = rows >= 0
         return batch.with_labels(batch.label_events[own], batch.labels[own]), rows[own]
 
-    def ids(self, batch: Batch, stream: Stream, pool: Tensor | None = None) -> KeyedJaggedTensor:
-        """Return the ids of the local values of each feature, with the item ids ``pool`` and what stands for items."""
-        if stream.local is not None:
-            batch = batch.only({name: stream.is_local(name) for name in self.features})
-        features = (batch if pool is None else batch.with_pool(pool)).features
-        return features if self.categories is None else self.categories.beside(features, batch.step)
+    def values(self, batch: Batch, stream: Stream, pool: Tensor | None = None) -> Batch:
+        """Return what the local tokens and the item ids ``pool`` are made of: ids to look up, and numbers."""
+        values = self.feature_tokens.values(batch, stream)
+        values = values if pool is None else values.with_pool(pool)
+        if self.item_encoder is None:
+            return values
+        return replace(values, features=self.item_encoder.beside(values.features, batch.step))
 
-    def join(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the embedding of each feature, [n, width], items as ``NetworkArgs.item_embedding`` says."""
-        return found if self.categories is None else self.categories.merged(found)
+    def join(self, found: dict[str, Tensor], values: Batch) -> dict[str, Tensor]:
+        """Return the rows ``found`` of each key of ``values``, [n, width], items as the one vector of each."""
+        return found if self.item_encoder is None else self.item_encoder.merged(found, values.features)
+
+    def token_vectors(self, embedded: dict[str, Tensor], request: Lookup) -> dict[str, Tensor]:
+        """Return the vectors of the local tokens of each token feature, [n, width]."""
+        vectors: dict[str, Tensor] = self.feature_tokens(embedded, request.values, request.stream)
+        return vectors
 
     def encode(self, embedded: dict[str, Tensor], request: Lookup) -> Tensor:
         """Return the local rows that carry labels, [L, D] float32."""
@@ -159,10 +164,10 @@ class Encoder(nn.Module):
         return self._encode(embedded, request, run), after[0]
 
     def _encode(self, embedded: dict[str, Tensor], request: Lookup, backbone: Callable[[Tokens], Tensor]) -> Tensor:
-        embedded = {name: embedded[name] for name in self.features}
+        vectors = self.token_vectors(embedded, request)
         device = request.rows.device.type
         with torch.autocast(device, self.autocast_dtype, enabled=self.autocast_dtype is not None):
-            tokens = self.preprocess(embedded, request.stream)
+            tokens = self.preprocess(vectors, request.stream)
             if self.residual_dtype is not None:
                 tokens = tokens.with_values(tokens.values.to(self.residual_dtype))
             hidden = backbone(tokens)
@@ -175,10 +180,10 @@ class Encoder(nn.Module):
 
     def num_tokens(self, batch: Batch) -> int:
         """Return the tokens that ``batch`` makes, without asking the device."""
-        sizes = dict(zip(batch.features.keys(), batch.features.length_per_key(), strict=True))
+        _, sizes = self.feature_tokens.lengths(batch)
         action = self.preprocess.action
         if action is not None and self.preprocess.layout in ("add", "concat"):
             sizes.pop(action)
         blocks = self.preprocess.blocks
         memory = 0 if blocks is None else blocks.num_tokens * batch.num_samples
-        return memory + sum(sizes[name] for name in self.features if name in sizes)
+        return memory + sum(sizes.values())

@@ -21,13 +21,18 @@ class Lookup:
         batch: The samples, with only those labels whose rows are local.
         stream: Their tokens, and which of them are local.
         rows: [L] int64. Place among the local tokens of the row that each label is scored in.
-        features: Ids to look up, of local tokens alone.
+        values: Ids to look up and numbers, of local tokens alone.
     """
 
     batch: Batch
     stream: Stream
     rows: Tensor
-    features: KeyedJaggedTensor
+    values: Batch
+
+    @property
+    def features(self) -> KeyedJaggedTensor:
+        """Ids to look up."""
+        return self.values.features
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Keep the memory of all of it alive until ``stream`` is done with it."""

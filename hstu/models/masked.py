@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from hstu.config import Config
 from hstu.data.batch import Batch
 from hstu.data.schema import Schema
-from hstu.models.lookup import RetrievalLookup
+from hstu.models.lookup import Lookup, RetrievalLookup
 from hstu.models.negatives import random_uniform
 from hstu.models.retrieval import RetrievalModel
 from hstu.ops import lengths_to_offsets, positions_in_sequence, sequence_ids
@@ -41,14 +41,16 @@ class MaskedRetrievalModel(RetrievalModel):
         """Return the labelled events themselves: each is predicted where it is hidden."""
         return batch.label_events
 
-    def encode(self, embedded: dict[str, Tensor], request: RetrievalLookup) -> Tensor:  # type: ignore[override]
-        """Return the local hidden rows of the targets, whose items nobody sees: [L, D] float32."""
-        items = embedded[self.item]
+    def token_vectors(self, embedded: dict[str, Tensor], request: Lookup) -> dict[str, Tensor]:
+        """Return the vectors of the local tokens; of the targets nobody sees the item and the features."""
+        assert isinstance(request, RetrievalLookup)
+        vectors = super().token_vectors(embedded, request)
+        items = vectors[self.item]
         hidden = torch.zeros(request.batch.num_events, dtype=torch.bool, device=items.device)
         hidden = hidden.index_fill(0, request.targets, True)
         here = hidden if request.stream.local is None else hidden[request.stream.is_local(self.item)]
         seen = torch.where(here[:, None], self.mask_token.weight.to(items.dtype), items)
-        return super().encode(embedded | {self.item: seen}, request)
+        return vectors | {self.item: seen}
 
     def _hidden(self, batch: Batch) -> Tensor:
         """Return which events are hidden, [E] bool: a function of the seed and the samples, not of the rank."""

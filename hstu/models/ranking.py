@@ -47,7 +47,7 @@ class RankingModel(Encoder):
     def request(self, batch: Batch) -> Lookup:
         stream = self.lay_out(batch)
         labelled, rows = self.local_labels(batch, stream, batch.label_events)
-        return Lookup(batch=labelled, stream=stream, rows=rows, features=self.ids(batch, stream))
+        return Lookup(batch=labelled, stream=stream, rows=rows, values=self.values(batch, stream))
 
     def scoring_request(self, batch: Batch) -> Lookup:
         return self.request(batch)
@@ -71,8 +71,9 @@ class RankingModel(Encoder):
 
     def targets(self, batch: Batch) -> dict[str, Tensor]:
         """Return what the tasks predict of the labelled events, [L] of each feature."""
-        return {} if self.action is None else {self.action: batch.labels}
+        own = {} if self.action is None else {self.action: batch.labels}
+        return own | {name: values[batch.label_events] for name, values in batch.targets.items()}
 
     def _logits(self, found: dict[str, Tensor], request: Lookup) -> Tensor:
-        out: Tensor = self.head(self.encode(self.join(found), request))
+        out: Tensor = self.head(self.encode(self.join(found, request.values), request))
         return out

@@ -56,7 +56,7 @@ class RetrievalModel(Encoder):
             batch=labelled,
             stream=stream,
             rows=rows,
-            features=self.ids(batch, stream, looked_up),
+            values=self.values(batch, stream, looked_up),
             targets=self.targets(labelled),
             pool_ids=pool_ids,
             columns=columns,
@@ -67,13 +67,11 @@ class RetrievalModel(Encoder):
         stream = self.lay_out(batch)
         labelled, rows = self.local_labels(batch, stream, self.predicting(batch))
         none = batch.labels[:0]
-        features, targets = self.ids(batch, stream, none), self.targets(labelled)
-        return RetrievalLookup(
-            batch=labelled, stream=stream, rows=rows, features=features, targets=targets, pool_ids=none
-        )
+        values, targets = self.values(batch, stream, none), self.targets(labelled)
+        return RetrievalLookup(batch=labelled, stream=stream, rows=rows, values=values, targets=targets, pool_ids=none)
 
     def loss(self, found: dict[str, Tensor], request: RetrievalLookup) -> LossSum:
-        embedded, labels = self.join(found), request.batch.labels
+        embedded, labels = self.join(found, request.values), request.batch.labels
         pool = embedded[POOL]
         if request.stream.local is None:
             positive = embedded[self.item][request.targets]
@@ -91,7 +89,7 @@ class RetrievalModel(Encoder):
 
     def queries(self, request: RetrievalLookup) -> Tensor:
         """Return what scores the item of each label, [L, ..] float32."""
-        embedded = self.join(self.embeddings(request.features))
+        embedded = self.join(self.embeddings(request.features), request.values)
         return self.query_vectors(self.encode(embedded, request))
 
     def predicting(self, batch: Batch) -> Tensor:
@@ -114,8 +112,8 @@ class RetrievalModel(Encoder):
 
     def catalogue_vectors(self, batch: Batch, ids: Tensor) -> Tensor:
         """Return items ``ids`` [n] as they are scored, [n, ..] float32; ``batch`` lends its features."""
-        stream = self.lay_out(batch)
-        return self.item_vectors(self.join(self.embeddings(self.ids(batch, stream, ids)))[POOL], ids)
+        values = self.values(batch, self.lay_out(batch), ids)
+        return self.item_vectors(self.join(self.embeddings(values.features), values)[POOL], ids)
 
     def scores(self, queries: Tensor, items: Tensor) -> Tensor:
         """Score ``queries`` [L, ..] against ``items`` [n, ..]: [L, n] float32."""

@@ -88,10 +88,10 @@ class Assembly:
         config, dataset, mesh = self.config, self.dataset, self.mesh
         require_memory(config, dataset.schema, mesh, self.loaders["train"])
         model = build_model(config, dataset.schema, allocate_tables=False)
-        if model.categories is not None:
+        if model.item_encoder is not None:
             if config.feature.unknown_rate:
                 self.met |= met_categories(dataset, self.trained_items)
-            model.categories.read(dataset, self.met or None)
+            model.item_encoder.read(dataset, self.met or None)
         if config.retrieval is not None and config.retrieval.needs_item_counts:
             assert isinstance(model, RetrievalModel)
             model.sampler.set_counts(count_items(dataset, self.loaders["train"].split).to(mesh.device))

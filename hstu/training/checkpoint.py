@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.remote_device import _remote_device
 
-from hstu.config import RECOMPUTE, Config
+from hstu.config import RECOMPUTE, Config, FeatureArgs
 from hstu.data.checksums import file_sums
 from hstu.parallel import Parallelized
 from hstu.training.checkpoint_files import (
@@ -43,6 +43,14 @@ _DENSE = "dense/"
 _DENSE_OPTIMIZER = "optimizer/"
 
 
+def feature_shape(config: Config) -> dict[str, Any]:
+    """Return what decides the weights of declared features and is not the default; nothing without such features."""
+    rates = {"unknown_rate", "swap_rate", "dropout"}
+    shape = (field for field in dataclasses.fields(config.feature) if field.name not in rates)
+    values = {field.name: (getattr(config.feature, field.name), getattr(FeatureArgs(), field.name)) for field in shape}
+    return {name: value for name, (value, default) in values.items() if value != default and value != ()}
+
+
 def model_identity(config: Config) -> dict[str, Any]:
     """Return what must agree between a checkpoint and the model that loads it beside its ids, as JSON values."""
     runtime = {"hidden_dropout", "input_dropout", "dtype_str", "residual_dtype_str", "kernel_backend", *RECOMPUTE}
@@ -61,6 +69,7 @@ def model_identity(config: Config) -> dict[str, Any]:
         "OptimizerArgs.optimizer_str": config.optimizer.optimizer_str,
         "OptimizerArgs.sparse_optimizer_str": config.optimizer.sparse_optimizer_str,
         UNKNOWN_ROWS: config.feature.unknown_rate > 0,
+        "FeatureArgs": feature_shape(config) or None,
         "DynamicEmbeddingArgs.capacity": config.dynamic_embedding.capacity,
         "DynamicEmbeddingArgs.evict_strategy": config.dynamic_embedding.evict_strategy,
     }

@@ -15,7 +15,7 @@ from hstu.config import Config, ConfigError
 from hstu.data.loader import BatchLoader
 from hstu.data.schema import Schema
 from hstu.models import build_model
-from hstu.models.binding import make_tables
+from hstu.models.tables import make_tables
 from hstu.parallel import Mesh
 from hstu.training.plan import dense_bytes, shard_bytes
 

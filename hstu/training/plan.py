@@ -105,8 +105,8 @@ class _Blank(Embeddings):
 def measure_demand(config: Config, dataset: SequenceDataset, batch: Batch) -> Demand:
     """Build the model without its tables, and pass ``batch`` of one data rank through it."""
     model = build_model(config, dataset.schema, allocate_tables=False)
-    if model.categories is not None:
-        model.categories.read(dataset)
+    if model.item_encoder is not None:
+        model.item_encoder.read(dataset)
     every = model.embeddings.tables
     model.embeddings = _Blank(every)
     tables = tuple(table for table in every if config.embedding.of(table.name) != "data_parallel")

@@ -85,8 +85,8 @@ def model_and_batch(
 ) -> tuple[RankingModel | RetrievalModel, Batch]:
     config = make_config(task, f"NetworkArgs.item_embedding={kind!r}", "FeatureArgs.unknown_rate=0", *lines)
     model = build_model(config, dataset.schema)
-    assert model.categories is not None
-    model.categories.read(dataset)
+    assert model.item_encoder is not None
+    model.item_encoder.read(dataset)
     split = leave_one_out(dataset.lengths)["train"]
     rows = np.arange(len(split))
     return model, make_collator(config, dataset.schema)(dataset, split, rows, rows, 0)
@@ -102,8 +102,8 @@ def test_items_are_the_sum_of_the_rows_of_their_categories(categorized: Sequence
     if kind == "both":
         whole = whole + tables["item"]
     pool = torch.tensor([4, 4, 29])
-    stream = model.lay_out(batch)
-    found = model.join(model.embeddings(model.ids(batch, stream, pool if task == "retrieval" else None)))
+    values = model.values(batch, model.lay_out(batch), pool if task == "retrieval" else None)
+    found = model.join(model.embeddings(values.features), values)
     torch.testing.assert_close(found["item"], whole[batch.ids("item")])
     if task == "retrieval":
         assert isinstance(model, RetrievalModel)
@@ -126,7 +126,7 @@ def test_an_item_that_training_never_saw_has_what_its_categories_learned(categor
 
 def test_categories_that_are_missing_are_refused(categorized: SequenceDataset, tmp_path: Path) -> None:
     bare = make_dataset(tmp_path / "bare", [3, 4])
-    with pytest.raises(ConfigError, match="NetworkArgs.item_embedding = 'both'.*no categories of items.*--items"):
+    with pytest.raises(ConfigError, match="NetworkArgs.item_embedding = 'both'.*no features of items.*--items"):
         build_model(make_config("retrieval", "NetworkArgs.item_embedding='both'"), bare.schema)
     with pytest.raises(ConfigError, match="no table 'item'; tables: genre"):
         sharding = "EmbeddingArgs.table_sharding_types={'item': 'row_wise'}"

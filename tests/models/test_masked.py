@@ -101,7 +101,7 @@ def test_an_evaluation_is_a_prediction_on_the_truncated_input(dataset: SequenceD
 def test_a_target_that_is_not_hidden_is_caught(dataset: SequenceDataset) -> None:
     config = config_of()
     model: Any = build(dataset, config)
-    model.encode = lambda embedded, request: RetrievalModel.encode(model, embedded, request)
+    model.token_vectors = lambda embedded, request: RetrievalModel.token_vectors(model, embedded, request)
     with pytest.raises(AssertionError, match="target is read"):
         assert_evaluation_is_prediction(model, batch_of(dataset, config, "test"))
 

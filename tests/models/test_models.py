@@ -29,6 +29,8 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> SequenceDataset:
 
 def build(dataset: SequenceDataset, config: Config, *, spread: bool = True) -> Any:
     model = build_model(config, dataset.schema)
+    if model.item_encoder is not None:
+        model.item_encoder.read(dataset)
     for index, parameter in enumerate(model.parameters() if spread else ()):
         torch.nn.init.normal_(parameter, std=0.5, generator=torch.Generator().manual_seed(index))
     return model

@@ -14,7 +14,7 @@ from hstu.data import SequenceDataset, leave_one_out
 from hstu.data.batch import Batch
 from hstu.data.seen import met_categories
 from hstu.models import RetrievalModel, build_model, make_collator
-from hstu.models.binding import make_tables
+from hstu.models.tables import make_tables
 from hstu.training.checkpoint_files import CheckpointError, find_checkpoint
 from tests.models.test_models import totals
 from tests.samples import make_config, make_dataset
@@ -90,29 +90,29 @@ def test_losses_do_not_depend_on_the_number_of_ranks(dataset: SequenceDataset, m
 def test_training_loses_categories_by_seed_step_and_item(dataset: SequenceDataset) -> None:
     config = make_config("retrieval", OFTEN, "NetworkArgs.item_embedding='categorical'")
     model = build_model(config, dataset.schema)
-    assert isinstance(model, RetrievalModel) and model.categories is not None
+    assert isinstance(model, RetrievalModel) and model.item_encoder is not None
     trained = torch.arange(300) % 3 > 0
     kinds = dataset.category_ids("kind")
     kinds_met = set(kinds[trained.numpy()].tolist())
     met = met_categories(dataset, trained)
     assert {*np.flatnonzero(met["kind"]).tolist()} == kinds_met and len(met["kind"]) == 6
     met["kind"][2] = False  # as if no trained item had it
-    model.categories.read(dataset, met)
+    model.item_encoder.read(dataset, met)
     expected = torch.from_numpy(np.where(kinds == 2, 5, kinds))
     items = torch.arange(300)
-    drawn = [model.categories.ids_of(items, step)[0] for step in (0, 1)]
+    drawn = [model.item_encoder.ids_of(items, step)[0] for step in (0, 1)]
     for ids in drawn:
         assert (ids == torch.where(ids == 5, 5, expected)).all()
         assert 0.14 < float((ids[expected != 5] == 5).double().mean()) < 0.36  # 0.25 +- 4 x 0.028
     assert not torch.equal(*drawn)
-    assert torch.equal(model.categories.ids_of(items.flip(0), 1)[0].flip(0), drawn[1]), "wherever an item stands"
+    assert torch.equal(model.item_encoder.ids_of(items.flip(0), 1)[0].flip(0), drawn[1]), "wherever an item stands"
     batch = batch_of(dataset, "train", np.arange(20), 0, "NetworkArgs.item_embedding='categorical'")
     model(batch).total.backward()
     for name, row in (("kind", 5), ("age", UNKNOWN)):
         table = model.embeddings.weights[name]  # type: ignore[index, union-attr]
         assert table.shape[0] == row + 1 and table.grad[row].abs().sum() > 0  # type: ignore[index]
     model.eval()
-    assert torch.equal(model.categories.ids_of(items, 0)[0], expected), "nothing is lost afterwards"
+    assert torch.equal(model.item_encoder.ids_of(items, 0)[0], expected), "nothing is lost afterwards"
 
 
 def test_what_no_training_user_has_is_unknown_to_evaluation(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -124,8 +124,8 @@ def train_plain(config: Config, dataset: SequenceDataset, steps: int) -> list[fl
     """Return the losses of the plain model under torch's own optimizers, in one process without any engine."""
     model, args = build_model(config, dataset.schema, allocate_tables=True), config.optimizer
     split, collate = leave_one_out(dataset.lengths)["train"], make_collator(config, dataset.schema)
-    if model.categories is not None:
-        model.categories.read(dataset, met_categories(dataset, trained_items(dataset, split, collate)))
+    if model.item_encoder is not None:
+        model.item_encoder.read(dataset, met_categories(dataset, trained_items(dataset, split, collate)))
     weights = model.embeddings.weights
     sparse_rate = args.sparse_learning_rate or args.learning_rate
     sharded = {name: weights[name] for name in weights if config.embedding.of(name) != "data_parallel"}
@@ -165,12 +165,12 @@ def train_plain(config: Config, dataset: SequenceDataset, steps: int) -> list[fl
 
 def _looked_up(name: str, model: Any, batch: Batch) -> Tensor:
     """Return the rows of a table that this batch reads, which are the ones that a fused optimizer moves."""
-    of_items = model.categories is not None and name in model.categories.names
+    of_items = model.item_encoder is not None and name in [f.name for f in model.item_encoder.categories]
     rows = batch.ids(batch.item if of_items else name)
     if hasattr(model, "sampler") and (name == batch.item or of_items):
         rows = torch.cat([rows, model.sampler.pool(batch.labels, batch.step)])
     if of_items:
-        rows = model.categories.ids_of(rows, batch.step)[model.categories.names.index(name)]
+        rows = model.item_encoder.ids_of(rows, batch.step)[[f.name for f in model.item_encoder.categories].index(name)]
     return rows.unique()
 
 

@@ -75,7 +75,7 @@ def test_items_of_other_categories_may_be_scored_and_not_trained_on(home: Path, 
     write_dataset(source, tmp_path / "data")
     with trainer(tmp_path / "data", tmp_path / "run", "ranking", *LINES, mesh=mesh) as run:
         assert run.evaluate(latest, ("test",))
-        assert (run.model.categories.ids[0, :2].numpy() == source.categories["cluster"][:2]).all()  # type: ignore[union-attr]
+        assert (run.model.item_encoder.ids[0, :2].numpy() == source.categories["cluster"][:2]).all()  # type: ignore[union-attr]
         with pytest.raises(CheckpointError, match="another vocabulary of 'category:cluster'"):
             run.resume(latest)
 

@@ -1,0 +1,93 @@
+"""Knobs of declared features: which of them a model reads, and how each becomes a vector."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from hstu.config.base import UNSET, Args
+
+NumberEncoding = Literal["raw", "linear", "soft_one_hot"]
+Merging = Literal["concat", "sum", "multiply"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureArgs(Args):
+    """The declared features of users, items and events.
+
+    Those of an event join its item, or its action if they are known only after the event (and there is an action
+    token); those of an item join its row wherever the item stands; those of a user are context tokens, chosen by
+    DatasetArgs.contextual_feature_names.
+    """
+
+    #: Features of events, and of items, that the model reads; None: all that the data set declares (of items, if
+    #: NetworkArgs.item_embedding is not "local").
+    event_features: tuple[str, ...] | None = None
+    item_features: tuple[str, ...] | None = None
+    #: Share of the categorical values that training replaces by the row for unknown ones, of users by sample, of
+    #: actions and events by event, of items by item and step, so that this row learns what can be said without the
+    #: value. 0: no such row, and predict refuses values that the data set lacks.
+    unknown_rate: float = 0.01
+    #: Share of the values of categorical features of events and items that training swaps for another one: that of
+    #: another event of the sample, or of another item.
+    swap_rate: float = 0.0
+    #: Width of a feature's vector, or of the table that features share, by its name. Others: of ids in n rows
+    #: 2 n^(1/4) rounded up to a multiple of 4, of a number number_width, of a vector its own width, at most that of
+    #: the stream; where they are added up as they are (item_merge = "sum", context tokens) the width of the sum.
+    widths: dict[str, int] = field(default_factory=dict)
+    #: Feature -> one whose table it reads, beside those that share one in the data set; they need one vocabulary.
+    shared_tables: dict[str, str] = field(default_factory=dict)
+    #: How a set of ids becomes a vector from the rows of its ids.
+    set_pooling: Literal["mean", "sum"] = "mean"
+    #: Numbers first: (x - mean) / std, or their place among the quantiles of the data, or as they are.
+    number_scaling: Literal["standard", "quantile", "none"] = "standard"
+    #: "raw": as it is, beside a flag of missing ones; "linear": times a vector; "soft_one_hot": softmax over
+    #: number_bins, times a row of each.
+    number_encoding: NumberEncoding = "soft_one_hot"
+    #: By name of a feature, in place of number_encoding.
+    number_encodings: dict[str, NumberEncoding] = field(default_factory=dict)
+    number_bins: int = 16
+    number_width: int = 16
+    #: How features join the item or action of their event: side by side through a matrix; added up; or
+    #: item * (1 + sum of them).
+    merge: Merging = "concat"
+    #: Inner width of a second layer wherever features are merged by "concat"; None: there is one layer.
+    merge_hidden_size: int | None = None
+    #: How an item's row and features become one vector.
+    item_merge: Merging = "sum"
+    #: Features of a user: a token each, or one for all of them, side by side through a matrix.
+    context_merge: Literal["tokens", "concat"] = "tokens"
+    #: Layer norm of each part before it is merged; None: not where parts are added up.
+    layer_norm: bool = UNSET
+    #: Of merged features.
+    dropout: float = 0.0
+
+    limits: ClassVar = {
+        **dict.fromkeys(("unknown_rate", "swap_rate", "dropout"), (0, 1)),
+        **dict.fromkeys(("widths", "number_width", "merge_hidden_size"), (1, 2**17)),
+        "number_bins": (2, 2**16),
+    }
+
+    def validate(self) -> None:
+        for name in ("unknown_rate", "swap_rate", "dropout"):
+            self.require_range(name, 0, 1)
+        if self.merge_hidden_size and "concat" not in (self.merge, self.item_merge, self.context_merge):
+            raise self.error("merge_hidden_size", "is for features merged by 'concat', and none are; leave it out")
+        for name, other in self.shared_tables.items():
+            if other in self.shared_tables or name == other:
+                raise self.error("shared_tables", f"{name!r} reads the table of {other!r}, which reads another; name "
+                                 "the feature whose table it is")  # fmt: skip
+
+    def normed(self, merging: str) -> bool:
+        """Return whether parts are normed before they are merged as ``merging`` says."""
+        return merging != "sum" if self.layer_norm is None else self.layer_norm
+
+    def encoding_of(self, name: str) -> NumberEncoding:
+        """Return how number ``name`` becomes a vector."""
+        return self.number_encodings.get(name, self.number_encoding)
+
+
+def table_width(rows: int) -> int:
+    """Return the width of a table by rule: 2 n^(1/4), rounded up to a multiple of 4."""
+    return 4 * math.ceil(2 * rows**0.25 / 4)
