@@ -73,13 +73,19 @@ class FeatureTokens(nn.Module):
         """Contexts whose token is the one id of a feature, looked up under its name."""
         return tuple(f.name for f in self.users.features if f.kind == "categorical" and f.name in self.contexts)
 
-    def lengths(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, int]]:
-        """Return how many tokens of each token feature a sample has, [B] int64, and their sums, known on the host."""
+    def lengths(self, batch: Batch, *, has_context: bool = True) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """Return how many tokens of each token feature a sample has, [B] int64, and their sums, known on the host.
+
+        Args:
+            batch: The batch.
+            has_context: Whether the features of its users have tokens.
+        """
         sizes = dict(zip(batch.features.keys(), batch.features.length_per_key(), strict=True))
-        one, whole = torch.ones_like(batch.num_candidates), {*self.contexts} - {*self._single}
+        whole, each = {*self.contexts} - {*self._single}, int(has_context)
+        one = torch.full_like(batch.num_candidates, each)
         return (
             {name: one if name in whole else batch.lengths(name) for name in self.names},
-            {name: batch.num_samples if name in whole else sizes[name] for name in self.names},
+            {name: each * batch.num_samples if name in whole else sizes[name] for name in self.names},
         )
 
     def values(self, batch: Batch, stream: Stream) -> Batch:
@@ -92,7 +98,11 @@ class FeatureTokens(nn.Module):
             return replace(batch, set_lengths=sets)
         local = {name: stream.is_local(name) for name in self.names}
         # Which entries of each feature belong to a local token: of samples, or of events.
-        of = {f.name: local[f.name if f.name in local else MERGED_CONTEXT] for f in self.users.features}
+        tokens = {f.name: f.name if f.name in local else MERGED_CONTEXT for f in self.users.features}
+        of = {name: local[token] for name, token in tokens.items()}
+        if any(token not in self._single and local[token].numel() == 0 for token in tokens.values()):
+            nobody = torch.zeros_like(batch.num_candidates, dtype=torch.bool)  # in a part of samples without context
+            of |= {name: nobody for name, token in tokens.items() if token not in self._single}
         of |= {f.name: local[self.item] for f in self.events.features}
         if self.action is not None:
             history = self._is_history(batch)

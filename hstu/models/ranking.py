@@ -61,7 +61,7 @@ class RankingModel(Encoder):
 
     def predictions(self, request: Lookup) -> Tensor:
         """Return probabilities and numbers of the labelled events, [L, outputs of all tasks] float64."""
-        embedded = self.join(self.embeddings(request.features))
+        embedded = self.join(self.embeddings(request.features), request.values)
         return self.predictions_of(self.encode(embedded, request))
 
     def predictions_of(self, rows: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ def samples(collate: Any, dataset: SequenceDataset, stop: np.ndarray, asked: int
 def encoded(model: Any, batch: Batch) -> Tensor:
     """The rows that carry labels, from one pass over everything."""
     request = model.scoring_request(batch)
-    rows: Tensor = model.encode(model.join(model.embeddings(request.features)), request)
+    rows: Tensor = model.encode(model.join(model.embeddings(request.features), request.values), request)
     return rows
 
 
