@@ -128,7 +128,7 @@ def test_what_no_training_user_has_is_unknown_to_evaluation(tmp_path: Path, capl
         assert strange.any() and not strange.all()
         assert batch.ids("age").tolist() == np.where(strange, UNKNOWN, ages[7:]).tolist()
         shown = dataset.gather(users[:7], users[:7] * 0, dataset.lengths[:7]).items
-        assert np.flatnonzero(run.trained_items.numpy()).tolist() == np.unique(shown).tolist()
+        assert np.flatnonzero(run.assembly.trained_items.numpy()).tolist() == np.unique(shown).tolist()
     missing = 7 - np.unique(ages[:7]).size
     assert f"{missing} of age" in caplog.text and "no training sample has" in caplog.text
 
