@@ -11,12 +11,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hstu.api import Run, fit, open_run
+    from hstu.config.backbones import register_backbone
+    from hstu.config.retrieval import register_loss
+    from hstu.data.files.formats import register_reader
 
 __version__ = "0.1.0"
-__all__ = ["Run", "__version__", "fit", "open_run"]
+__all__ = ["Run", "__version__", "fit", "open_run", "register_backbone", "register_loss", "register_reader"]
 
 # Name: the module that has it, which is imported when the name is first asked for.
-_LATER = {name: "hstu.api" for name in ("Run", "fit", "open_run")}
+_LATER = {
+    **dict.fromkeys(("Run", "fit", "open_run"), "hstu.api"),
+    "register_backbone": "hstu.config.backbones",
+    "register_loss": "hstu.config.retrieval",
+    "register_reader": "hstu.data.files.formats",
+}
 
 
 def __getattr__(name: str) -> Any:

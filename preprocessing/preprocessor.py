@@ -26,7 +26,7 @@ if find_spec("preprocessing") is None:
     # Run as a file. Last, so that an installed hstu comes first.
     sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from hstu.cli.flags import refuse_repeats, underscore_flags
+from hstu.cli.flags import import_modules, refuse_repeats, underscore_flags
 from hstu.data.atomic_directory import require_writable
 from hstu.data.cleaning import Missing
 from hstu.data.declarations import GRAMMAR
@@ -57,6 +57,7 @@ def define_flags() -> None:
     flags.DEFINE_string("raw_dir", None, "Where raw files are, besides data_dir; downloads go there too.")
     flags.DEFINE_bool("check_counts", True, "Check users, items and events against the published numbers.")
     spec: dict[str, Any] = {field.name: field.default for field in fields(InteractionSpec)}
+    flags.DEFINE_multi_string("import", [], "Module that registers a reader of your own; repeatable.")
     flags.DEFINE_string("name", None, "custom: name of the data set.")
     flags.DEFINE_string("interactions", None, "custom: events, a file or a directory or pattern of parts.")
     flags.DEFINE_string("users", None, "custom: file of users; --user_features says what it holds.")
@@ -75,7 +76,8 @@ def define_flags() -> None:
     flags.DEFINE_enum("duplicates", spec["duplicates"], get_args(Duplicates), "custom: rows that are equal.")
     flags.DEFINE_enum("missing", spec["missing"], get_args(Missing), "custom: rows that lack an id, time or action.")
     for name, prefix in TABLES.items():
-        flags.DEFINE_enum(f"{prefix}format", None, FORMATS, f"custom: of --{name}; default by its ending.")
+        known = ", ".join(FORMATS)
+        flags.DEFINE_string(f"{prefix}format", None, f"custom: of --{name}: {known}; default by its ending.")
         flags.DEFINE_string(f"{prefix}separator", None, f"custom: between the fields of --{name}, as ';', '::' or tab.")
         flags.DEFINE_enum(
             f"{prefix}quoting", None, ("double", "none"), f"custom: of --{name}; default double for csv, none for tsv."
@@ -126,6 +128,7 @@ def _answer(argv: list[str]) -> int:
         if len(argv) > 1:
             raise ValueError(f"argument {argv[1]!r} is no flag; flags start with --")
         _refuse_foreign_flags()
+        import_modules(FLAGS.get_flag_value("import", []))
         if FLAGS.dataset_name == "all":  # one whose files are not to be had keeps nobody from the others
             return max([_reported(name) for name in NAMED])
         _make(FLAGS.dataset_name)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hstu.cli.command import run_on_mesh
-from hstu.cli.flags import Parser, underscore_flags
+from hstu.cli.flags import Parser, import_modules, underscore_flags
 from hstu.cli.predict import add_run_flags, add_user_flags, request_spec
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ def _export(args: argparse.Namespace, mesh: Mesh) -> None:
 
     if args.faiss:
         require_faiss()  # before anything is opened
+    import_modules(args.imports)
     options = ExportOptions(users=request_spec(args), faiss=args.faiss, since=args.since)
     export(open_trained(args.run_dir, args.checkpoint, args.gin_bindings, mesh), args.output, options)
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from absl import flags
 
+from hstu.registry import import_by_name
+
 
 def underscore_flags(argv: list[str]) -> list[str]:
     """Return ``argv`` with ``--some-flag=x`` spelled ``--some_flag=x``; values and what follows ``--`` stay."""
@@ -26,6 +28,22 @@ def refuse_repeats(values: flags.FlagValues, beside: str) -> None:
     """Let each absl flag of the module that defined the flag ``beside`` be given once, unless it collects."""
     for flag in values.flags_by_module_dict()[values.find_module_defining_flag(beside) or ""]:
         flag.allow_overwrite = isinstance(flag, flags.MultiFlag)
+
+
+def add_import_flag(parser: argparse.ArgumentParser) -> None:
+    """Define ``--import``, whose modules register parts of a user's own."""
+    help_text = "module that registers a backbone, a loss or a reader of your own; repeatable"
+    parser.add_argument("--import", action="append", default=[], dest="imports", metavar="MODULE", help=help_text)
+
+
+def import_modules(modules: Sequence[str]) -> None:
+    """Import the modules of ``--import``.
+
+    Raises:
+        ValueError: in one line, if one cannot be imported.
+    """
+    for module in modules:
+        import_by_name(module)
 
 
 class _Once(argparse.Action):

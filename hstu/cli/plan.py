@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from hstu.cli.flags import Parser, underscore_flags
+from hstu.cli.flags import Parser, add_import_flag, import_modules, underscore_flags
 from hstu.config import ConfigError, load_config, task_of
 
 _SHOWN = 8
@@ -24,6 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--gin_config_file", required=True, help="a path, or the name of one in configs/")
     parser.add_argument("--gin_bindings", action="append", default=[], help='"Class.field=value"; repeatable')
+    add_import_flag(parser)
     parser.add_argument("--task", choices=["ranking", "retrieval"], help="default: the one whose Args are set")
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--gpus_per_node", type=int, default=8)
@@ -54,6 +55,7 @@ def plan(args: argparse.Namespace) -> int:
 
     if args.nodes < 1 or args.gpus_per_node < 1 or not 0 < args.efficiency <= 1:
         raise ConfigError("--nodes, --gpus-per-node", "must be above zero, and --efficiency at most 1")
+    import_modules(args.imports)
     task = args.task or task_of([args.gin_config_file], args.gin_bindings)
     config = load_config(task, [args.gin_config_file], args.gin_bindings).config
     dataset = SequenceDataset.open(find_dataset(config.dataset, RunDirectory(Path("runs"))))

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from hstu.cli.command import run_on_mesh
-from hstu.cli.flags import Parser, underscore_flags
+from hstu.cli.flags import Parser, add_import_flag, import_modules, underscore_flags
 from hstu.data.cleaning import Missing
 from hstu.data.files import FORMATS, FileFormat
 
@@ -63,6 +63,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gin_bindings", action="append", default=[], help="TrainerArgs.eval_batch_size=64; repeatable"
     )
+    add_import_flag(parser)
 
 
 def add_user_flags(parser: argparse.ArgumentParser) -> None:
@@ -97,7 +98,7 @@ def add_user_flags(parser: argparse.ArgumentParser) -> None:
 def add_format_flags(parser: argparse.ArgumentParser, of: str, prefix: str | None = None) -> None:
     """Define how the file of the flag ``of`` is read; their names begin with ``prefix``, by default that flag's."""
     prefix = f"{of}_" if prefix is None else prefix
-    parser.add_argument(f"--{prefix}format", choices=FORMATS, help=f"of --{of}; default: by its ending")
+    parser.add_argument(f"--{prefix}format", help=f"of --{of}: {', '.join(FORMATS)}; default: by its ending")
     parser.add_argument(f"--{prefix}separator", help=f"between the fields of --{of}, as ';', '::' or tab")
     quoting = f"of --{of}; default: double for csv, none for tsv"
     parser.add_argument(f"--{prefix}quoting", choices=("double", "none"), help=quoting)
@@ -130,6 +131,7 @@ def _predict(args: argparse.Namespace, mesh: Mesh) -> None:
     options = AnswerOptions(top_k=args.top_k, approximate=args.approximate, trained_only=args.trained_only)
     if args.top_k < 1:
         raise ValueError(f"--top_k = {args.top_k}: must be at least 1")
+    import_modules(args.imports)
     spec = request_spec(args)
     predict(open_trained(args.run_dir, args.checkpoint, args.gin_bindings, mesh), spec, options, args.output)
 

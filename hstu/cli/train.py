@@ -24,6 +24,7 @@ def define_flags() -> None:
     """Define the flags of an entrypoint; hyphens and underscores both work."""
     flags.DEFINE_string("gin_config_file", None, "Gin file: a path, or the name of one in configs/.")
     flags.DEFINE_multi_string("gin_bindings", [], "A line such as TrainerArgs.max_train_iters=100; repeatable.")
+    flags.DEFINE_multi_string("import", [], "Module that registers parts of your own; repeatable.")
     flags.DEFINE_enum("mode", "train", ["train", "eval"], "Train, or score a checkpoint.")
     flags.DEFINE_string("checkpoint", None, "latest, best, a step, or a path. Default: latest to train, best to score.")
     flags.DEFINE_enum("resume", "auto", ["auto", "never", "must"], "Whether to go on from the run directory.")
@@ -57,7 +58,7 @@ def _run(task: Literal["ranking", "retrieval"], mesh: Mesh) -> None:
     order = session.Order(
         task=task,
         config=FLAGS.gin_config_file,
-        bindings=FLAGS.gin_bindings,
+        bindings=[*(f"import {module}" for module in FLAGS.get_flag_value("import", [])), *FLAGS.gin_bindings],
         resume=FLAGS.resume,
         checkpoint=FLAGS.checkpoint,
         init_from=FLAGS.init_from,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
-from hstu.config.backbones import HUGGING_FACE, backbone_defaults, check_backbone, check_degrees
+from hstu.config.backbones import CUSTOM_BACKBONES, HUGGING_FACE, backbone_defaults, check_backbone, check_degrees
 from hstu.config.base import UNSET, Args, ConfigError
 from hstu.config.embedding import DynamicEmbeddingArgs, EmbeddingArgs
 from hstu.config.features import FeatureArgs
@@ -129,6 +129,8 @@ class NetworkArgs(Args):
     #: "hstu", "sasrec", "llama", "gru", or "bert", which predicts masked items from both sides (retrieval), or any
     #: HuggingFace model under our mask: "hf:gpt2" (a type, shaped by these fields) or "hf:DIRECTORY" (a config.json).
     backbone: str = "hstu"
+    #: What a registered backbone is called with, by name.
+    backbone_options: dict[str, bool | int | float | str] = field(default_factory=dict)
     preset: Literal["research", "production"] = "production"
     #: Width of the values of a head; None: kv_channels.
     value_channels: int = UNSET
@@ -207,6 +209,7 @@ class NetworkArgs(Args):
         **dict.fromkeys(("hidden_dropout", "input_dropout"), (0, 1)),
         **dict.fromkeys(("dense_initializer_normal_std", "embedding_initializer_std"), (1e-20, 100)),
         "norm_epsilon": (1e-20, 1),
+        "backbone_options": (-(2**62), 2**62),
     }
 
     def resolve(self) -> None:
@@ -220,7 +223,7 @@ class NetworkArgs(Args):
         if self.residual_dtype_str == "bfloat16":
             if self.dtype_str != "bfloat16":
                 raise self.error("residual_dtype_str", "needs NetworkArgs.dtype_str = 'bfloat16'")
-            if self.backbone == "gru" or self.is_hugging_face:
+            if self.backbone == "gru" or self.is_hugging_face or self.is_custom:
                 raise self.error("residual_dtype_str", f"{self.backbone} has no stream of this library; use 'float32'")
         self.require_range("input_dropout", 0, 1)
         for name in (
@@ -237,6 +240,11 @@ class NetworkArgs(Args):
     def is_masked(self) -> bool:
         """Whether the backbone is trained to predict masked items rather than what follows."""
         return self.backbone == "bert" or (self.is_hugging_face and self.is_causal is False)
+
+    @property
+    def is_custom(self) -> bool:
+        """Whether the backbone is a registered one."""
+        return CUSTOM_BACKBONES.get(self.backbone) is not None
 
     @property
     def is_hugging_face(self) -> bool:

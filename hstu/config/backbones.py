@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from hstu.config.base import ConfigError
+from hstu.registry import Registry, T
 
 if TYPE_CHECKING:
     from hstu.config.args import NetworkArgs
@@ -31,6 +33,30 @@ _USES: dict[str, tuple[object, tuple[str, ...], str]] = {
     "context_attention": ("causal", ("hstu", "sasrec", "llama", "hf"), "causal attention"),
 }
 
+CUSTOM_BACKBONES = Registry("backbone", BACKBONES)
+
+
+def register_backbone(name: str, *, uses: tuple[str, ...] = ()) -> Callable[[T], T]:
+    """Return a decorator for a backbone of your own, chosen by ``NetworkArgs.backbone = name``.
+
+    What it is put on is called with the ``NetworkArgs``, the most tokens of a sample, and ``backbone_options`` by their
+    names, and returns a module from ``hstu.layers.tokens.Tokens`` to hidden rows [T, D] (D = ``hidden_size``). No row
+    may depend on a later one of its sample, on another sample, or (with candidates) on another candidate: the first
+    two are tried out when a model is built. The module initialises its own weights, from the seed of the run, and
+    each rank has all of them.
+
+    Args:
+        name: A word.
+        uses: Fields of ``NetworkArgs`` that other backbones refuse and this one reads, as ``("max_attn_len",)``.
+
+    Raises:
+        ValueError: for a name that is taken, and a field that does not exist.
+    """
+    if unknown := [field for field in uses if field not in _USES]:
+        raise ValueError(f"backbone {name!r}: uses = {unknown[0]!r}: is none of {', '.join(_USES)}")
+    return CUSTOM_BACKBONES.add(name, uses=(*uses, "num_position_buckets"))
+
+
 PRESETS: dict[str, dict[str, Any]] = {
     "research": dict(relative_position_bias=True, relative_time_bias=True, gate="mul", norm_epsilon=1e-6),
     "production": dict(relative_position_bias=False, relative_time_bias=False, gate="mul", norm_epsilon=1e-5),
@@ -48,6 +74,7 @@ def backbone_defaults(network: NetworkArgs) -> dict[str, Any]:
         "llama": dict(ffn_hidden_size=swiglu_size(width), num_query_groups=network.num_attention_heads),
         "bert": dict(ffn, norm_placement="post"),
         "gru": {},
+        **{name: {} for name in CUSTOM_BACKBONES.names},
     }
     return dict(scale_inputs=False) | own.get(network.backbone, ffn)
 
@@ -55,10 +82,17 @@ def backbone_defaults(network: NetworkArgs) -> dict[str, Any]:
 def check_backbone(network: NetworkArgs) -> None:
     """Raise ``ConfigError`` for an unknown backbone, or a field that it has no use for."""
     name = "hf" if network.is_hugging_face else network.backbone
-    if name != "hf" and name not in BACKBONES[:-1]:
-        raise network.error("backbone", f"must be one of {', '.join(map(repr, BACKBONES))}")
+    custom = CUSTOM_BACKBONES.get(name)
+    if name != "hf" and name not in BACKBONES[:-1] and custom is None:
+        known = ", ".join(map(repr, (*BACKBONES, *CUSTOM_BACKBONES.names)))
+        raise network.error("backbone", f"must be one of {known}; one of your own is registered by a module that "
+                            "--import names")  # fmt: skip
+    if network.backbone_options and custom is None:
+        raise network.error("backbone_options", f"are those of a registered backbone, which {name} is not")
     for field, (unset, users, what) in _USES.items():
         value = getattr(network, field)
+        if custom is not None and field in custom.traits["uses"]:
+            continue
         if name not in users and value != unset and value is not False:
             raise network.error(field, f"belongs to {what} ({', '.join(users)}), which {name} does not have")
     if name != "hstu" and network.kernel_backend == "triton":

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hstu.config import args
+from hstu.config.backbones import CUSTOM_BACKBONES
 from hstu.config.base import Args, ConfigError, brief
 from hstu.config.parse import Binding, read_bindings
+from hstu.config.retrieval import CUSTOM_LOSSES
 
 # In a clone configs/ stands beside the package; a wheel puts it under the environment's data directory.
 _BESIDE = Path(__file__).resolve().parents[2] / "configs"
@@ -84,16 +86,18 @@ class LoadedConfig:
         config: The checked config.
         given: What the user gave, as gin (files merged, bindings applied).
         notes: One line for each option that was renamed, replaced or has no meaning here.
+        imports: Modules that register what the config names.
     """
 
     config: args.Config
     given: str
     notes: tuple[str, ...]
+    imports: tuple[str, ...] = ()
 
     @property
     def operative(self) -> str:
         """Every field of every class with the value that applies, as gin."""
-        return operative_gin(self.config)
+        return _import_lines(self.imports) + operative_gin(self.config)
 
 
 def find_config(name: str) -> Path:
@@ -122,7 +126,7 @@ def load_config(
     Raises:
         ConfigError: in one line that names the field, its value, what is accepted, and where it was set.
     """
-    bound = read_bindings([find_config(f) for f in files], bindings, tuple(_CLASSES), CONFIG_DIRECTORY)
+    bound, imports = read_bindings([find_config(f) for f in files], bindings, tuple(_CLASSES), CONFIG_DIRECTORY)
     notes: list[str] = []
     as_given = bound
     bound = _apply_reference_names(bound, notes)
@@ -132,7 +136,20 @@ def load_config(
         if error.field not in bound:
             raise
         raise ConfigError(error.field, f"{error.message} (set in {bound[error.field].where})") from None
-    return LoadedConfig(config=config, given=_given(as_given), notes=tuple(notes))
+    modules = tuple(dict.fromkeys([*imports, *_registering(config)]))
+    given = _import_lines(modules) + _given(as_given)
+    return LoadedConfig(config=config, given=given, notes=tuple(notes), imports=modules)
+
+
+def _registering(config: args.Config) -> list[str]:
+    """Return the modules that registered what ``config`` names: whoever opens the run needs them too."""
+    parts = [CUSTOM_BACKBONES.get(config.network.backbone)]
+    parts += [CUSTOM_LOSSES.get(config.retrieval.loss)] if config.retrieval is not None else []
+    return [part.module for part in parts if part is not None and part.module is not None]
+
+
+def _import_lines(modules: tuple[str, ...]) -> str:
+    return "".join(f"import {module}\n" for module in modules) + ("\n" if modules else "")
 
 
 def task_of(files: Sequence[str], bindings: Sequence[str] = ()) -> Literal["ranking", "retrieval"]:
@@ -141,7 +158,7 @@ def task_of(files: Sequence[str], bindings: Sequence[str] = ()) -> Literal["rank
     Raises:
         ConfigError: if those of both are set, and for gin that cannot be read.
     """
-    bound = read_bindings([find_config(f) for f in files], bindings, tuple(_CLASSES), CONFIG_DIRECTORY)
+    bound, _ = read_bindings([find_config(f) for f in files], bindings, tuple(_CLASSES), CONFIG_DIRECTORY)
     found = {key.split(".")[0] for key in bound} & {"RankingArgs", "RetrievalArgs"}
     if len(found) == 2:
         raise ConfigError("--task", "is required: RankingArgs and RetrievalArgs are both set")

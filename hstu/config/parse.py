@@ -14,6 +14,7 @@ from typing import Any
 from gin import config_parser
 
 from hstu.config.base import ConfigError, brief, shortened
+from hstu.registry import import_by_name
 
 _DEEPEST = 50  # includes in one another
 BINDINGS_FLAG = "--gin-bindings"
@@ -42,7 +43,7 @@ class _Delegate(config_parser.ParserDelegate):
 
 def read_bindings(
     paths: Sequence[Path], bindings: Sequence[str], classes: Sequence[str], include_from: Path
-) -> dict[str, Binding]:
+) -> tuple[dict[str, Binding], tuple[str, ...]]:
     """Read gin files, then ``bindings``; the last one to set a field wins.
 
     Args:
@@ -52,12 +53,13 @@ def read_bindings(
         include_from: Where included files are looked for, after the including file's and the working directory.
 
     Returns:
-        ``Class.field`` -> binding, in the order in which they were set last.
+        ``Class.field`` -> binding, in the order in which they were set last; and the modules that were imported.
 
     Raises:
         ConfigError: in one line.
     """
     fields: dict[str, Binding] = {}
+    imports: dict[str, None] = {}
     macros: dict[str, Binding] = {}
     statements = [s for path in paths for s in _expanded(_read(path), path, include_from, (path,))]
     statements += [s for text in bindings for s in _expanded(text, None, include_from, ())]
@@ -67,15 +69,21 @@ def read_bindings(
             target = fields if "." in key else macros
             target.pop(key, None)
             target[key] = Binding(statement.value, where)
+        elif isinstance(statement, config_parser.ImportStatement):
+            imports[statement.module] = None
+            try:
+                import_by_name(statement.module)
+            except ValueError as error:
+                raise ConfigError(where, f": {error}") from error
         elif not isinstance(statement, config_parser.BlockDeclaration):
-            raise ConfigError(where, ": only fields, macros and includes mean something here")
+            raise ConfigError(where, ": only fields, macros, includes and imports mean something here")
     used: set[str] = set()
     fields = {key: Binding(_resolved(key, b.value, b, macros, used), b.where) for key, b in fields.items()}
     for name, macro in macros.items():
         if name not in used:
             raise ConfigError(name, f"= {brief(macro.value)}: names no class and nothing uses %{name}; "
                               f"write Class.{name} (set in {macro.where})")  # fmt: skip
-    return fields
+    return fields, tuple(imports)
 
 
 def _key(statement: config_parser.BindingStatement, where: str, classes: Sequence[str]) -> str:

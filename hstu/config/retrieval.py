@@ -3,13 +3,35 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from hstu.config.base import UNSET, Args
+from hstu.registry import Registry, T
 
 SAMPLED_100 = ":sampled_100"
 """Behind the name of a metric: ranks among 100 random items."""
+
+
+LOSSES = ("sampled_softmax", "full_softmax", "bce")
+CUSTOM_LOSSES = Registry("loss", LOSSES)
+
+
+def register_loss(name: str) -> Callable[[T], T]:
+    """Return a decorator for a retrieval loss of your own, chosen by ``RetrievalArgs.loss = name``.
+
+    What it is put on is called with scores, divided by the temperature, of the positive [L] and of the negatives
+    [L, K] of each label token, which of the negatives are some [L, K] bool (one that is the positive is not), and with
+    ``loss_options`` by their names; it returns the loss of each token, [L]. Means over ranks are taken by the trainer.
+
+    Args:
+        name: A word.
+
+    Raises:
+        ValueError: for a name that is taken.
+    """
+    return CUSTOM_LOSSES.add(name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +43,10 @@ class RetrievalArgs(Args):
     """
 
     #: "bce": binary cross-entropy of the next item and of one item that the user has not, see bce_excludes.
-    loss: Literal["sampled_softmax", "full_softmax", "bce"] = "sampled_softmax"
+    #: Or one that is registered, with negatives as sampled_softmax.
+    loss: str = "sampled_softmax"
+    #: What a registered loss is called with, by name.
+    loss_options: dict[str, bool | int | float | str] = field(default_factory=dict)
     #: Negatives per label; -1 takes every negative there is in the batch (in_batch only).
     num_negatives: int = -1
     #: What the negative of bce is never taken from: everything that its user did up to the end of training, as in
@@ -58,7 +83,7 @@ class RetrievalArgs(Args):
     filter_seen: bool | None = None
 
     def resolve(self) -> None:
-        if self.loss == "sampled_softmax":
+        if self.loss not in ("full_softmax", "bce"):
             self.default(sampling_strategy="in_batch" if self.num_negatives == -1 else "uniform")
 
     limits: ClassVar = {
@@ -69,6 +94,7 @@ class RetrievalArgs(Args):
         "mol_mutual_information": (0, 1e6),
         "temperature": (1e-6, 1e6),
         "l2_norm_eps": (1e-20, 1),
+        "loss_options": (-(2**62), 2**62),
     }
 
     def validate(self) -> None:
@@ -88,6 +114,12 @@ class RetrievalArgs(Args):
 
     def _validate_loss(self) -> None:
         strategy = self.sampling_strategy
+        if self.loss not in LOSSES and CUSTOM_LOSSES.get(self.loss) is None:
+            known = ", ".join(map(repr, (*LOSSES, *CUSTOM_LOSSES.names)))
+            raise self.error("loss", f"must be one of {known}; one of your own is registered by a module that --import "
+                             "names")  # fmt: skip
+        if self.loss_options and self.loss in LOSSES:
+            raise self.error("loss_options", f"are those of a registered loss, which {self.loss} is not")
         if strategy in ("uniform", "log_uniform") and self.num_negatives == -1:
             raise self.error("num_negatives", f"must be set when RetrievalArgs.sampling_strategy = {strategy!r}")
         if self.loss == "bce" and strategy is not None:
@@ -103,7 +135,7 @@ class RetrievalArgs(Args):
                              "or log_uniform negatives")  # fmt: skip
         if self.item_bias and self.similarity != "dot":
             raise self.error("item_bias", f"is a part of dot products; {self.similarity} has none")
-        if self.mol_mutual_information and (self.similarity != "mol" or self.loss == "bce"):
+        if self.mol_mutual_information and (self.similarity != "mol" or self.loss not in LOSSES[:2]):
             raise self.error("mol_mutual_information", "needs similarity = 'mol' and a softmax loss")
 
     @property
@@ -116,4 +148,4 @@ class RetrievalArgs(Args):
     @property
     def needs_item_counts(self) -> bool:
         """Whether negatives depend on how often items are labels."""
-        return self.logq_correction or (self.loss == "sampled_softmax" and self.negatives == "log_uniform")
+        return self.logq_correction or self.negatives == "log_uniform"

@@ -11,6 +11,7 @@ from hstu.layers.hstu import HSTUConfig, HSTUStack, hstu_preset
 from hstu.layers.huggingface import HuggingFaceStack
 from hstu.layers.llama import LLaMAConfig, LLaMAStack
 from hstu.layers.transformer import TransformerConfig, TransformerStack
+from hstu.models.custom import make_custom
 from hstu.ops import Mask
 
 
@@ -35,7 +36,7 @@ def make_backbone(network: NetworkArgs, max_tokens: int, *, with_candidates: boo
         return _hugging_face(network, max_tokens, with_candidates)
     if network.backbone in ("sasrec", "bert"):
         return TransformerStack(_transformer_config(network), network.num_layers)
-    raise network.error("backbone", "is a name that no module goes by")
+    return make_custom(network, max_tokens)
 
 
 def attention_mask(network: NetworkArgs) -> Mask:

@@ -82,7 +82,7 @@ class Encoder(nn.Module):
         self.postprocess = Postprocess(network.hidden_size, norm, eps, last_token=config.task == "retrieval")
         self.autocast_dtype = torch.bfloat16 if network.dtype_str == "bfloat16" else None
         self.residual_dtype = torch.bfloat16 if network.residual_dtype_str == "bfloat16" else None
-        own = (self.preprocess,) if network.is_hugging_face else (self.preprocess, self.backbone)
+        own = (self.preprocess,) if network.is_hugging_face or network.is_custom else (self.preprocess, self.backbone)
         for part in own:
             initialize(part, network.dense_initializer_type, network.dense_initializer_normal_std)
 

@@ -88,9 +88,8 @@ def softmax_loss(
         mutual_information_weight: Of the mutual information between gate and item, taken off the loss (MoL).
     """
     x = sampled
-    if x.query.shape[0] == 0:  # keeps the graph, so that every rank runs the same backward, but moves nothing
-        weights = sum((p.sum() for p in similarity.parameters()), x.query.sum() + x.positive.sum() + x.pool.sum())
-        return LossSum(total=0.0 * weights, count=0, live_negatives=x.query.new_zeros(()))
+    if x.query.shape[0] == 0:
+        return empty_loss(x, similarity)
     assert not label_smoothing or x.columns is None
     if isinstance(similarity, DotProduct):
         losses, live = _dot_rows(x, temperature, label_smoothing)
@@ -105,6 +104,26 @@ def softmax_loss(
         totals.append(total)
         lives.append(live)
     return LossSum(total=torch.stack(totals).sum(), count=x.query.shape[0], live_negatives=torch.stack(lives).sum())
+
+
+def empty_loss(x: SampledCandidates, similarity: DotProduct | MixtureOfLogits) -> LossSum:
+    """Return the loss of no label tokens: it keeps the graph, so that every rank runs the same backward."""
+    weights = sum((p.sum() for p in similarity.parameters()), x.query.sum() + x.positive.sum() + x.pool.sum())
+    return LossSum(total=0.0 * weights, count=0, live_negatives=x.query.new_zeros(()))
+
+
+def candidate_scores(
+    x: SampledCandidates, similarity: DotProduct | MixtureOfLogits, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the scores over the temperature of positives [L] and of negatives [L, K], and which are some [L, K]."""
+    items, ids = x.pool[None], x.pool_ids[None]
+    if x.columns is not None:
+        items, ids = x.pool[x.columns], x.pool_ids[x.columns]
+    if isinstance(similarity, DotProduct):
+        right, wrong = (x.query * x.positive).sum(-1), (items @ x.query[:, :, None]).squeeze(-1)
+    else:
+        right, wrong = similarity.mix(x.query, x.positive[:, None])[0][:, 0], similarity.mix(x.query, items)[0]
+    return right / temperature, wrong / temperature, (ids != x.positive_ids[:, None]).expand_as(wrong)
 
 
 def _dot_rows(x: SampledCandidates, temperature: float, smoothing: float) -> tuple[Tensor, Tensor]:

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from hstu.config import Config, RetrievalArgs
+from hstu.config.retrieval import LOSSES
 from hstu.data.batch import POOL, Batch
 from hstu.data.schema import Schema
 from hstu.layers.mlp import initialize
 from hstu.layers.similarity import DotProduct, MixtureOfLogits
+from hstu.models.custom import custom_loss
 from hstu.models.encoder import Encoder
 from hstu.models.lookup import RetrievalLookup
 from hstu.models.losses import LossSum, SampledCandidates, binary_loss, softmax_loss
@@ -122,6 +124,8 @@ class RetrievalModel(Encoder):
     def _loss(self, sampled: SampledCandidates, live: Tensor | None) -> LossSum:
         if live is not None:
             return binary_loss(sampled, live, self.similarity, temperature=self.args.temperature)
+        if self.args.loss not in LOSSES:
+            return custom_loss(self.args, sampled, self.similarity)
         if self.args.logq_correction:
             log_q = self.sampler.log_q(sampled.positive_ids), self.sampler.log_q(sampled.pool_ids)
             sampled = replace(sampled, log_q=log_q)

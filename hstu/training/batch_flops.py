@@ -17,8 +17,8 @@ def batch_flops(model: RankingModel | RetrievalModel, config: Config, batch: Bat
     """Return the operations of a forward and backward pass over ``batch``, from ``training_batch``, in host memory.
 
     Matrix products alone: of every weight with its tokens, of attention with the pairs that the mask lets see each
-    other, and of the scores. Not counted: attention of a HuggingFace backbone, a mixture of logits, and lookups. The
-    pool of in-batch negatives counts as far as this rank's labels fill it.
+    other, and of the scores. Not counted: attention of a HuggingFace or registered backbone, a mixture of logits, and
+    lookups. The pool of in-batch negatives counts as far as this rank's labels fill it.
     """
     layout, labels = model.whole_stream(batch).layout, batch.labels.numel()
     heads = model.head if isinstance(model, RankingModel) else model.similarity
@@ -39,7 +39,7 @@ def matrix_elements(module: nn.Module) -> int:
 
 def _attention(config: Config, layout: Layout) -> int:
     network = config.network
-    if network.backbone == "gru" or network.is_hugging_face:
+    if network.backbone == "gru" or network.is_hugging_face or network.is_custom:
         return 0
     values = network.value_channels or network.kv_channels
     pairs = int(visible_pairs(layout, attention_mask(network)).sum())

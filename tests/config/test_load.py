@@ -156,7 +156,7 @@ MISTAKES = [
     ("TrainerArgs.seed = %MISSING", ["TrainerArgs.seed = %MISSING", "no line sets MISSING"]),
     ("train/TrainerArgs.seed = 3", ["train/TrainerArgs", "scopes mean nothing"]),
     ("seed = 3", ["seed = 3", "names no class", "write Class.seed"]),
-    ("import os", ["only fields, macros and includes"]),
+    ("import no_such_module", ["import no_such_module", "No module named", "looked for in"]),
     ("include 'nowhere.gin'", ["include 'nowhere.gin'", "no such file; tried"]),
 ]
 

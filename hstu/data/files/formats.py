@@ -4,10 +4,31 @@ from __future__ import annotations
 
 import codecs
 import csv
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from hstu.registry import Registry, T
+
 FORMATS = ("csv", "tsv", "parquet", "jsonl", "json", "sequences")
+CUSTOM_READERS = Registry("reader", FORMATS)
+
+
+def register_reader(name: str) -> Callable[[T], T]:
+    """Return a decorator for a reader of files of your own, chosen by ``--format name`` (``FileFormat(format=name)``).
+
+    What it is put on is called with the path of one file, as often as the file is looked at, and returns a table of
+    Polars or yields blocks of one, all with the same columns.
+
+    Args:
+        name: A word.
+
+    Raises:
+        ValueError: for a name that is taken.
+    """
+    return CUSTOM_READERS.add(name)
+
+
 _ENDINGS = {
     ".csv": "csv",
     **dict.fromkeys((".tsv", ".tab", ".inter", ".user", ".item"), "tsv"),  # the last three: atomic files
@@ -43,7 +64,7 @@ class FileFormat:
     prefix: str = ""
 
     def __post_init__(self) -> None:
-        for name, choices in (("format", FORMATS), ("quoting", ("double", "none"))):
+        for name, choices in (("format", (*FORMATS, *CUSTOM_READERS.names)), ("quoting", ("double", "none"))):
             if getattr(self, name) not in (None, *choices):
                 raise ValueError(f"{self.flag(name)} is {getattr(self, name)!r}, must be one of {', '.join(choices)}")
         if self.separator is not None:
@@ -73,7 +94,7 @@ class FileFormat:
         name = self.format or _ENDINGS.get(suffixes[-1].lower() if suffixes else "")
         if name is None:
             return ""
-        known = {"csv": 4, "tsv": 4, "sequences": 2, "jsonl": 1, "json": 1, "parquet": 0}[name]
+        known = {"csv": 4, "tsv": 4, "sequences": 2, "jsonl": 1, "json": 1}.get(name, 0)
         for field in ("encoding", "separator", "quoting", "columns")[known:]:
             if getattr(self, field) is not None:
                 raise ValueError(f"{path}: is read as {name}, to which {self.flag(field)} does not apply")

@@ -8,8 +8,9 @@ from pathlib import Path
 import polars as pl
 
 from hstu.data.files.blocks import POSITION, Table
+from hstu.data.files.custom import open_custom
 from hstu.data.files.delimited import open_delimited
-from hstu.data.files.formats import FileFormat, printable
+from hstu.data.files.formats import CUSTOM_READERS, FileFormat, printable
 from hstu.data.files.objects import open_objects
 from hstu.data.files.parquet import open_parquet
 from hstu.data.files.sequences import open_sequences
@@ -44,6 +45,8 @@ def open_table(path: str | Path, columns: list[str], fmt: FileFormat = PLAIN) ->
         table = open_parquet(parts)
     elif kind in ("jsonl", "json"):
         table = open_objects(parts, fmt, kind)
+    elif (custom := CUSTOM_READERS.get(kind)) is not None:
+        table = open_custom(parts, kind, custom.make)
     elif kind == "sequences":
         if len(columns) < 2:
             raise ValueError(f"{path}: sequences hold users and items alone; give a table with column {columns[0]!r}")
