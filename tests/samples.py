@@ -44,8 +44,9 @@ def declared_features() -> tuple[Feature, ...]:
 def draw_values(feature: Feature, number: int, rng: np.random.Generator) -> Values:
     """Random values of a declared feature; some are missing."""
     if feature.kind == "multi":
-        lengths = rng.integers(4, size=number)
-        return Sets(np.concatenate([[0], lengths.cumsum()]), rng.integers(feature.vocab_size, size=lengths.sum()))
+        sets = [rng.permutation(feature.vocab_size)[: rng.integers(4)] for _ in range(number)]
+        offsets = np.cumsum([0, *map(len, sets)])
+        return Sets(offsets, np.concatenate(sets))
     if feature.has_ids:
         return rng.integers(feature.vocab_size + 1, size=number)
     values = rng.standard_normal((number, feature.width or 1)).astype(np.float32)

@@ -84,6 +84,13 @@ def add_user_flags(parser: argparse.ArgumentParser) -> None:
     for role in ("user", "item", "time", "action"):
         parser.add_argument(f"--{role}_column", help="in --users and --candidates; default: the data set's name for it")
     parser.add_argument(
+        "--missing_features",
+        choices=("error", "allow"),
+        default="error",
+        help="features the model reads and a table lacks; allow takes them for missing values; default: error",
+    )
+    parser.add_argument("--set_separator", default="|", help="between the members of sets in the tables; default: |")
+    parser.add_argument(
         "--unknown_items",
         choices=("error", "drop"),
         default="error",

@@ -223,6 +223,13 @@ class Collator:
         """Return the ids of each context, those replaced that are drawn for samples ``drawn_for`` or were never met."""
         found = [events.contexts[name] for name in self.contexts]
         if self.unknown_rate == 0:
+            for name, ids in zip(self.contexts, found, strict=True):
+                if ids.size and ids.max() == unknown_id(dataset.schema, name):
+                    raise ValueError(
+                        f"data set {dataset.schema.name!r}: a user lacks a value of {name!r}, which needs the row for "
+                        "unknown values: set FeatureArgs.unknown_rate above 0, or leave it out of "
+                        "DatasetArgs.contextual_feature_names"
+                    )
             return found
         for number, name in enumerate(self.contexts):
             unknown = unknown_id(dataset.schema, name)

@@ -119,7 +119,7 @@ def _vectors(column: pl.Series, width: int, separator: str, place: Place) -> pl.
         raise ValueError(f"{place.file}: column {column.name!r} is {column.dtype}, no vector; give lists of numbers, "
                          f"or numbers between {separator!r}")  # fmt: skip
     lengths = lists.list.len()
-    differs = f"has another length than the first vector, {width}; give all one length"
+    differs = f"has another length than the others, {width}; give all one length"
     place.refuse(column, (lengths != width) & (lengths > 0), differs)
     if lists.dtype.inner == pl.String:
         lists = lists.list.eval(pl.element().str.strip_chars())

@@ -45,12 +45,7 @@ class FeatureColumn:
         self._rows += len(column)
         if self.declaration.has_ids:
             return self._ids.codes(column)
-        if isinstance(column.dtype, pl.Array):
-            present = column.is_not_null().to_numpy()
-            numbers = np.full((len(column), column.dtype.size), np.nan, np.float32)
-            numbers[present] = column.drop_nulls().to_numpy()
-            return numbers
-        return column.to_numpy().astype(np.float32, copy=False).reshape(-1, 1)
+        return numbers_of(column)
 
     def close(self) -> pl.Series:
         """Return the distinct values, or members of sets, once all are read; for a feature with a vocabulary.
@@ -121,6 +116,15 @@ class FeatureColumn:
         if told.kind == "vector":
             return Feature(**common, kind="vector", width=summary.width)  # type: ignore[arg-type]
         return Feature(**common, kind="numeric", statistics=summary.statistics())  # type: ignore[arg-type]
+
+
+def numbers_of(column: pl.Series) -> np.ndarray:
+    """Return clean numbers or vectors as float32 [n, w], NaN where one is missing."""
+    if not isinstance(column.dtype, pl.Array):
+        return column.to_numpy().astype(np.float32, copy=False).reshape(-1, 1)
+    numbers = np.full((len(column), column.dtype.size), np.nan, np.float32)
+    numbers[column.is_not_null().to_numpy()] = column.drop_nulls().to_numpy()
+    return numbers
 
 
 @dataclass

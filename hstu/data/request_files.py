@@ -21,13 +21,17 @@ from hstu.data.cleaning import (
     require_columns,
     whole_seconds,
 )
-from hstu.data.column_cache import OFFSETS
+from hstu.data.column_cache import OFFSETS, set_offsets
 from hstu.data.files import FileFormat, in_memory, one_event_a_row, open_table
 from hstu.data.reader import SequenceDataset
-from hstu.data.schema import Feature, unknown_id
+from hstu.data.request_features import MissingFeatures, one_per_user, read_features
+from hstu.data.schema import Feature, Level, unknown_id
+from hstu.data.values import Sets, Values, take
 from hstu.data.vocabulary import places_of
 
 logger = logging.getLogger(__name__)
+
+_LEVELS: tuple[Level, ...] = ("user", "event")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +45,9 @@ class HistoryColumns:
     contexts: tuple[str, ...]
     use_actions: bool
     has_unknown: bool  # whether contexts and actions that the data set lacks can be read as unknown
+    features: tuple[str, ...] = ()  # other features of users and events
+    missing_features: MissingFeatures = "error"
+    set_separator: str = "|"
     time_format: str | None = None
     missing: Missing = "error"
 
@@ -72,7 +79,8 @@ def read_frame(
         table = in_memory(path)
     else:
         table = open_table(path, wanted, fmt)
-    table = one_event_a_row(table, columns.item, [columns.time, columns.action], name)
+    others = [columns.time, columns.action, *columns.features]
+    table = one_event_a_row(table, columns.item, others, name, columns.features)
     blocks = list(table.read(None))
     frame = pl.concat(blocks) if blocks else pl.DataFrame(schema=dict.fromkeys(table.columns, pl.String))
     if columns.missing != "drop":
@@ -107,7 +115,8 @@ def read_histories(
     schema = known.schema
     if columns.use_actions:
         frame = _with_mask(frame, known, columns.action, file)
-    wanted = [columns.user, columns.item, *columns.contexts]
+    wanted = [columns.user, columns.item]
+    wanted += [] if columns.has_unknown and columns.missing_features == "allow" else columns.contexts
     wanted += [columns.time] if schema.time else []
     wanted += [columns.action] if columns.use_actions else []
     require_columns(frame, wanted, file)
@@ -120,14 +129,32 @@ def read_histories(
     if columns.use_actions:
         assert schema.action is not None
         parts.append(_actions(frame[columns.action], known, columns, file).alias("action"))
-    contexts = [_contexts(frame[name], known, columns, file) for name in columns.contexts]
+    contexts = [_contexts(frame, name, known, columns, file) for name in columns.contexts]
     parts += [ids.alias(f"context {name}") for name, ids in zip(columns.contexts, contexts, strict=True)]
+    read = tuple(f for level in _LEVELS for f in schema.of(level) if f.name in columns.features)
+    features = features_of(frame, read, known, columns, file)
+    parts.append(pl.int_range(frame.height, eager=True).alias("place"))
     events = _known_items(pl.DataFrame(parts), frame[columns.item], file, unknown_items)
     users = events["user"].unique(maintain_order=True)
     numbers = pl.DataFrame({"user": users, "row": np.arange(len(users))})
     events = events.join(numbers, on="user", how="left", maintain_order="left")
     events = events.sort("row", *(["exact"] if schema.time else []), maintain_order=True)
-    return SequenceDataset(known.path, schema, _flat(events, schema.features, columns, file)), users
+    flat = _flat(events, schema.features, columns, file)
+    for feature in read:
+        values = take(features[feature.name], events["place"].to_numpy())
+        if feature.level == "user":
+            values = one_per_user(values, events["row"].to_numpy(), feature.name, users, file)
+        if isinstance(values, Sets):
+            flat[set_offsets(feature.name)], values = values
+        flat[feature.name] = values
+    return SequenceDataset(known.path, schema, flat), users
+
+
+def features_of(
+    frame: pl.DataFrame, features: tuple[Feature, ...], known: SequenceDataset, columns: HistoryColumns, file: str
+) -> dict[str, Values]:
+    """Return the values of ``features`` in each row of ``frame``; see :func:`read_features`."""
+    return read_features(frame, features, known, file, absent=columns.missing_features, separator=columns.set_separator)
 
 
 def _with_mask(frame: pl.DataFrame, known: SequenceDataset, name: str, file: str) -> pl.DataFrame:
@@ -162,9 +189,17 @@ def _find(column: pl.Series, known: SequenceDataset, feature: str, file: str) ->
     return find_ids(clean_values(column, file), known.vocabulary(feature))
 
 
-def _contexts(column: pl.Series, known: SequenceDataset, columns: HistoryColumns, file: str) -> pl.Series:
-    ids = _find(column, known, column.name, file)
-    return ids.fill_null(unknown_id(known.schema, column.name)) if columns.has_unknown else _require(column, ids, file)
+def _contexts(frame: pl.DataFrame, name: str, known: SequenceDataset, columns: HistoryColumns, file: str) -> pl.Series:
+    unknown = unknown_id(known.schema, name)
+    if not columns.has_unknown:
+        return _require(frame[name], _find(frame[name], known, name, file), file)
+    if name not in frame.columns:
+        logger.info("%s: column %r is missing: all its values are read as unknown", file, name)
+        return pl.repeat(unknown, frame.height, dtype=pl.Int64, eager=True)
+    column = frame[name]
+    ids = np.full(frame.height, unknown, np.int64)
+    ids[column.is_not_null().to_numpy()] = _find(column.drop_nulls(), known, name, file).fill_null(unknown).to_numpy()
+    return pl.Series(ids)
 
 
 def _actions(column: pl.Series, known: SequenceDataset, columns: HistoryColumns, file: str) -> pl.Series:
@@ -234,12 +269,10 @@ def _flat(
             name = {"item": "item", "action": "action", "time": "seconds"}[feature.role]
             flat[feature.name] = events[name].to_numpy() if name in events.columns else np.zeros(len(row), np.int64)
         elif feature.name in columns.contexts:
-            values = events[f"context {feature.name}"].to_numpy()
-            changed = np.flatnonzero(values != values[first][row])
-            if len(changed):
-                user = events["user"][int(changed[0])]
-                raise ValueError(f"{file}: column {feature.name!r}: user {user!r} has two values; give one per user")
-            flat[feature.name] = values[first]
+            ids = events[f"context {feature.name}"].to_numpy()
+            values = one_per_user(ids, row, feature.name, events["user"].unique(maintain_order=True), file)
+            assert isinstance(values, np.ndarray)
+            flat[feature.name] = values
         elif feature.level == "user" and feature.kind == "categorical" and feature.role == "feature":
             flat[feature.name] = np.zeros(len(lengths), np.int64)
     return flat

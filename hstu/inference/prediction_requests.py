@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import polars as pl
@@ -18,9 +18,12 @@ from torch import Tensor
 from hstu.data.cleaning import Missing, clean_ids, require_columns
 from hstu.data.files import FileFormat
 from hstu.data.reader import Histories, SequenceDataset
-from hstu.data.request_files import HistoryColumns, find_ids, find_users, read_frame, read_histories
+from hstu.data.request_features import MissingFeatures
+from hstu.data.request_files import HistoryColumns, features_of, find_ids, find_users, read_frame, read_histories
 from hstu.data.requests import Requests
+from hstu.data.schema import Level
 from hstu.data.splits import Split
+from hstu.data.values import Values
 from hstu.inference.opened import Opened
 from hstu.metrics.topk import TopK
 from hstu.models import RankingModel
@@ -40,6 +43,7 @@ class PredictionRequests:
         held_out: Whether the event asked for is known.
         pairs: Item id of each sample, for a ranking run.
         score_names: Columns of a ranking run's scores.
+        controls: Control columns of the data set: of its users, its items, and of the held-out events.
     """
 
     dataset: Histories
@@ -49,6 +53,7 @@ class PredictionRequests:
     held_out: bool
     pairs: np.ndarray | None
     score_names: tuple[str, ...]
+    controls: Controls
 
     def recommendations(self, rows: Tensor, best: TopK) -> dict[str, pa.Array]:
         """Return the columns of the items ``best`` for samples ``rows``; places that no item fills are left out."""
@@ -64,7 +69,7 @@ class PredictionRequests:
             targets, _ = self._targets(samples)
             columns["target"] = self.vocabulary.take(pa.array(targets[row]))
             columns["event"] = pa.array(self.split.stop[samples[row]] - 1)
-        return columns
+        return self._with_controls(columns, samples[row], items[row, place])
 
     def scores(self, rows: Tensor, scores: Tensor) -> dict[str, pa.Array]:
         """Return the columns of ``scores`` [Q, K] for samples ``rows``."""
@@ -74,12 +79,56 @@ class PredictionRequests:
         columns |= {name: pa.array(values[:, index]) for index, name in enumerate(self.score_names)}
         if self.held_out:
             columns |= {"action_id": pa.array(actions), "event": pa.array(self.split.stop[samples] - 1)}
+        return self._with_controls(columns, samples, items)
+
+    def _with_controls(
+        self, columns: dict[str, pa.Array], samples: np.ndarray, items: np.ndarray
+    ) -> dict[str, pa.Array]:
+        """Add what the control columns hold for rows of ``samples`` and ``items``, [n] each."""
+        chosen, place = np.unique(samples, return_inverse=True)
+        stop, names = self.split.stop[chosen], tuple(self.controls.of_samples)
+        if names:
+            found = self.dataset.gather(self.split.users[chosen], stop - 1, stop, names)
+            for name, ids in (found.of_users | found.of_events).items():
+                assert isinstance(ids, np.ndarray)
+                columns.setdefault(name, self.controls.of_samples[name].take(pa.array(ids[place])))
+        for name, (originals, of_items) in self.controls.of_items.items():
+            columns.setdefault(name, originals.take(pa.array(of_items[items])))
         return columns
 
     def _targets(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         stop = self.split.stop[samples]
         events = self.dataset.gather(self.split.users[samples], stop - 1, stop)
         return events.items, events.actions
+
+
+@dataclass(frozen=True)
+class Controls:
+    """Control columns that come out with predictions; a column of predictions of the same name stands in front.
+
+    Attributes:
+        of_samples: Those of users and of held-out events -> original values, and none for the id after the last.
+        of_items: Those of items -> likewise, and the id of each item.
+    """
+
+    of_samples: dict[str, pa.Array]
+    of_items: dict[str, tuple[pa.Array, np.ndarray]]
+
+    @classmethod
+    def read(cls, known: SequenceDataset, levels: tuple[Level, ...]) -> Controls:
+        """Read those of the data set, of users and events only those of ``levels``."""
+
+        def originals(name: str) -> pa.Array:
+            values = known.vocabularies.originals(name)
+            return pa.concat_arrays([values, pa.nulls(1, values.type)])
+
+        stored = {
+            level: [f.name for f in known.schema.stored(level) if f.role == "control"] for level in get_args(Level)
+        }
+        return cls(
+            {name: originals(name) for level in levels for name in stored[level]},
+            {name: (originals(name), known.category_ids(name)) for name in stored["item"]},
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +143,8 @@ class RequestSpec:
             event of each user.
         unknown_items: What to do with events of items that the model does not know: "error", or "drop".
         user_column: In these tables; None: that of the log, if on record, or of the data set; likewise the others.
-        time_format: Pattern of times, see ``InteractionSpec``, likewise ``missing``.
+        time_format: Pattern of times, see ``InteractionSpec``, likewise ``missing`` and ``set_separator``.
+        missing_features: What to do where a table lacks a feature that the model reads: "error", or "allow".
         users_format: How a file of users is read.
         candidates_format: How a file of candidates is read.
     """
@@ -110,6 +160,8 @@ class RequestSpec:
     action_column: str | None = None
     time_format: str | None = None
     missing: Missing = "error"
+    missing_features: MissingFeatures = "error"
+    set_separator: str = "|"
     users_format: FileFormat = field(default_factory=FileFormat)
     candidates_format: FileFormat = field(default_factory=FileFormat)
 
@@ -136,10 +188,11 @@ def make_prediction_requests(spec: RequestSpec, opened: Opened) -> PredictionReq
             chosen = find_users(name, frame, known, columns)
     if spec.split == "future":
         items = None
+        features: dict[str, Values] = {}
         rows = np.arange(histories.num_users) if chosen is None else chosen
         if spec.candidates is not None:
-            rows, items = read_candidates(spec.candidates, columns, originals, known, spec.candidates_format)
-        asked = Requests(histories, rows, items, parse_time(spec.request_time))
+            rows, items, features = read_candidates(spec.candidates, columns, originals, known, spec.candidates_format)
+        asked = Requests(histories, rows, items, parse_time(spec.request_time), features)
         dataset: Histories = asked
         split, users_of = asked.split, rows
     else:
@@ -160,7 +213,15 @@ def make_prediction_requests(spec: RequestSpec, opened: Opened) -> PredictionReq
         held_out=spec.split != "future",
         pairs=items,
         score_names=score_names(opened),
+        controls=Controls.read(known, _levels(spec, histories is known)),
     )
+
+
+def _levels(spec: RequestSpec, of_data_set: bool) -> tuple[Level, ...]:
+    """Return of whom the data set has control columns: its users, and the events that it holds out."""
+    if not of_data_set:
+        return ()
+    return ("user",) if spec.split == "future" else ("user", "event")
 
 
 def _name(table: Path | pl.DataFrame, role: str) -> str:
@@ -192,13 +253,16 @@ def history_columns(spec: RequestSpec, opened: Opened) -> HistoryColumns:
         time_format=spec.time_format,
         missing=spec.missing,
         has_unknown=collate.unknown_rate > 0,
+        features=(*collate.user_features, *collate.event_features),
+        missing_features=spec.missing_features,
+        set_separator=spec.set_separator,
     )
 
 
 def read_candidates(
     table: Path | pl.DataFrame, columns: HistoryColumns, users: pa.Array, known: SequenceDataset, fmt: FileFormat
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the user row and the item id of each pair, int64 [S] both.
+) -> tuple[np.ndarray, np.ndarray, dict[str, Values]]:
+    """Return the user row and the item id of each pair, int64 [S] both, and the features that are known of them.
 
     Raises:
         ValueError: for a user without history or an item that the model does not know.
@@ -213,7 +277,8 @@ def read_candidates(
         if ids.null_count():
             row = int(ids.is_null().arg_max() or 0)
             raise ValueError(f"{file}: column {name!r}, row {row + 1}: {frame[name][row]!r} {lack}; remove the row")
-    return rows.to_numpy(), items.to_numpy()
+    asked = tuple(f for f in known.schema.of("event") if f.name in columns.features and f.known_at_request)
+    return rows.to_numpy(), items.to_numpy(), features_of(frame, asked, known, columns, file)
 
 
 def score_names(opened: Opened) -> tuple[str, ...]:

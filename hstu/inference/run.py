@@ -250,7 +250,7 @@ class Run:
 
     def _spec(self, users: Iterable[Any] | None, histories: Frame | None, **asked: Any) -> RequestSpec:
         known = {"split", "request_time", "unknown_items", "user_column", "item_column", "time_column"}
-        known |= {"action_column", "time_format", "missing"}
+        known |= {"action_column", "time_format", "missing", "missing_features", "set_separator"}
         if unknown := sorted(asked.keys() - known):
             raise TypeError(f"unexpected argument {unknown[0]!r}; there are {', '.join(sorted(known))}")
         if users is not None and histories is not None:
