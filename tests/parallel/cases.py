@@ -16,7 +16,7 @@ class Case:
         name: Of the test.
         task: ``"ranking"`` or ``"retrieval"``.
         bindings: On top of ``BINDINGS``.
-        data: Data set: ``"even"``, or ``"short"`` whose last global batch is one sample.
+        data: Data set: ``"even"``, ``"short"`` whose last global batch is one sample, ``"declared"`` with features.
         global_batch: Samples of a step over all ranks.
         plain_steps: Steps over which plain PyTorch gives the same losses; 0: it lacks the tables' optimizer.
         steps: Steps.
@@ -58,6 +58,19 @@ MEMORY = (
     "MemoryArgs.recent_item_num=6",
 )
 WIDTHS = ("NetworkArgs.item_embedding_dim=22", "NetworkArgs.action_embedding_dim=6")
+# Features of every level and kind; values and items are lost and swapped.
+DECLARED = (
+    "DatasetArgs.dataset_name='small'",
+    "NetworkArgs.item_embedding='both'",
+    "FeatureArgs.unknown_rate=0.1",
+    "FeatureArgs.swap_rate=0.2",
+    "FeatureArgs.widths={'likes': 6}",
+)
+TASKS = (
+    "RankingArgs.tasks=(('did', 'binary', 'action'), ('watch', 'regression', 'watched'))",
+    "RankingArgs.prediction_head_arch=[16, 2]",
+    "RankingArgs.eval_metrics=('AUC', 'RMSE', 'SPEARMAN/watch')",
+)
 
 
 def sharding(kind: str, **by_table: str) -> tuple[str, str]:
@@ -165,6 +178,19 @@ CASES = {
         Case("retrieval-sgd-uniform", "retrieval", (*SGD, *sharding("table_wise"))),
         Case("retrieval-adam-in-batch", "retrieval", (*IN_BATCH, *BOTH, *sharding("table_wise"))),
         Case("retrieval-sgd-in-batch-short", "retrieval", (*SGD, *IN_BATCH), data="short"),
+        Case(
+            "ranking-adam-declared",
+            "ranking",
+            (
+                *FAST_TABLES,
+                *DECLARED,
+                *TASKS,
+                "DatasetArgs.max_num_candidates=3",
+                *sharding("row_wise", brand="table_wise", ending="data_parallel"),
+            ),
+            data="declared",
+            plain_steps=0,
+        ),
         Case("ranking-adam-memory", "ranking", (*FAST_TABLES, *MEMORY, "NetworkArgs.preset='research'")),
         Case("retrieval-adam-full", "retrieval", (*FULL, "RetrievalArgs.item_bias=True")),
         Case(
@@ -217,6 +243,23 @@ SPLITS = {
         Case("context-retrieval-llama-memory", "retrieval", (*SGD, *LLAMA_BCE, *MEMORY), context=2, steps=12),
         Case("tensor-ranking-memory", "ranking", (*SGD, *CANDIDATES, *MEMORY), tensor=2, steps=12),
         Case("sequence-sasrec-memory", "retrieval", (*SGD, *SASREC, *SEQUENCE, *MEMORY), tensor=2, steps=12),
+        Case("context-ranking-declared", "ranking", (*FAST_TABLES, *DECLARED, *TASKS), "declared", context=2, steps=12),
+        Case(
+            "context-retrieval-declared",
+            "retrieval",
+            (*FAST_TABLES, *DECLARED, *IN_BATCH, "FeatureArgs.context_merge='concat'", "NetworkArgs.token_layout='add'"),
+            "declared",
+            context=2,
+            steps=12,
+        ),
+        Case(
+            "sequence-retrieval-declared",
+            "retrieval",
+            (*SEQUENCE, *DECLARED, "FeatureArgs.merge='multiply'", "FeatureArgs.item_merge='concat'"),
+            "declared",
+            tensor=2,
+            steps=12,
+        ),
         Case("context-retrieval-bert", "retrieval", (*SGD, *BERT), context=2, steps=12),
         Case(
             "tensor-ranking-concat",
@@ -240,6 +283,7 @@ GRIDS = {
         Case("data-2-context-2-ranking", "ranking", (*CANDIDATES, *DISTRIBUTED), "short", context=2, steps=12),
         Case("data-2-context-2-retrieval", "retrieval", (*RESEARCH, *IN_BATCH), "short", context=2, steps=12),
         Case("pipeline-context-2", "retrieval", (*RESEARCH, "TrainerArgs.pipeline_type='native'"), context=2, steps=12),
+        Case("data-2-context-2-declared", "ranking", (*DECLARED, *CANDIDATES), "declared", context=2, steps=12),
         Case("data-4-dynamic", "ranking", (*FAST_TABLES, *dynamic(item_id=67)), steps=12),
         Case("data-2-context-2-dynamic", "ranking", (*FAST_TABLES, *dynamic(item_id=67)), context=2, steps=12),
         Case("data-2-tensor-2-ranking", "ranking", (*SGD, *CANDIDATES), tensor=2, steps=12),

@@ -7,10 +7,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.launch import forked
 from tests.parallel.cases import CASES, GRIDS, SAVED_STEP, SPLITS, THREES
+from tests.samples import declared_features, make_dataset
 from tests.tiny import write_tiny
 
 WORKER = Path(__file__).with_name("worker.py")
@@ -37,6 +39,7 @@ TWINS = (
 FIRST = [name for name in CASES if name not in TWINS]
 QUICK = (
     "context-ranking-candidates",
+    "context-ranking-declared",
     "context-retrieval-research",
     "context-retrieval-memory",
     "tensor-ranking-concat",
@@ -77,6 +80,8 @@ class Results(dict[int, dict[str, Any]]):
         self.moves: dict[tuple[int, int], dict[str, Any]] = {}
         write_tiny(root / "even" / "synthetic", num_users=200)
         write_tiny(root / "short" / "synthetic", num_users=65)
+        lengths = np.random.default_rng(0).integers(2, 16, size=80)
+        make_dataset(root / "declared" / "synthetic", lengths.tolist(), num_actions=2, declared=declared_features())
 
     def __missing__(self, ranks: int) -> dict[str, Any]:
         folder = {"save": str(self.root / f"saved{-ranks}")} if ranks < 0 else {}

@@ -243,7 +243,8 @@ def main() -> None:
     """Do what the request says."""
     request, result = json.loads(Path(sys.argv[1]).read_text()), {}
     torch.set_num_threads(1)
-    data = {name: SequenceDataset.open(Path(request["data"], name, "synthetic")) for name in ("even", "short")}
+    names = ("even", "short", "declared")
+    data = {name: SequenceDataset.open(Path(request["data"], name, "synthetic")) for name in names}
     cases = CASES | THREES | SPLITS | GRIDS
     with Mesh.create() as mesh:
         for name, planted in request["cases"]:
