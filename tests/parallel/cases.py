@@ -247,7 +247,13 @@ SPLITS = {
         Case(
             "context-retrieval-declared",
             "retrieval",
-            (*FAST_TABLES, *DECLARED, *IN_BATCH, "FeatureArgs.context_merge='concat'", "NetworkArgs.token_layout='add'"),
+            (
+                *FAST_TABLES,
+                *DECLARED,
+                *IN_BATCH,
+                "FeatureArgs.context_merge='concat'",
+                "NetworkArgs.token_layout='add'",
+            ),
             "declared",
             context=2,
             steps=12,
