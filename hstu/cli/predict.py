@@ -51,6 +51,10 @@ def make_parser() -> argparse.ArgumentParser:
         "--trained_only", action="store_true", help="leave out items that no training sample of the run shows"
     )
     parser.add_argument("--candidates", type=Path, help="file of user and item: what a ranking run scores")
+    parser.add_argument(
+        "--memory", type=Path, help="directory of python -m hstu.cli.memory: old events are not run again"
+    )
+    parser.add_argument("--refresh", action="store_true", help="first make memory that is missing or stale")
     add_user_flags(parser)
     add_format_flags(parser, "candidates")
     return parser
@@ -135,7 +139,8 @@ def _predict(args: argparse.Namespace, mesh: Mesh) -> None:
     from hstu.inference.answers import AnswerOptions, predict
     from hstu.inference.opened import open_trained
 
-    options = AnswerOptions(top_k=args.top_k, approximate=args.approximate, trained_only=args.trained_only)
+    names = ("top_k", "approximate", "trained_only", "memory", "refresh")
+    options = AnswerOptions(**{name: getattr(args, name) for name in names})
     if args.top_k < 1:
         raise ValueError(f"--top_k = {args.top_k}: must be at least 1")
     import_modules(args.imports)

@@ -19,11 +19,13 @@ class Slates:
         requests: First the slates of each user, one user after the other, then one of each without an item.
         pairs: What each item of ``requests`` is among the requests for one item, [R] int64.
         number: Slates of each user, [U] int64.
+        asking: A request for one item of each user, [U] int64.
     """
 
     requests: Requests
     pairs: np.ndarray
     number: np.ndarray
+    asking: np.ndarray
 
     def rows(self, users: np.ndarray, slate: int) -> np.ndarray:
         """Return the row in ``requests`` of slate ``slate`` of ``users`` [u]; the empty one where there is none."""
@@ -96,7 +98,7 @@ class Requests:
         """Return the same requests, one item each, as slates of at most ``size`` items of one user."""
         assert self._asked is None, "requests for one item each"
         order = np.argsort(self._users, kind="stable")
-        users, counts = np.unique(self._users, return_counts=True)
+        users, asking, counts = np.unique(self._users, return_index=True, return_counts=True)
         number = -(-counts // size)
         place = np.arange(number.sum()) - np.repeat(np.cumsum(number) - number, number)
         asked = np.minimum(np.repeat(counts, number) - place * size, size)
@@ -108,7 +110,7 @@ class Requests:
             {name: take(values, order) for name, values in self._features.items()},
             asked=np.concatenate([asked, np.zeros_like(users)]),
         )
-        return Slates(requests=requests, pairs=order, number=number)
+        return Slates(requests=requests, pairs=order, number=number, asking=asking)
 
     def gather(
         self, users: np.ndarray, start: np.ndarray, stop: np.ndarray, features: tuple[str, ...] = ()

@@ -12,6 +12,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from hstu.inference.memory import StoredMemory, update_memory
 from hstu.inference.opened import Opened
 from hstu.inference.output import ParquetOutput
 from hstu.inference.prediction_requests import PredictionRequests, RequestSpec, make_prediction_requests
@@ -31,6 +32,8 @@ class AnswerOptions:
         trained_only: Leave out items that no training sample of the run shows.
         filter_seen: Leave out what the user has met; None: as the run was evaluated.
         candidates: Ids of the items that may be returned; None: all.
+        memory: Directory of stored memory to answer from; None: whole histories are run.
+        refresh: First make memory that is missing or stale.
     """
 
     top_k: int = 10
@@ -38,11 +41,15 @@ class AnswerOptions:
     trained_only: bool = False
     filter_seen: bool | None = None
     candidates: Tensor | None = None
+    memory: Path | None = None
+    refresh: bool = False
 
     def check(self, opened: Opened) -> None:
         """Raise ``ValueError`` for what does not fit the run."""
         if not 1 <= self.top_k < 2**31:
             raise ValueError(f"--top_k = {self.top_k}: must be at least 1")
+        if self.refresh and self.memory is None:
+            raise ValueError("--refresh: makes memory again; give its directory with --memory")
         retrieval = opened.config.retrieval
         if retrieval is None and self.trained_only:
             raise ValueError("--trained_only: is for retrieval runs; a ranking run scores the pairs that it is given")
@@ -79,9 +86,11 @@ def predict(opened: Opened, spec: RequestSpec, options: AnswerOptions, path: Pat
             "trained_only": options.trained_only,
             "ties": "lower item id first",
         }
+    memory = _memory(opened, requests, spec.split, options)
+    about |= {} if memory is None else {"memory": str(options.memory), "stale_users": memory.counts.stale}
     with ParquetOutput(path, mesh, about) as output:
-        best = Recommended(opened, requests, options) if config.retrieval is not None else None
-        answers: Iterable[dict[str, pa.Array]] = scored(opened, requests) if best is None else best
+        best = Recommended(opened, requests, options, memory=memory) if config.retrieval is not None else None
+        answers: Iterable[dict[str, pa.Array]] = scored(opened, requests, memory=memory) if best is None else best
         for columns in answers:
             output.write(columns)
         if best is not None:
@@ -96,8 +105,21 @@ def _filters(opened: Opened, options: AnswerOptions) -> bool:
     return bool(chosen)
 
 
+def _memory(opened: Opened, requests: PredictionRequests, split: str, options: AnswerOptions) -> StoredMemory | None:
+    if options.memory is None:
+        return None
+    if options.refresh:
+        update_memory(opened, requests, split, options.memory, refresh=True)
+    memory = StoredMemory(opened, requests, split, options.memory)
+    memory.require_all()
+    return memory
+
+
 def scored(
-    opened: Opened, requests: PredictionRequests, catalogue: CataloguePart | None = None
+    opened: Opened,
+    requests: PredictionRequests,
+    catalogue: CataloguePart | None = None,
+    memory: StoredMemory | None = None,
 ) -> Iterator[dict[str, pa.Array]]:
     """Yield the columns of the scores of pairs, or of held-out events, batch by batch."""
     loader, mesh = replace(opened.loader, dataset=requests.dataset, split=requests.split), opened.assembly.mesh
@@ -106,7 +128,7 @@ def scored(
         pairs = torch.tensor(requests.pairs).to(mesh.device)
         rows_scores = score_pairs(opened.model, loader, mesh, pairs, catalogue)
     else:
-        rows_scores = score_candidates(opened.model, loader, mesh)
+        rows_scores = score_candidates(opened.model, loader, mesh, memory)
     for rows, scores in rows_scores:
         yield requests.scores(rows, scores)
 
@@ -119,6 +141,7 @@ class Recommended:
         requests: Who asks.
         options: How items are chosen.
         catalogue: Vectors that are at hand already.
+        memory: What stands for old events.
     """
 
     def __init__(
@@ -127,8 +150,10 @@ class Recommended:
         requests: PredictionRequests,
         options: AnswerOptions,
         catalogue: CataloguePart | None = None,
+        memory: StoredMemory | None = None,
     ) -> None:
-        self.opened, self.requests, self.options, self.catalogue = opened, requests, options, catalogue
+        self.opened, self.requests, self.options = opened, requests, options
+        self.catalogue, self.memory = catalogue, memory
         self.counts: dict[str, Any] = dict.fromkeys(("num_requests", "fewer_than_top_k", "without_items"), 0)
 
     def __iter__(self) -> Iterator[dict[str, pa.Array]]:
@@ -145,6 +170,7 @@ class Recommended:
             keep=self._kept(),
             num_candidates=options.approximate,
             catalogue=self.catalogue,
+            memory=self.memory,
         ):
             found = (best.items >= 0).sum(1)
             self.counts["num_requests"] += rows.numel()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
@@ -18,6 +18,9 @@ from hstu.metrics.topk import TopK, best_of, top_k
 from hstu.models import RankingModel, RetrievalModel
 from hstu.models.caching import scores_slates
 from hstu.parallel import Mesh
+
+if TYPE_CHECKING:
+    from hstu.inference.memory import StoredMemory
 
 _LOOKUP_ROWS = 1 << 16  # items looked up at once
 _SCORED_ROWS = 1 << 16  # items scored at once
@@ -36,6 +39,7 @@ def recommend(
     keep: Tensor | None = None,
     num_candidates: int | None = None,
     catalogue: CataloguePart | None = None,
+    memory: StoredMemory | None = None,
 ) -> Iterator[tuple[Tensor, TopK]]:
     """Yield, batch by batch, rows of ``loader.split`` [Q] in ascending order and the best items of each.
 
@@ -52,13 +56,14 @@ def recommend(
         num_candidates: Of a mixture of logits: score only the items that a dot product of the summed vectors puts
             first, so many of them, as the h-indexer does (https://arxiv.org/abs/2306.04039); None: all, exactly.
         catalogue: What :func:`catalogue_part` returned, for who asks more than once; None: it is looked up.
+        memory: What stands for old events; None: the whole history is run.
     """
     first, vectors = catalogue or catalogue_part(model, loader, mesh)
     gather = mesh.tokens.gather if mesh.tokens.size > 1 else None
     mixture = model.similarity if num_candidates is not None else None
     assert mixture is None or isinstance(mixture, MixtureOfLogits), "other similarities are exact at this price"
     coarse = vectors if mixture is None else mixture.coarse_items(vectors)
-    for rows, queries in user_vectors(model, loader, mesh):
+    for rows, queries in user_vectors(model, loader, mesh, memory):
         if rows.numel() == 0:
             continue
         seen = seen_before(loader.dataset, loader.split, rows) if filter_seen else None
@@ -74,16 +79,24 @@ def recommend(
 
 
 @torch.no_grad()
-def user_vectors(model: RetrievalModel, loader: BatchLoader, mesh: Mesh) -> Iterator[tuple[Tensor, Tensor]]:
+def user_vectors(
+    model: RetrievalModel, loader: BatchLoader, mesh: Mesh, memory: StoredMemory | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield, batch by batch, rows of ``loader.split`` [Q] in ascending order and what scores items, [Q, ..]."""
     model.eval()
+    if memory is not None:
+        for batch, hidden in _behind_memory(loader, mesh, memory):
+            yield _joined(mesh, _labelled_samples(batch), model.query_vectors(hidden))
+        return
     for batch in loader.epoch(0):
         request = model.scoring_request(batch.to(mesh.device))
         yield _joined(mesh, _labelled_samples(request.batch), model.queries(request))
 
 
 @torch.no_grad()
-def score_candidates(model: RankingModel, loader: BatchLoader, mesh: Mesh) -> Iterator[tuple[Tensor, Tensor]]:
+def score_candidates(
+    model: RankingModel, loader: BatchLoader, mesh: Mesh, memory: StoredMemory | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield, batch by batch, rows of ``loader.split`` [Q] in ascending order and predictions [Q, K] float64.
 
     Scored is the event ``split.stop - 1``: the probability of each class or, for binary tasks, of the label 1, and of
@@ -92,17 +105,29 @@ def score_candidates(model: RankingModel, loader: BatchLoader, mesh: Mesh) -> It
     """
     model.eval()
     if isinstance(loader.dataset, Requests) and scores_slates(model):
-        yield from _score_slates(model, loader, loader.dataset.slates(SLATE), mesh)
+        yield from _score_slates(model, loader, loader.dataset.slates(SLATE), mesh, memory)
+        return
+    if memory is not None:
+        for batch, hidden in _behind_memory(loader, mesh, memory):
+            yield _joined(mesh, _labelled_samples(batch), model.predictions_of(hidden))
         return
     for batch in loader.epoch(0):
         request = model.scoring_request(batch.to(mesh.device))
         yield _joined(mesh, _labelled_samples(request.batch), model.predictions(request))
 
 
+def _behind_memory(loader: BatchLoader, mesh: Mesh, memory: StoredMemory) -> Iterator[tuple[Batch, Tensor]]:
+    """Yield batches of recent events, and the rows that carry their labels."""
+    for batch in memory.loader(loader).epoch(0):
+        requests = batch.sample_ids.numpy()
+        yield (moved := batch.to(mesh.device)), memory.hidden_rows(moved, requests)
+
+
 def _score_slates(
-    model: RankingModel, loader: BatchLoader, slates: Slates, mesh: Mesh
+    model: RankingModel, loader: BatchLoader, slates: Slates, mesh: Mesh, memory: StoredMemory | None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Score slates, the history of each user once, and yield all pairs in their order."""
+    loader = loader if memory is None else memory.loader(loader)
     pairs, scores = [], []
     together = loader.batch_size * loader.world_size
     for first in range(0, len(slates.number), together):
@@ -111,9 +136,13 @@ def _score_slates(
         for slate in range(int(slates.number[users].max())):  # as many on every rank: lookups are collective
             rows = slates.rows(own, slate)
             batch = loader.collate(slates.requests, slates.requests.split, rows, rows, 0).to(mesh.device)
-            if cache is None:
-                _, cache = model.extend(None, batch, history_alone=True)
-            hidden, _ = model.extend(cache, batch)
+            if memory is not None:
+                asking = slates.asking[own] if own.size else np.full(1, -1)  # a rank without users has nobody's batch
+                hidden = memory.hidden_rows(batch, asking)
+            else:
+                if cache is None:
+                    _, cache = model.extend(None, batch, history_alone=True)
+                hidden, _ = model.extend(cache, batch)
             pairs.append(torch.from_numpy(slates.pairs_of(rows)).to(mesh.device))
             scores.append(model.predictions_of(hidden))
     if not pairs:

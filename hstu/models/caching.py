@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hstu.data.batch import Batch
+from hstu.data.batch import POOL, Batch
 from hstu.layers.cache import Cache
 from hstu.layers.memory import MemoryBlocks, Part
 from hstu.layers.tokens import Stream
 from hstu.models.lookup import Lookup
-from hstu.ops import Mask, positions_in_sequence, sequence_ids
+from hstu.ops import Layout, Mask, positions_in_sequence, sequence_ids
 
 if TYPE_CHECKING:
     from hstu.models.encoder import Encoder
@@ -108,6 +108,27 @@ def recall(model: Encoder, memory: Cache, batch: Batch) -> tuple[Tensor, Cache]:
     return _run(model, memory, batch, stream, torch.zeros_like(history), stream.layout.lengths)
 
 
+def stored_layout(blocks: MemoryBlocks, contexts: int, times: Tensor) -> Layout:
+    """Return the layout of what :func:`compress` keeps of samples with ``contexts`` context tokens each.
+
+    Args:
+        blocks: Of the model.
+        contexts: Context tokens of a sample.
+        times: [B, contexts + stored memory tokens] int64 seconds.
+    """
+    (size, tokens), device = times.shape, times.device
+    segments = torch.zeros(tokens, dtype=torch.int32, device=device)
+    segments[contexts:] = blocks.of_tokens(0, blocks.num_stored, device)
+    return Layout(
+        torch.arange(size + 1, device=device) * tokens,
+        max_seqlen=tokens,
+        num_context=torch.full((size,), contexts, device=device),
+        segments=segments.repeat(size),
+        is_memory=(torch.arange(tokens, device=device) >= contexts).repeat(size),
+        timestamps=times.flatten(),
+    )
+
+
 def memory_blocks_of(model: Encoder) -> MemoryBlocks:
     """Return the blocks of a model whose memory can be stored.
 
@@ -161,5 +182,6 @@ def _run(
     rows = ((place >= start[owner]) & (place < stop[owner])).nonzero().squeeze(1)
     local = stream.shard(rows)
     labelled, places = model.local_labels(batch, local, batch.label_events)
-    request = Lookup(batch=labelled, stream=local, rows=places, values=model.values(batch, local))
+    pool = batch.labels[:0] if POOL in model.embeddings.widths else None  # tables want every feature that they have
+    request = Lookup(batch=labelled, stream=local, rows=places, values=model.values(batch, local, pool))
     return model.encode_behind(cache, model.join(model.embeddings(request.features), request.values), request)
