@@ -4,7 +4,7 @@
 
 A ranking model of three HSTU layers (width 64, four heads, one token an event) scores ``--candidates`` random items of
 each of some users, as `predict --candidates` does; the other side runs the history again for each pair, as many pairs
-as ``--seconds`` allow, in batches of about 32 thousand tokens. Both score the same pairs first, and must agree to
+as ``--seconds`` allow, in batches of about 64 thousand tokens. Both score the same pairs first, and must agree to
 rounding. Weights are random: time does not depend on them. Rounds alternate; printed are medians.
 Writes benchmarks/results/candidates.json.
 """
@@ -48,7 +48,7 @@ BINDINGS = (
     "OptimizerArgs.learning_rate=1e-3",
     "RankingArgs.prediction_head_arch=[64, 4]",
 )
-ITEMS, TOGETHER = 10_000, 32_768  # items; tokens of a batch
+ITEMS, TOGETHER = 10_000, 65_536  # items; tokens of a batch
 
 
 def write_long(folder: Path, history: int, users: int) -> SequenceDataset:
