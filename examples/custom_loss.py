@@ -1,8 +1,8 @@
-"""A loss of your own: BPR-max (https://arxiv.org/abs/1706.03847), the positive against negatives by their probability.
+"""A loss of your own: a hinge, the positive ahead of its hardest negatives by a margin.
 
     python examples/custom_loss.py
 
-or from the commands: --import custom_loss and --gin-bindings "RetrievalArgs.loss='bpr_max'".
+or from the commands: --import custom_loss and --gin-bindings "RetrievalArgs.loss='hinge'".
 """
 
 from __future__ import annotations
@@ -13,20 +13,19 @@ from torch import Tensor
 import hstu
 
 
-@hstu.register_loss("bpr_max")
-def bpr_max(positive: Tensor, negative: Tensor, live: Tensor, *, penalty: float = 0.1) -> Tensor:
+@hstu.register_loss("hinge")
+def hinge(positive: Tensor, negative: Tensor, live: Tensor, *, margin: float = 1.0, hardest: int = 5) -> Tensor:
     """Return one loss for each label token, [L].
 
     Args:
         positive: [L], scores of the next item.
         negative: [L, K], scores of its negatives.
         live: [L, K] bool, False where a negative is the positive itself.
-        penalty: Weight of the squared scores of the negatives.
+        margin: How far ahead is far enough.
+        hardest: Negatives that count, those that score highest.
     """
-    log_p = negative.masked_fill(~live, float("-inf")).log_softmax(1)
-    ahead = F.logsigmoid(positive[:, None] - negative)
-    losses = -(log_p + ahead).logsumexp(1) + penalty * (log_p.exp() * negative.square()).sum(1)
-    return losses.where(live.any(1), 0.0)
+    behind = F.relu(margin - positive[:, None] + negative) * live
+    return behind.topk(min(hardest, negative.shape[1]), 1).values.mean(1)
 
 
 def main() -> None:
@@ -38,8 +37,8 @@ def main() -> None:
         time="time",
         run_dir="runs/custom-loss",
         **{
-            "RetrievalArgs.loss": "bpr_max",
-            "RetrievalArgs.loss_options": {"penalty": 0.05},
+            "RetrievalArgs.loss": "hinge",
+            "RetrievalArgs.loss_options": {"margin": 2.0},
             "RetrievalArgs.temperature": 0.2,
             "TrainerArgs.max_epochs": 3,
         },

@@ -12,7 +12,6 @@ from pathlib import Path
 import polars as pl
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import hstu
@@ -188,15 +187,13 @@ def test_a_registered_loss_sees_what_the_softmax_sees(columns: bool, mixture: bo
     assert nobody.count == 0 and nobody.total == 0
 
 
-def test_the_example_of_a_loss_is_bpr_max(monkeypatch: pytest.MonkeyPatch) -> None:
-    bpr_max = example("custom_loss", monkeypatch).bpr_max
+def test_the_example_of_a_loss_is_a_hinge(monkeypatch: pytest.MonkeyPatch) -> None:
+    hinge = example("custom_loss", monkeypatch).hinge
     positive, negative = torch.tensor([1.0, 2.0]), torch.tensor([[0.5, -1.0], [3.0, 0.0]])
     live = torch.tensor([[True, True], [True, False]])
-    p = negative[0].softmax(0)
-    first = -(p * (positive[0] - negative[0]).sigmoid()).sum().log() + 0.1 * (p * negative[0] ** 2).sum()
-    second = -F.logsigmoid(torch.tensor(-1.0)) + 0.1 * 9
-    assert torch.allclose(bpr_max(positive, negative, live), torch.stack([first, second]))
-    assert bpr_max(positive, negative, live & False).tolist() == [0, 0]
+    assert hinge(positive, negative, live).tolist() == [0.25, 1.0]
+    assert hinge(positive, negative, live, margin=4.0, hardest=1).tolist() == [3.5, 5.0]
+    assert hinge(positive, negative, live & False).tolist() == [0, 0]
 
 
 @pytest.mark.parametrize(
@@ -217,8 +214,8 @@ def test_a_loss_that_cannot_be_one_is_told(loss, words: str) -> None:
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("RetrievalArgs.loss='mime'", "must be one of 'sampled_softmax', 'full_softmax', 'bce'; one of your own"),
-        ("RetrievalArgs.loss_options={'a': 1}", "which sampled_softmax is not"),
+        ("RetrievalArgs.loss='mime'", "'bpr_max'; one of your own"),
+        ("RetrievalArgs.loss_options={'a': 1}", "'a' is none of sampled_softmax"),
         ("import no_such_module", "import no_such_module: No module named 'no_such_module'; it is looked for in"),
         ("import broken", "import broken: failed with ZeroDivisionError"),
     ],

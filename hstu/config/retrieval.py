@@ -14,8 +14,10 @@ SAMPLED_100 = ":sampled_100"
 """Behind the name of a metric: ranks among 100 random items."""
 
 
-LOSSES = ("sampled_softmax", "full_softmax", "bce")
+PAIRWISE_LOSSES = ("bpr", "top1", "top1_max", "bpr_max")
+LOSSES = ("sampled_softmax", "full_softmax", "bce", *PAIRWISE_LOSSES)
 CUSTOM_LOSSES = Registry("loss", LOSSES)
+_OPTIONS = {"bpr_max": {"regularization"}}
 
 
 def register_loss(name: str) -> Callable[[T], T]:
@@ -42,18 +44,20 @@ class RetrievalArgs(Args):
     of ``mol_query_groups`` x ``mol_item_groups`` vectors of ``mol_channels``.
     """
 
-    #: "bce": binary cross-entropy of the next item and of one item that the user has not, see bce_excludes.
-    #: Or one that is registered, with negatives as sampled_softmax.
+    #: "sampled_softmax", "full_softmax"; "bce": binary cross-entropy of the next item and of one item that the user has
+    #: not, see bce_excludes; "bpr", "top1", "top1_max", "bpr_max": the next item against each negative of the pools of
+    #: sampled_softmax. Or one that is registered, with such negatives.
     loss: str = "sampled_softmax"
-    #: What a registered loss is called with, by name.
+    #: What a registered loss is called with, by name; bpr_max has regularization, the weight of squared scores.
     loss_options: dict[str, bool | int | float | str] = field(default_factory=dict)
     #: Negatives per label; -1 takes every negative there is in the batch (in_batch only).
     num_negatives: int = -1
     #: What the negative of bce is never taken from: everything that its user did up to the end of training, as in
     #: SASRec, or the sample ("window") alone.
     bce_excludes: Literal["history", "window"] = "history"
-    #: "log_uniform": by rank of popularity in training. None: "uniform" when num_negatives is set, else "in_batch".
-    sampling_strategy: Literal["uniform", "log_uniform", "in_batch"] = UNSET
+    #: "log_uniform": by rank of popularity in training. "all": every item; with a softmax that is full_softmax.
+    #: None: "uniform" when num_negatives is set, else "in_batch".
+    sampling_strategy: Literal["uniform", "log_uniform", "in_batch", "all"] = UNSET
     #: Backbones that predict masked items: share of the events that are masked in training.
     mask_probability: float = 0.2
     #: Share of the training samples of which the last event alone is masked, as in evaluation.
@@ -118,10 +122,16 @@ class RetrievalArgs(Args):
             known = ", ".join(map(repr, (*LOSSES, *CUSTOM_LOSSES.names)))
             raise self.error("loss", f"must be one of {known}; one of your own is registered by a module that --import "
                              "names")  # fmt: skip
-        if self.loss_options and self.loss in LOSSES:
-            raise self.error("loss_options", f"are those of a registered loss, which {self.loss} is not")
+        if self.loss in LOSSES and (unknown := set(self.loss_options) - _OPTIONS.get(self.loss, set())):
+            raise self.error("loss_options", f"{min(unknown)!r} is none of {self.loss}; a registered loss has its own")
+        if self.loss == "bpr_max" and not _is_weight(self.loss_options.get("regularization", 0)):
+            raise self.error("loss_options", "regularization must be a number of at least 0")
         if strategy in ("uniform", "log_uniform") and self.num_negatives == -1:
             raise self.error("num_negatives", f"must be set when RetrievalArgs.sampling_strategy = {strategy!r}")
+        if strategy == "all" and self.loss == "sampled_softmax":
+            raise self.error("sampling_strategy", "makes it the full softmax; use RetrievalArgs.loss = 'full_softmax'")
+        if strategy == "all" and self.num_negatives != -1:
+            raise self.error("num_negatives", "must be -1 where RetrievalArgs.sampling_strategy = 'all'")
         if self.loss == "bce" and strategy is not None:
             raise self.error("sampling_strategy", "bce draws one item that the user has not; leave it unset")
         if self.loss != "bce" and self.bce_excludes != "history":
@@ -130,6 +140,8 @@ class RetrievalArgs(Args):
             raise self.error("num_negatives", "bce has one negative; use 1, or sampled_softmax for more")
         if self.label_smoothing and self.loss != "full_softmax":
             raise self.error("label_smoothing", "spreads over all items, which only full_softmax scores")
+        if self.logq_correction and self.loss not in LOSSES[:2]:
+            raise self.error("logq_correction", f"corrects a sampled softmax, which {self.loss} is not")
         if self.logq_correction and (self.loss != "sampled_softmax" or self.negatives == "uniform"):
             raise self.error("logq_correction", "changes nothing where all items are as probable; use it with in_batch "
                              "or log_uniform negatives")  # fmt: skip
@@ -149,3 +161,7 @@ class RetrievalArgs(Args):
     def needs_item_counts(self) -> bool:
         """Whether negatives depend on how often items are labels."""
         return self.logq_correction or self.negatives == "log_uniform"
+
+
+def _is_weight(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0

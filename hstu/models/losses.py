@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from hstu.layers.similarity import DotProduct, MixtureOfLogits, mutual_information
 from hstu.ops import pool_cross_entropy
 
-_CHUNK_ELEMENTS = 1 << 24  # gates of a mixture held at once, 64 MB in float32
+_CHUNK_ELEMENTS = 1 << 24  # gates, scores or gathered vectors held at once, 64 MB in float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,13 +95,52 @@ def softmax_loss(
     if isinstance(similarity, DotProduct):
         losses, live = _dot_rows(x, temperature, label_smoothing)
         return LossSum(total=losses.sum(), count=x.query.shape[0], live_negatives=live.sum().to(losses.dtype))
-    per_row = (x.pool.shape[0] if x.columns is None else x.columns.shape[1]) * similarity.query_groups
-    step = max(1, _CHUNK_ELEMENTS // max(1, per_row * similarity.item_groups))
+    options = (similarity, temperature, label_smoothing, mutual_information_weight)
+    return _in_chunks(x, similarity, lambda part: _mixture_rows(part, *options))
+
+
+def scored_loss(
+    sampled: SampledCandidates,
+    similarity: DotProduct | MixtureOfLogits,
+    losses: Callable[[Tensor, Tensor, Tensor], Tensor],
+    *,
+    temperature: float,
+) -> LossSum:
+    """Sum what ``losses`` makes of the scores of label tokens and their negatives.
+
+    Args:
+        sampled: Label tokens and pool, without ``log_q``.
+        similarity: What made its vectors.
+        losses: From what :func:`candidate_scores` returns to the loss of each token, [L].
+        temperature: Divides scores.
+    """
+    assert sampled.log_q is None
+    if sampled.query.shape[0] == 0:
+        return empty_loss(sampled, similarity)
+
+    def rows(part: SampledCandidates) -> tuple[Tensor, Tensor]:
+        right, wrong, live = candidate_scores(part, similarity, temperature)
+        return losses(right, wrong, live).sum(), live.sum().to(right.dtype)
+
+    return _in_chunks(sampled, similarity, rows)
+
+
+def _in_chunks(
+    x: SampledCandidates,
+    similarity: DotProduct | MixtureOfLogits,
+    rows: Callable[[SampledCandidates], tuple[Tensor, Tensor]],
+) -> LossSum:
+    """Sum the losses and the live negatives that ``rows`` finds, some label tokens at a time."""
+    per_row = x.pool.shape[0] if x.columns is None else x.columns.shape[1]
+    if isinstance(similarity, MixtureOfLogits):
+        per_row *= similarity.query_groups * similarity.item_groups
+    elif x.columns is not None:
+        per_row *= x.pool.shape[1]
+    step = max(1, _CHUNK_ELEMENTS // max(1, per_row))
     totals, lives = [], []
     for start in range(0, x.query.shape[0], step):
-        options = (similarity, temperature, label_smoothing, mutual_information_weight)
-        # Gates are many times the scores: the backward pass computes them again.
-        total, live = checkpoint(_mixture_rows, x.rows(start, start + step), *options, use_reentrant=False)
+        # These are many times what they are made of: the backward pass computes them again.
+        total, live = checkpoint(rows, x.rows(start, start + step), use_reentrant=False)
         totals.append(total)
         lives.append(live)
     return LossSum(total=torch.stack(totals).sum(), count=x.query.shape[0], live_negatives=torch.stack(lives).sum())
@@ -120,7 +160,8 @@ def candidate_scores(
     if x.columns is not None:
         items, ids = x.pool[x.columns], x.pool_ids[x.columns]
     if isinstance(similarity, DotProduct):
-        right, wrong = (x.query * x.positive).sum(-1), (items @ x.query[:, :, None]).squeeze(-1)
+        right = (x.query * x.positive).sum(-1)
+        wrong = x.query @ x.pool.T if x.columns is None else (items @ x.query[:, :, None]).squeeze(-1)
     else:
         right, wrong = similarity.mix(x.query, x.positive[:, None])[0][:, 0], similarity.mix(x.query, items)[0]
     return right / temperature, wrong / temperature, (ids != x.positive_ids[:, None]).expand_as(wrong)
@@ -159,6 +200,55 @@ def _mixture_rows(
     if information_weight:
         losses = losses - information_weight * mutual_information(gates)
     return losses.sum(), (~same).sum().to(losses.dtype)
+
+
+def bpr(right: Tensor, wrong: Tensor, live: Tensor) -> Tensor:
+    """Return the mean of -log sigmoid(s+ - s_j) over the negatives j (https://arxiv.org/abs/1205.2618), [L].
+
+    Args:
+        right: s+, scores of the positives [L].
+        wrong: s_j, scores of the negatives [L, K].
+        live: Which of them are some, [L, K] bool; a token without any costs nothing, here and in what follows.
+    """
+    return -(_shares(live, wrong) * F.logsigmoid(right[:, None] - wrong)).sum(1)
+
+
+def top1(right: Tensor, wrong: Tensor, live: Tensor) -> Tensor:
+    """Return the mean of sigmoid(s_j - s+) + sigmoid(s_j^2) (https://arxiv.org/abs/1511.06939), [L]; see ``bpr``."""
+    return (_shares(live, wrong) * _top1_terms(right, wrong)).sum(1)
+
+
+def top1_max(right: Tensor, wrong: Tensor, live: Tensor) -> Tensor:
+    """Return the terms of ``top1`` weighed by the softmax of the negatives (https://arxiv.org/abs/1706.03847), [L]."""
+    return (_log_shares(live, wrong).exp() * live * _top1_terms(right, wrong)).sum(1)
+
+
+def bpr_max(right: Tensor, wrong: Tensor, live: Tensor, *, regularization: float = 1.0) -> Tensor:
+    """Return -log sum_j p_j sigmoid(s+ - s_j) + ``regularization`` sum_j p_j s_j^2, [L].
+
+    p is the softmax of the negatives (https://arxiv.org/abs/1706.03847); see ``bpr``.
+    """
+    log_p = _log_shares(live, wrong)
+    losses = -(log_p + F.logsigmoid(right[:, None] - wrong)).logsumexp(1)
+    return (losses + regularization * (log_p.exp() * wrong.square()).sum(1)).where(live.any(1), 0.0)
+
+
+PAIRWISE: dict[str, Callable[..., Tensor]] = {"bpr": bpr, "top1": top1, "top1_max": top1_max, "bpr_max": bpr_max}
+"""Losses that compare the positive with each negative, as :func:`scored_loss` takes them."""
+
+
+def _top1_terms(right: Tensor, wrong: Tensor) -> Tensor:
+    return torch.sigmoid(wrong - right[:, None]) + torch.sigmoid(wrong.square())
+
+
+def _shares(live: Tensor, wrong: Tensor) -> Tensor:
+    """Return what each negative weighs in a mean, [L, K]."""
+    return live.to(wrong.dtype) / live.sum(1, keepdim=True).clamp(min=1)
+
+
+def _log_shares(live: Tensor, wrong: Tensor) -> Tensor:
+    """Return the logarithm of the softmax of the negatives [L, K]; of a token without any, that of all columns."""
+    return wrong.masked_fill(~live & live.any(1, keepdim=True), -torch.inf).log_softmax(1)
 
 
 def binary_loss(

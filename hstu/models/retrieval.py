@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from hstu.layers.similarity import DotProduct, MixtureOfLogits
 from hstu.models.custom import custom_loss
 from hstu.models.encoder import Encoder
 from hstu.models.lookup import RetrievalLookup
-from hstu.models.losses import LossSum, SampledCandidates, binary_loss, softmax_loss
+from hstu.models.losses import PAIRWISE, LossSum, SampledCandidates, binary_loss, scored_loss, softmax_loss
 from hstu.models.negatives import NegativeSampler, other_item
 from hstu.ops import lengths_to_offsets, positions_in_sequence, sequence_ids
 
@@ -124,6 +125,9 @@ class RetrievalModel(Encoder):
     def _loss(self, sampled: SampledCandidates, live: Tensor | None) -> LossSum:
         if live is not None:
             return binary_loss(sampled, live, self.similarity, temperature=self.args.temperature)
+        if self.args.loss in PAIRWISE:
+            losses = partial(PAIRWISE[self.args.loss], **self.args.loss_options)
+            return scored_loss(sampled, self.similarity, losses, temperature=self.args.temperature)
         if self.args.loss not in LOSSES:
             return custom_loss(self.args, sampled, self.similarity)
         if self.args.logq_correction:

@@ -118,5 +118,5 @@ def _check_dynamic(config: Config, item: str) -> None:
                          "yet have no row; use RetrievalArgs.loss = 'sampled_softmax'")  # fmt: skip
     if item in args.capacity and retrieval and retrieval.negatives not in ("in_batch", "uniform"):
         raise args.error("capacity", f"table {item!r}: items not met yet have no row and are no negatives; use "
-                         "RetrievalArgs.loss = 'sampled_softmax' with sampling_strategy = 'in_batch' or "
+                         "another RetrievalArgs.loss than full_softmax, with sampling_strategy = 'in_batch' or "
                          "'uniform'")  # fmt: skip

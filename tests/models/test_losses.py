@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from hstu.layers.similarity import DotProduct, MixtureOfLogits, mutual_information
 from hstu.models import losses
-from hstu.models.losses import LossSum, SampledCandidates, binary_loss
+from hstu.models.losses import LossSum, SampledCandidates, binary_loss, scored_loss
 from hstu.models.losses import softmax_loss as softmax_loss_of
 
 L, P, D = 7, 9, 4
@@ -194,3 +195,55 @@ def test_binary_loss(kind: str) -> None:
     for leaf in (x["query"], x["positive"], x["pool"]):
         truth = torch.autograd.grad(total, leaf, retain_graph=True)
         torch.testing.assert_close(torch.autograd.grad(loss.total, leaf, retain_graph=True), truth)
+
+
+def pairwise_of_one(kind: str, right: Tensor, scores: Tensor) -> Tensor:
+    """The loss of one token with the scores [K] of its negatives, as published."""
+    ahead = torch.sigmoid(right - scores)
+    p = scores.exp() / scores.exp().sum()
+    terms = 1 - ahead + torch.sigmoid(scores**2)
+    return {
+        "bpr": -ahead.log().mean(),
+        "top1": terms.mean(),
+        "top1_max": (p * terms).sum(),
+        "bpr_max": -(p * ahead).sum().log() + 0.7 * (p * scores**2).sum(),
+    }[kind]
+
+
+@pytest.mark.parametrize("chunk", [1 << 24, 1])
+@pytest.mark.parametrize("columns", [None, COLUMNS], ids=["whole_pool", "columns"])
+@pytest.mark.parametrize("similarity", ["dot", "mol"])
+@pytest.mark.parametrize("kind", ["bpr", "top1", "top1_max", "bpr_max"])
+def test_pairwise_losses_and_gradients(
+    kind: str, similarity: str, columns: Tensor | None, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(losses, "_CHUNK_ELEMENTS", chunk)
+    x, scored = inputs(), DOT if similarity == "dot" else mixture()
+    right, scores = (part / 0.5 for part in scores_of(x, scored))
+    total, live = torch.zeros((), dtype=torch.float64), 0
+    for t in range(L):
+        places = range(P) if columns is None else columns[t].tolist()
+        places = [p for p in places if int(x["pool_ids"][p]) != int(x["positive_ids"][t])]
+        live += len(places)
+        if places:
+            total = total + pairwise_of_one(kind, right[t], scores[t, places])
+    of_scores = partial(losses.bpr_max, regularization=0.7) if kind == "bpr_max" else losses.PAIRWISE[kind]
+    loss = scored_loss(sampled_of(x, scored, columns=columns), scored, of_scores, temperature=0.5)
+    torch.testing.assert_close(loss.total, total)
+    assert (loss.count, float(loss.live_negatives)) == (L, live)  # type: ignore[arg-type]
+    leaves = [x["query"], x["positive"], x["pool"], *scored.parameters()]
+    truth = torch.autograd.grad(total, leaves)
+    for a, b in zip(torch.autograd.grad(loss.total, leaves), truth, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("kind", ["bpr", "top1", "top1_max", "bpr_max"])
+def test_pairwise_losses_of_large_scores_and_of_nothing(kind: str) -> None:
+    x = {k: v.detach().float() * (1 if k.endswith("ids") else 30) for k, v in inputs().items()}
+    x |= {name: x[name].long() for name in ("positive_ids", "pool_ids")}
+    x |= {name: x[name].requires_grad_() for name in ("query", "positive", "pool")}
+    for rows in (L, 0):
+        loss = scored_loss(sampled_of(x, DOT).rows(0, rows), DOT, losses.PAIRWISE[kind], temperature=0.05)
+        assert math.isfinite(float(loss.total.detach())) and loss.count == rows
+        gradients = torch.autograd.grad(loss.total, [x["query"], x["positive"], x["pool"]])
+        assert all(bool(g.isfinite().all()) and (rows > 0 or not g.any()) for g in gradients)

@@ -40,6 +40,7 @@ FAST_TABLES = ("OptimizerArgs.sparse_learning_rate=0.02",)
 IN_BATCH = ("RetrievalArgs.num_negatives=-1", "RetrievalArgs.sampling_strategy='in_batch'")
 FULL = ("RetrievalArgs.loss='full_softmax'",)
 LLAMA_BCE = ("NetworkArgs.backbone='llama'", "RetrievalArgs.loss='bce'", "RetrievalArgs.num_negatives=1")
+BPR = ("RetrievalArgs.loss='bpr'",)
 SASREC_MOL = (
     "NetworkArgs.backbone='sasrec'",
     "RetrievalArgs.similarity='mol'",
@@ -200,6 +201,7 @@ CASES = {
             data="short",
         ),
         Case("retrieval-sgd-llama-bce", "retrieval", (*SGD, *LLAMA_BCE), plain_steps=0),
+        Case("retrieval-sgd-bpr-short", "retrieval", (*SGD, *BPR, *IN_BATCH), data="short"),
         Case("retrieval-sgd-sasrec-mol-short", "retrieval", (*SGD, *SASREC_MOL), data="short", plain_steps=0),
         Case(
             "retrieval-rowwise-adagrad",
@@ -229,6 +231,14 @@ SASREC = ("NetworkArgs.backbone='sasrec'",)
 SEQUENCE = ("TensorModelParallelArgs.sequence_parallel=True",)
 CANDIDATES = ("DatasetArgs.max_num_candidates=4", "NetworkArgs.target_group_size=2")
 DISTRIBUTED = ("OptimizerArgs.use_distributed_optimizer=True", "OptimizerArgs.clip_grad=0.05")
+TOP1 = ("RetrievalArgs.loss='top1'",)
+TOP1_MAX = ("RetrievalArgs.loss='top1_max'", *IN_BATCH)
+BPR_MAX = (
+    "RetrievalArgs.loss='bpr_max'",
+    "RetrievalArgs.num_negatives=-1",
+    "RetrievalArgs.sampling_strategy='all'",
+    "RetrievalArgs.temperature=0.5",  # squared scores of 20 would make rounding grow
+)
 SAVED_STEP = 4
 SPLITS = {
     case.name: case
@@ -237,6 +247,9 @@ SPLITS = {
         Case("context-retrieval-research", "retrieval", (*RESEARCH, *IN_BATCH), "short", context=2, steps=12),
         Case("context-retrieval-sasrec-mol", "retrieval", (*SGD, *BOTH, *SASREC_MOL), context=2, steps=12),
         Case("context-retrieval-llama-bce", "retrieval", (*SGD, *LLAMA_BCE), context=2, steps=12),
+        Case("context-retrieval-top1-max", "retrieval", (*SGD, *RESEARCH, *TOP1_MAX), "short", context=2, steps=12),
+        Case("tensor-retrieval-bpr-max", "retrieval", (*SGD, *SASREC, *BPR_MAX), tensor=2, steps=12),
+        Case("sequence-retrieval-top1", "retrieval", (*SGD, *SASREC, *SEQUENCE, *TOP1), tensor=2, steps=12),
         Case("context-ranking-dynamic", "ranking", (*SGD, *dynamic("lfu", item_id=67)), context=2, steps=12),
         Case("tensor-ranking-dynamic", "ranking", (*FAST_TABLES, *dynamic("lfu", item_id=67)), tensor=2, steps=12),
         Case("context-retrieval-memory", "retrieval", (*RESEARCH, *MEMORY, *IN_BATCH), "short", context=2, steps=12),

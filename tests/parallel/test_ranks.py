@@ -33,6 +33,7 @@ TWINS = (
     "retrieval-adam-pipelined",
     "retrieval-sgd-full-short",
     "retrieval-sgd-llama-bce",
+    "retrieval-sgd-bpr-short",
     "retrieval-sgd-sasrec-mol-short",
     "retrieval-rowwise-adagrad",
 )
