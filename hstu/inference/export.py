@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -25,6 +26,7 @@ from hstu.inference.recommend import item_vectors, user_vectors
 from hstu.models import RetrievalModel
 from hstu.parallel import Mesh
 from hstu.parallel.dynamic import PARTS, DynamicTables
+from hstu.training.checkpoint_files import first_line
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +126,7 @@ def _write_vectors(options: ExportOptions, opened: Opened, mesh: Mesh, folder: P
                 index = index or [faiss.IndexFlatIP(vectors.shape[1])]
                 index[0].add(vectors.cpu().numpy())
     if index:
-        faiss.write_index(index[0], str(folder / "items.faiss"))
+        _write(folder / "items.faiss", lambda path: faiss.write_index(index[0], str(path)))
     with ParquetOutput(folder / "users.parquet", mesh, about) as output:
         for rows, vectors in user_vectors(opened.model, loader, mesh):
             output.write({"user": requests.users.take(pa.array(rows.cpu().numpy())), "vector": vector_column(vectors)})
@@ -138,10 +140,19 @@ def _write_vectors(options: ExportOptions, opened: Opened, mesh: Mesh, folder: P
 def _write_weights(opened: Opened, folder: Path, about: dict[str, Any]) -> None:
     dense = opened.assembly.parallel.dense.ddp.module.state_dict()
     weights = {name: value.detach().cpu().clone().contiguous() for name, value in dense.items()}
-    save_file(weights, folder / "dense.safetensors", {name: str(value) for name, value in about.items()})
+    words = {name: str(value) for name, value in about.items()}
+    _write(folder / "dense.safetensors", lambda path: save_file(weights, path, words))
     if (retrieval := opened.config.retrieval) is not None:
         about = about | {"similarity": retrieval.similarity, "filter_seen": retrieval.filter_seen}
-    (folder / "export.json").write_text(json.dumps(about, indent=1) + "\n")
+    _write(folder / "export.json", lambda path: path.write_text(json.dumps(about, indent=1) + "\n"))
+
+
+def _write(path: Path, write: Callable[[Path], object]) -> None:
+    """Call ``write``; both libraries have errors of their own for a system that refuses a file."""
+    try:
+        write(path)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{path}: cannot be written ({first_line(error)}); choose another --output") from error
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,28 +37,37 @@ class ParquetOutput(contextlib.AbstractContextManager):
 
     def _write(self, columns: dict[str, pa.Array]) -> None:
         table = pa.table(columns)
-        try:
+        with self._refusing():
             if self.writer is None:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 self.writer = pq.ParquetWriter(self.partial, table.schema, compression="zstd")
             self.writer.write_table(table)
+        self.rows += table.num_rows
+
+    @contextlib.contextmanager
+    def _refusing(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise ValueError(f"{self.path}: cannot be written ({error.strerror or error}); choose another") from None
-        self.rows += table.num_rows
 
     def _finish(self) -> None:
         if self.writer is None:
             raise ValueError(f"{self.path}: not written, there is nobody to answer: no user has a history")
         self.writer.add_key_value_metadata({"hstu": json.dumps(self.about)})
-        self.writer.close()
-        os.replace(self.partial, self.path)
+        with self._refusing():
+            self.writer.close()
+            os.replace(self.partial, self.path)
 
     def __exit__(self, kind: Any, *_: Any) -> None:
-        if kind is None:
-            self.mesh.on_main(self._finish)
-        elif self.writer is not None:
-            self.writer.close()
-            self.partial.unlink(missing_ok=True)
+        try:
+            if kind is None:
+                self.mesh.on_main(self._finish)
+        finally:
+            if self.writer is not None and self.partial.exists():  # something went wrong
+                with contextlib.suppress(OSError):
+                    self.writer.close()
+                self.partial.unlink(missing_ok=True)
 
 
 def vector_column(vectors: Tensor) -> pa.Array:

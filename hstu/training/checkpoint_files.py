@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hstu.data.checksums import file_sums, record_sum
+from hstu.training.file_errors import naming
 
 logger = logging.getLogger(__name__)
 
@@ -183,7 +184,7 @@ def point(link: Path, target: str) -> None:
 def write_atomically(path: Path, text: str) -> None:
     """Write ``text`` so that ``path`` holds all of it or what it held before."""
     temporary = path.with_name(f".{path.name}.new")
-    with open(temporary, "w") as file:
+    with naming(path), open(temporary, "w") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 _REMEDIES = {
     errno.ENOSPC: "free space there",
@@ -28,3 +31,13 @@ def describe(error: OSError) -> str:
     """Return file, fault and remedy in one line."""
     remedy = _REMEDIES.get(error.errno or 0)
     return f"{error.filename or 'a file'}: {error.strerror or error}" + ("" if remedy is None else f"; {remedy}")
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give errors the name of the file, which those of writing to an open one lack."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from hstu.config import LoadedConfig
 from hstu.training.checkpoint_files import Progress, write_atomically
+from hstu.training.file_errors import naming
 
 logger = logging.getLogger(__name__)
 
@@ -142,7 +143,7 @@ class RunDirectory:
     def append(self, record: dict[str, Any]) -> None:
         """Add one record to ``metrics.jsonl``."""
         self.num_records += record.get("split") != "test"
-        with open(self.metrics, "a") as file:
+        with naming(self.metrics), open(self.metrics, "a") as file:
             file.write(json.dumps(record) + "\n")
 
     def write_json(self, name: str, value: Any) -> None:
@@ -196,6 +197,24 @@ class _TerminalHandler(logging.StreamHandler):
             sys.stdout.flush()
 
 
+class _FileHandler(logging.FileHandler):
+    """Says once that its file takes no more, instead of a traceback for each record."""
+
+    told = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self.told:
+            self.told = True
+            tqdm.write(f"{self.baseFilename}: cannot be written ({error.strerror}); the log has gaps", file=sys.stderr)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # what could not be written before cannot be now
+            super().close()
+
+
 @contextlib.contextmanager
 def kept_logging() -> Iterator[None]:
     """Put the log back at the end as it was: a library's caller has an opinion of its own on where it goes."""
@@ -230,6 +249,6 @@ def configure_logging(log_file: Path | None, *, is_main: bool, quiet: bool = Fal
     terminal.setFormatter(logging.Formatter("%(message)s"))
     root.addHandler(terminal)
     if log_file is not None and is_main:
-        file = logging.FileHandler(log_file)
+        file = _FileHandler(log_file)
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         root.addHandler(file)

@@ -12,16 +12,18 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from io import FileIO
 from itertools import pairwise
 from pathlib import Path
-from typing import TextIO
+
+from hstu.training.file_errors import naming
 
 logger = logging.getLogger(__name__)
 
 _KEPT = 5  # earlier stacks of a rank
 _SPEAKS = 0.98  # of the seconds: before the process is gone
-_armed: tuple[float, TextIO] | None = None
+_armed: tuple[float, FileIO] | None = None
 _last_beat = 0.0
 
 
@@ -42,9 +44,9 @@ def watchdog(folder: Path, rank: int, seconds: float) -> Iterator[None]:
     global _armed
     folder.mkdir(exist_ok=True)
     path = folder / f"rank{rank}.txt"
-    with open(path, "w") as file:
-        file.write(f"rank {rank} on {socket.gethostname()}; no progress for {seconds:g} s, or ended:\n")
-        file.flush()
+    with open(path, "wb", buffering=0) as file:  # a full disk refuses a write, and no close
+        with naming(path):
+            file.write(f"rank {rank} on {socket.gethostname()}; no progress for {seconds:g} s, or ended:\n".encode())
         faulthandler.register(signal.SIGTERM, file, chain=True)
         _armed = seconds, file
         ended = threading.Event()
@@ -54,7 +56,8 @@ def watchdog(folder: Path, rank: int, seconds: float) -> Iterator[None]:
             speaker.start()
             yield
         except BaseException:
-            traceback.print_exc(file=file)
+            with suppress(OSError):
+                file.write(traceback.format_exc().encode())
             raise
         finally:
             _armed = None

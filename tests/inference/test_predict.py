@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import json
 import logging
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -341,6 +342,26 @@ def test_exported_weights_are_those_of_the_checkpoint(tmp_path: Path):
         saved |= {k.removeprefix("dense/"): v for k, v in load_file(path).items() if k.startswith("dense/")}
     assert weights.keys() == saved.keys() and len(weights) > 5
     assert all(np.array_equal(weights[name], saved[name]) for name in weights)
+
+
+@pytest.mark.parametrize("limit", [20, 3000, 9000])
+def test_a_disk_that_takes_no_more_leaves_nothing(tmp_path: Path, limit: int, capsys: pytest.CaptureFixture[str]):
+    """The system refuses more than so many bytes of a file: at the first write or as late as the last."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    (tmp_path / "old.parquet").write_text("old")
+    commands = [(export.main, ["--output", str(tmp_path / "out")])]
+    if limit < 5000:
+        commands.append((predict.main, ["--output", str(tmp_path / "old.parquet"), "--top-k", "50"]))
+    for command, flags in commands:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+        try:
+            assert command(["--run-dir", "retrieval", *flags]) == 2
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "cannot be written" in line and "File too large" in line and line.endswith(("another", "--output"))
+    assert [path.name for path in tmp_path.iterdir()] == ["old.parquet"]
+    assert (tmp_path / "old.parquet").read_text() == "old"
 
 
 def test_a_run_is_scored_from_its_directory_alone(home: Path, tmp_path: Path):

@@ -27,7 +27,7 @@ from hstu.training.checkpoint import Checkpointer
 from hstu.training.checkpoint_files import read_marker
 from hstu.training.meter import TrainingError
 from hstu.training.run_data import find_dataset
-from hstu.training.run_directory import RunDirectory
+from hstu.training.run_directory import RunDirectory, configure_logging, kept_logging
 from hstu.training.step import Stepper
 from tests.launch import ROOT, run, started, torchrun_command
 from tests.tiny import BINDINGS
@@ -317,3 +317,23 @@ def test_a_lock_tells_whether_the_run_before_was_killed(tmp_path: Path) -> None:
     second.unlock()
     assert third.lock() is False
     third.unlock()
+
+
+def test_files_that_take_no_more_hide_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What went wrong first is raised, a record names its file, and the log says once that it has gaps."""
+    run_, limits = RunDirectory(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    run_.append({"kind": "train", "step": 1})
+    with kept_logging():
+        configure_logging(tmp_path / "train.log", is_main=True)
+        try:
+            with pytest.raises(KeyError, match="first"), watchdog.watchdog(tmp_path / "stacks", 0, 60.0):
+                resource.setrlimit(resource.RLIMIT_FSIZE, (20, limits[1]))
+                raise KeyError("first")
+            with pytest.raises(OSError, match="metrics.jsonl"):
+                run_.append({"kind": "train", "step": 2})
+            for _ in range(3):
+                logging.getLogger("hstu").warning("more than 20 bytes of a log")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    told = capsys.readouterr().err.splitlines()
+    assert told == [f"{tmp_path}/train.log: cannot be written (File too large); the log has gaps"]
