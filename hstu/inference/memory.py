@@ -129,11 +129,7 @@ class StoredMemory:
 
     def hidden_rows(self, batch: Batch, requests: np.ndarray) -> Tensor:
         """Return the rows that carry labels of ``batch``, which ``loader`` made of ``requests`` [B], [L, D] float32."""
-        model = self.opened.model
-        names = batch.features.keys()
-        contexts = model.preprocess.contexts
-        kept = {name: torch.full_like(batch.ids(name), name not in contexts, dtype=torch.bool) for name in names}
-        rows, _ = recall(model, self.cache(requests), batch.only(kept))
+        rows, _ = recall(self.opened.model, self.cache(requests), batch)
         return rows
 
     def cache(self, requests: np.ndarray) -> Cache:

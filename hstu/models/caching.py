@@ -95,7 +95,7 @@ def recall(model: Encoder, memory: Cache, batch: Batch) -> tuple[Tensor, Cache]:
     Args:
         model: With memory tokens.
         memory: From :func:`compress`.
-        batch: No context; at most ``recent_item_num`` events a sample, and what is asked for after them.
+        batch: At most ``recent_item_num`` events a sample, and what is asked for after them; context is in the memory.
 
     Returns:
         As :func:`extend`.
@@ -104,6 +104,11 @@ def recall(model: Encoder, memory: Cache, batch: Batch) -> tuple[Tensor, Cache]:
     history = _num_history(batch)
     stored = range(blocks.num_stored, len(blocks.offsets))
     part = Part(first=blocks.history - history, blocks=stored, context=memory.layout.context)
+    names = [*batch.features.keys()]
+    contexts = model.preprocess.contexts
+    batch = batch.only(
+        {name: torch.full_like(batch.ids(name), name not in contexts, dtype=torch.bool) for name in names}
+    )
     stream = model.whole_stream(batch, part)
     return _run(model, memory, batch, stream, torch.zeros_like(history), stream.layout.lengths)
 

@@ -138,6 +138,18 @@ def test_stopped_commands_go_on_and_new_users_are_added(
     )
 
 
+def test_two_ranks_write_the_memory_and_the_answers_of_one(home: Path, directory: Path, tmp_path: Path) -> None:
+    folder, files = tmp_path / "memory", [tmp_path / f"{name}.parquet" for name in ("one", "two")]
+    for command, *flags in (
+        ("memory", "--run-dir", "retrieval", "--output", str(folder)),
+        ("predict", "--run-dir", "retrieval", "--output", str(files[1]), "--memory", str(folder)),
+    ):
+        done = launch.forked(f"hstu.cli.{command}", *flags, ranks=2, cwd=home)
+        assert done.code == 0, done.err
+    assert len(list(folder.glob("part-*"))) == 1  # of up to 1,024 users
+    assert_same(pl.read_parquet(files[1]), answers(files[0], "--memory", str(directory)), "score")
+
+
 def grown(home: Path, more: int) -> pl.DataFrame:
     """The log, and ``more`` later events of every third user."""
     events, users = planted_log()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from hstu.models.caching import compress, recall, scores_slates
 from hstu.ops import lengths_to_offsets, positions_in_sequence, sequence_ids
 from tests.models.test_memory import LLAMA, MEMORY, RESEARCH, SASREC
 from tests.models.test_models import build
-from tests.samples import make_config, make_dataset
+from tests.samples import declared_features, make_config, make_dataset
 
 LENGTHS = [3, 9, 1, 12, 5]
 BACKBONES: dict[str, tuple[str, ...]] = {
@@ -189,3 +190,33 @@ def test_caches_that_do_not_fit_are_refused(dataset: SequenceDataset) -> None:
     few = samples(collate, dataset, lengths[:2])
     with pytest.raises(ValueError, match="the cache is of 5 samples, the batch of 2"):
         moved.extend(cache, few)
+
+
+WAYS = {
+    "tokens": ("FeatureArgs.context_merge='tokens'", "FeatureArgs.merge='sum'"),
+    "merged": ("FeatureArgs.context_merge='concat'",),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@torch.no_grad()
+def test_features_of_users_and_events_stand_behind_a_cache_too(tmp_path: Path, way: str) -> None:
+    dataset = make_dataset(tmp_path / "small", LENGTHS, num_items=30, declared=declared_features())
+    model, collate = model_of(dataset, "ranking", *RANKING["candidates"], *WAYS[way], *MEMORY)
+    model.item_encoder.read(dataset)
+    users = np.array([3, 1, 1, 3, 0, 4, 2])
+    requests, every = Requests(dataset, users, np.arange(7), 2 * 10**9), np.arange(7)
+    wanted = model.predictions(model.scoring_request(collate(requests, requests.split, every, every, 0)))
+    slates = requests.slates(5)
+    rows = slates.rows(np.arange(5), 0)
+    batch = collate(slates.requests, slates.requests.split, rows, rows, 0)
+    _, cache = model.extend(None, batch, history_alone=True)
+    found = model.predictions_of(model.extend(cache, batch)[0])
+    assert_same(found[np.argsort(slates.pairs_of(rows))], wanted)
+    recent, stop = model.preprocess.blocks.history - model.preprocess.blocks.compressed, dataset.lengths
+    cut = np.maximum(stop - recent, 0)
+    old = Split(name="test", users=np.arange(5), stop=cut, asked=np.zeros_like(cut))
+    memory = compress(model, replace(collate, max_history=4)(dataset, old, np.arange(5), np.arange(5), 0))
+    batch = replace(collate, max_history=recent)(slates.requests, slates.requests.split, rows, rows, 0)
+    hidden, _ = recall(model, memory, batch)
+    assert_same(model.predictions_of(hidden)[np.argsort(slates.pairs_of(rows))], wanted)
