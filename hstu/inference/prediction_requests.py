@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hstu.data.cleaning import Missing, clean_ids, require_columns
 from hstu.data.files import FileFormat
-from hstu.data.reader import Histories, SequenceDataset
+from hstu.data.reader import Histories, SequenceDataset, Sequences
 from hstu.data.request_features import MissingFeatures
 from hstu.data.request_files import HistoryColumns, features_of, find_ids, find_users, read_frame, read_histories
 from hstu.data.requests import Requests
@@ -27,6 +27,7 @@ from hstu.data.values import Values
 from hstu.inference.opened import Opened
 from hstu.metrics.topk import TopK
 from hstu.models import RankingModel
+from hstu.models.binding import label_features
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ class PredictionRequests:
         held_out: Whether the event asked for is known.
         pairs: Item id of each sample, for a ranking run.
         score_names: Columns of a ranking run's scores.
+        label_features: Features of events that a ranking predicts, beside actions.
         controls: Control columns of the data set: of its users, its items, and of the held-out events.
     """
 
@@ -53,6 +55,7 @@ class PredictionRequests:
     held_out: bool
     pairs: np.ndarray | None
     score_names: tuple[str, ...]
+    label_features: tuple[str, ...]
     controls: Controls
 
     def recommendations(self, rows: Tensor, best: TopK) -> dict[str, pa.Array]:
@@ -66,19 +69,24 @@ class PredictionRequests:
             "score": pa.array(scores[row, place]),
         }
         if self.held_out:
-            targets, _ = self._targets(samples)
-            columns["target"] = self.vocabulary.take(pa.array(targets[row]))
+            columns["target"] = self.vocabulary.take(pa.array(self._targets(samples).items[row]))
             columns["event"] = pa.array(self.split.stop[samples[row]] - 1)
         return self._with_controls(columns, samples[row], items[row, place])
 
     def scores(self, rows: Tensor, scores: Tensor) -> dict[str, pa.Array]:
         """Return the columns of ``scores`` [Q, K] for samples ``rows``."""
         samples, values = rows.cpu().numpy(), scores.cpu().numpy()
-        items, actions = self._targets(samples) if self.pairs is None else (self.pairs[samples], None)
+        targets = self._targets(samples)
+        items = targets.items if self.pairs is None else self.pairs[samples]
         columns = {"user": self.users.take(pa.array(samples)), "item": self.vocabulary.take(pa.array(items))}
         columns |= {name: pa.array(values[:, index]) for index, name in enumerate(self.score_names)}
         if self.held_out:
-            columns |= {"action_id": pa.array(actions), "event": pa.array(self.split.stop[samples] - 1)}
+            if targets.actions is not None:
+                columns["action_id"] = pa.array(targets.actions)
+            for name, true in targets.of_events.items():
+                assert isinstance(true, np.ndarray)
+                columns[name if true.ndim == 2 else f"{name}_id"] = pa.array(true.reshape(-1))
+            columns["event"] = pa.array(self.split.stop[samples] - 1)
         return self._with_controls(columns, samples, items)
 
     def _with_controls(
@@ -96,10 +104,9 @@ class PredictionRequests:
             columns.setdefault(name, originals.take(pa.array(of_items[items])))
         return columns
 
-    def _targets(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    def _targets(self, samples: np.ndarray) -> Sequences:
         stop = self.split.stop[samples]
-        events = self.dataset.gather(self.split.users[samples], stop - 1, stop)
-        return events.items, events.actions
+        return self.dataset.gather(self.split.users[samples], stop - 1, stop, self.label_features)
 
 
 @dataclass(frozen=True)
@@ -213,6 +220,7 @@ def make_prediction_requests(spec: RequestSpec, opened: Opened) -> PredictionReq
         held_out=spec.split != "future",
         pairs=items,
         score_names=score_names(opened),
+        label_features=label_features(opened.config, known.schema),
         controls=Controls.read(known, _levels(spec, histories is known)),
     )
 

@@ -13,6 +13,18 @@ if TYPE_CHECKING:
     from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 _BLOCK = 4096  # rows drawn from one random stream
+_TAKEN = {*dir(nn.ModuleDict()), *dir(nn.ParameterDict())}  # attributes that no submodule or weight can be called
+
+
+def table_key(table: str) -> str:
+    """Return what the weight of ``table`` is called, and its module: that has no dot and is no name of a method."""
+    return f"={table.replace('.', ',')}" if "." in table or table in _TAKEN else table
+
+
+def table_named(weight: str) -> str:
+    """Return the table whose weight is called ``weight``, ``..<key>.weight``: the reverse of ``table_key``."""
+    key = weight.split(".")[-2]
+    return key[1:].replace(",", ".") if key.startswith("=") else key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +38,11 @@ class Table:
     std: float
     seed: int
     unknown: bool = False
+
+    @property
+    def key(self) -> str:
+        """Its name among modules and weights, see :func:`table_key`."""
+        return table_key(self.name)
 
     def initial_rows(self, start: int, stop: int) -> Tensor:
         """Return rows [start, stop) of the initial weights, the same whoever asks: [stop - start, width] float32.
@@ -63,13 +80,13 @@ class EmbeddingTables(Embeddings):
         super().__init__(tables)
         self.weights = nn.ParameterDict()
         for table in tables if allocate else ():
-            self.weights[table.name] = nn.Parameter(table.initial_rows(0, table.rows))
+            self.weights[table.key] = nn.Parameter(table.initial_rows(0, table.rows))
 
     def forward(self, features: KeyedJaggedTensor) -> dict[str, Tensor]:
         """Look up every feature: name -> [ids of the feature, width]."""
         present = set(features.keys())
         return {
-            feature: nn.functional.embedding(features[feature].values(), self.weights[table.name])
+            feature: nn.functional.embedding(features[feature].values(), self.weights[table.key])
             for table in self.tables
             for feature in table.features
             if feature in present

@@ -18,7 +18,7 @@ from torchrec import KeyedJaggedTensor
 
 from hstu.config import DynamicEmbeddingArgs, EmbeddingArgs, OptimizerArgs
 from hstu.data.batch import POOL, keyed_features
-from hstu.models.embedding import Table
+from hstu.models.embedding import Table, table_named
 from hstu.parallel.embedding import ShardedTables
 from hstu.parallel.mesh import Mesh
 from hstu.parallel.row_map import BLOCKED, PARTS, WAYS, RowHistory, RowMap, part_of
@@ -287,7 +287,7 @@ class DynamicTables(ShardedTables):
     def _weights(self) -> dict[str, ShardedTensor]:
         """The weights of each table."""
         weights = (item for c in self.collections.values() for item in c.state_dict().items())
-        return {name.split(".")[-2]: weight for name, weight in weights}
+        return {table_named(name): weight for name, weight in weights}
 
     @cached_property
     def _moments(self) -> dict[str, list[ShardedTensor]]:
@@ -295,7 +295,7 @@ class DynamicTables(ShardedTables):
         found: dict[str, list[ShardedTensor]] = {name: [] for name in self._weights}
         for collection in self.collections.values():
             for name, moments in collection.fused_optimizer.state_dict()["state"].items():
-                found[name.split(".")[-2]] = [*moments.values()]
+                found[table_named(name)] = [*moments.values()]
         return found
 
 

@@ -20,7 +20,7 @@ from torchrec.distributed.planner.types import PlannerError
 from torchrec.distributed.types import CacheParams, ModuleShardingPlan, ShardingEnv, ShardingPlan
 
 from hstu.config import ConfigError, EmbeddingArgs, OptimizerArgs
-from hstu.models.embedding import Embeddings, EmbeddingTables, Table
+from hstu.models.embedding import Embeddings, EmbeddingTables, Table, table_named
 from hstu.parallel.fused_adam import adam_on_host
 from hstu.parallel.mesh import Mesh
 
@@ -67,8 +67,9 @@ class ShardedTables(Embeddings):
         for width, collection in collections.items():
             self._features[width] = [name for config in collection.embedding_configs() for name in config.feature_names]
             self.collections[width] = _shard(collection, sharder, plan.plan[width], mesh)
-            for name, placed in plan.plan[width].items():
-                self.layout[name] = f"{placed.sharding_type} {placed.compute_kernel}"
+            for table in (t for t in sharded if t.key in plan.plan[width]):
+                placed = plan.plan[width][table.key]
+                self.layout[table.name] = f"{placed.sharding_type} {placed.compute_kernel}"
         #: Number of the step that is being taken, from 1.
         self.step = 0
         self.shards = nn.ModuleDict(self.collections)
@@ -136,7 +137,7 @@ class ShardedTables(Embeddings):
         tables = {table.name: table for table in self.tables}
         for collection in self.collections.values():
             for name, weight in collection.state_dict().items():
-                table = tables[name.split(".")[-2]]
+                table = tables[table_named(name)]
                 for shard in weight.local_shards():
                     (row, column), (rows, columns) = shard.metadata.shard_offsets, shard.metadata.shard_sizes
                     weights = table.initial_rows(row, row + rows)
@@ -203,7 +204,7 @@ def place(
     )
     planner = EmbeddingShardingPlanner(
         topology=topology,
-        constraints={t.name: _constraints(t.name, embedding, kind, topology.compute_device) for t in tables},
+        constraints={t.key: _constraints(t.name, embedding, kind, topology.compute_device) for t in tables},
         storage_reservation=FixedPercentageStorageReservation(percentage=0.15),
     )
     whole = nn.ModuleDict(collections)
@@ -224,7 +225,7 @@ def place(
 
 def _collection(tables: tuple[Table, ...], width: int) -> EmbeddingCollection:
     configs = [
-        EmbeddingConfig(name=t.name, num_embeddings=t.rows, embedding_dim=width, feature_names=list(t.features))
+        EmbeddingConfig(name=t.key, num_embeddings=t.rows, embedding_dim=width, feature_names=list(t.features))
         for t in tables
         if _stored_width(t) == width
     ]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hstu.data.vocabulary import BITS, Vocabularies, places_of
 from hstu.models import Encoder
-from hstu.models.embedding import Table
+from hstu.models.embedding import Table, table_key, table_named
 from hstu.parallel import Mesh, Parallelized
 from hstu.parallel.dynamic import DynamicTables
 from hstu.parallel.row_map import PARTS, held_rows
@@ -183,7 +183,7 @@ class _Initializer:
         #: Dense weight -> feature whose ids its rows stand for.
         self.row_weights = dict(model.row_weights)
         self.class_features = model.class_features
-        self.row_weights |= {_REPLICATED + name: name for name in parallel.tables.replicated.weights}
+        self.row_weights |= {_REPLICATED + table.key: table.name for table in parallel.tables.replicated.tables}
 
     def run(self) -> Progress:
         """Take everything that is known there; returns a start whose optimizers have taken the steps that count."""
@@ -275,7 +275,7 @@ class _Initializer:
             return
         there = self._moments_there(name, self.table_kind)
         for full, value in moments.items():
-            moment = _moment(full.removeprefix(f"{name}."), self.table_kind)
+            moment = _moment(full.removeprefix(f"{table_key(name)}."), self.table_kind)
             if moment in there:
                 self._fill(value, there[moment], origin)
 
@@ -290,7 +290,7 @@ class _Initializer:
         for collection in self.parallel.tables.collections.values():
             moments = collection.fused_optimizer.state_dict()["state"]
             for full, weight in collection.state_dict().items():
-                yield full.split(".")[-2], weight, moments.get(full, {})
+                yield table_named(full), weight, moments.get(full, {})
 
     def _origin(self, feature: str, rows: int, key: str) -> Tensor:
         """Return the row there of each of ``rows`` rows here, [rows] int64; -1: none."""
@@ -341,8 +341,8 @@ class _Initializer:
     def _weight_there(self, table: str) -> str:
         """Return the name of the weight of ``table`` in the checkpoint, sharded or whole."""
         sharded = (key for key in self.saved.shapes if key.startswith("tables/"))
-        end = f"/embeddings.{table}.weight"
-        return next((key for key in sharded if key.endswith(end)), f"dense/{_REPLICATED}{table}")
+        end = f"/embeddings.{table_key(table)}.weight"
+        return next((key for key in sharded if key.endswith(end)), f"dense/{_REPLICATED}{table_key(table)}")
 
     def _moments_there(self, table: str, kind: str) -> dict[str, str]:
         """Return moment -> its name in the checkpoint, of a table that was trained by an optimizer of ``kind``."""
@@ -350,9 +350,9 @@ class _Initializer:
         is_sharded = weight.startswith("tables/")
         if kind != (self.old_table_kind if is_sharded else self.old_dense_kind):
             return {}
-        begin = f"optimizer/{_REPLICATED}{table}."
+        begin = f"optimizer/{_REPLICATED}{table_key(table)}."
         if is_sharded:
-            begin = f"tables_optimizer/{weight.removeprefix('tables/')}/{table}."
+            begin = f"tables_optimizer/{weight.removeprefix('tables/')}/{table_key(table)}."
         keys = [key for key in self.saved.shapes if key.startswith(begin)]
         return {_moment(key.removeprefix(begin), kind): key for key in keys}
 

@@ -111,7 +111,8 @@ def measure_demand(config: Config, dataset: SequenceDataset, batch: Batch) -> De
     model.embeddings = _Blank(every)
     tables = tuple(table for table in every if config.embedding.of(table.name) != "data_parallel")
     replicated = sum(table.rows * table.width for table in every if table not in tables)
-    sizes, widths = dict(zip(batch.features.keys(), batch.features.length_per_key(), strict=True)), _widths(every)
+    asked = model.request(model.training_batch(batch)).features  # with negatives, and what stands for items
+    sizes, widths = dict(zip(asked.keys(), asked.length_per_key(), strict=True)), _widths(every)
     return Demand(
         dense=sum(p.numel() for p in model.parameters()) + replicated,
         backbone=matrix_elements(model.backbone),

@@ -9,6 +9,7 @@ import numpy as np
 from hstu.config import Config
 from hstu.data.loader import BatchLoader
 from hstu.data.reader import SequenceDataset
+from hstu.models.embedding import table_named
 from hstu.parallel import Mesh, Parallelized
 from hstu.training.optimizer import Optimizer
 
@@ -59,7 +60,7 @@ def memory_rows(parallel: Parallelized, optimizer: Optimizer) -> list[tuple[str,
         moments = collection.fused_optimizer.state_dict()["state"]
         for name, weight in collection.state_dict().items():
             state = sum(_held(value) for value in moments.get(name, {}).values())
-            shape, table = " x ".join(f"{size:,}" for size in weight.size()), name.split(".")[-2]
+            shape, table = " x ".join(f"{size:,}" for size in weight.size()), table_named(name)
             rows.append((f"table {table}", shape, parallel.tables.layout[table], _held(weight), state))
     return rows
 
