@@ -18,6 +18,7 @@ from torch import Tensor
 from hstu.config import Config
 from hstu.data.request_files import find_ids
 from hstu.inference.answers import AnswerOptions, Recommended, scored
+from hstu.inference.baselines import compare_with_baselines
 from hstu.inference.export import ExportOptions, export
 from hstu.inference.frames import Kind, kind_of, to_frame, to_polars
 from hstu.inference.opened import Opened, open_trained
@@ -176,6 +177,10 @@ class Run:
         if split not in ("test", "valid"):
             raise ValueError(f"split = {split!r}: must be 'test' or 'valid'")
         return self._opened.assembly.score(split, self.step)
+
+    def baselines(self, neighbours: int = 100) -> dict[str, Any]:
+        """Score popularity, repeats and item neighbours as the run was: see :func:`compare_with_baselines`."""
+        return compare_with_baselines(self._opened, neighbours)
 
     def item_vectors(self) -> Frame:
         """Return what each item is scored by: a table with columns item, vector.

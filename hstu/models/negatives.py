@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hstu.data.reader import SequenceDataset
+from hstu.data.reader import Histories
 from hstu.data.splits import Split
 
 POOL_SIZE = 8192
@@ -151,7 +151,7 @@ class NegativeSampler:
         return self.by_popularity[rank.clamp(0, self.num_items - 1)]
 
 
-def count_items(dataset: SequenceDataset, split: Split) -> Tensor:
+def count_items(dataset: Histories, split: Split) -> Tensor:
     """Return how often each item is one of the events of ``split`` that carry a loss, [items] int64."""
     counts = np.zeros(dataset.schema.item.vocab_size or 0, np.int64)
     for start in range(0, len(split), POOL_SIZE):

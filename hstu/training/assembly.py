@@ -18,7 +18,7 @@ from hstu.models import RetrievalModel, build_model, fit_to_data, make_collator
 from hstu.models.negatives import count_items
 from hstu.parallel import Mesh, parallelize
 from hstu.parallel.balance import balance, sample_costs
-from hstu.training.evaluate import best_possible, decide_filter_seen, evaluate
+from hstu.training.evaluate import Scorer, best_possible, decide_filter_seen, evaluate
 from hstu.training.hardware import on_device
 from hstu.training.memory import require_memory
 from hstu.training.vocabularies import describe_vocabularies, embedded_features
@@ -106,10 +106,13 @@ class Assembly:
         loader = self.loaders["train"]
         return trained_items(self.dataset, loader.split, loader.collate)
 
-    def score(self, split: str, step: int) -> dict[str, Any]:
-        """Return the evaluation record of ``split``, the same on every rank; ``step`` is on record."""
+    def score(self, split: str, step: int, scorer: Scorer | None = None) -> dict[str, Any]:
+        """Return the evaluation record of ``split``, the same on every rank; ``step`` is on record.
+
+        ``scorer`` is what scores in place of the model.
+        """
         trained = self.trained_items if self.config.dataset.protocol in ("temporal", "windows") else None
-        record = evaluate(self.model, self.loaders[split], self.mesh, self.config, step, trained)
+        record = evaluate(scorer or self.model, self.loaders[split], self.mesh, self.config, step, trained)
         beat()
         if self.filtering is not None:
             record["filter_seen_reason"] = self.filtering

@@ -6,12 +6,12 @@ import contextlib
 import itertools
 import logging
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hstu.bar import progress_bar
 from hstu.config import Config
@@ -38,6 +38,15 @@ TRAINED = ":trained"
 _LONG = 100  # batches of an evaluation that is worth announcing
 
 
+class Scorer(Protocol):
+    """What scores the whole catalogue for each target: a retrieval model, or a baseline."""
+
+    num_items: int
+
+    def scored(self, batch: Batch) -> tuple[Batch, Callable[[slice], Tensor]]:
+        """Return ``batch`` with the labels of this rank, and what scores some of them: [q, items], the caller's own."""
+
+
 def improves(name: str, value: float | None, best: float | None) -> bool:
     """Return whether ``value`` of metric ``name`` is better than ``best`` (None: anything finite is)."""
     if value is None:
@@ -49,7 +58,7 @@ def improves(name: str, value: float | None, best: float | None) -> bool:
 
 @torch.no_grad()
 def evaluate(
-    model: RankingModel | RetrievalModel,
+    model: RankingModel | RetrievalModel | Scorer,
     loader: BatchLoader,
     mesh: Mesh,
     config: Config,
@@ -62,7 +71,7 @@ def evaluate(
     targets the item is one that the user had met before: seen_targets.
 
     Args:
-        model: The model, on every rank.
+        model: The model, on every rank, or what else scores items.
         loader: The samples, unshuffled.
         mesh: The ranks.
         config: The run, its ``filter_seen`` decided.
@@ -70,12 +79,15 @@ def evaluate(
         trained: Which items training shows, [items] bool: metrics of targets among these stand beside those of all, as
             ``HR@10:trained``, and the others are counted as untrained_targets. None: neither.
     """
-    model.eval()
+    if isinstance(model, nn.Module):
+        model.eval()
     if isinstance(model, RankingModel):
         result = _ranking(model, loader, mesh, config)
     else:
-        result = _retrieval(model, loader, mesh, config, trained)
-    model.train()
+        scorer = _ModelScorer(model, loader, mesh) if isinstance(model, RetrievalModel) else model
+        result = _retrieval(scorer, loader, mesh, config, trained)
+    if isinstance(model, nn.Module):
+        model.train()
     # JSON has no nan: a metric that is not defined on these events is null.
     result["metrics"] = {k: None if math.isnan(v) else v for k, v in result["metrics"].items()}
     record = {"kind": "eval", "split": loader.split.name, "step": step, "protocol": config.dataset.protocol}
@@ -144,10 +156,10 @@ def decide_filter_seen(config: Config, dataset: SequenceDataset, valid: Split) -
 
 
 def _retrieval(
-    model: RetrievalModel, loader: BatchLoader, mesh: Mesh, config: Config, trained: Tensor | None
+    scorer: Scorer, loader: BatchLoader, mesh: Mesh, config: Config, trained: Tensor | None
 ) -> dict[str, Any]:
     assert config.retrieval is not None and config.retrieval.filter_seen is not None, "see decide_filter_seen"
-    parts = zip(*_ranked(model, loader, mesh, config), strict=True)
+    parts = zip(*_ranked(scorer, loader, mesh, config), strict=True)
     users, targets, seen, ranks, sampled = (mesh.tokens.gather(torch.cat(part)).cpu() for part in parts)
     count, metrics, untrained = ranks.numel(), {}, {}
     for name in config.eval_metrics:
@@ -158,7 +170,7 @@ def _retrieval(
         untrained["untrained_targets"] = count - int(known.sum())
     return untrained | {
         "filter_seen": config.retrieval.filter_seen,
-        "num_candidates": model.num_items,
+        "num_candidates": scorer.num_items,
         "num_users": users.unique().numel(),
         "num_targets": count,
         "seen_targets": int(seen.sum()),
@@ -172,23 +184,21 @@ def _mean(values: Tensor) -> float:
 
 
 def _ranked(
-    model: RetrievalModel, loader: BatchLoader, mesh: Mesh, config: Config
+    scorer: Scorer, loader: BatchLoader, mesh: Mesh, config: Config
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
     """Yield of targets of this rank [Q] each: user, item, whether the user has met it, rank, rank among 100 items."""
     assert config.retrieval is not None
-    catalogue = _catalogue(model, loader, mesh)
     sampling = any(name.endswith(SAMPLED_100) for name in config.eval_metrics)
     elements = _SCORE_ELEMENTS // 8 if sampling else _SCORE_ELEMENTS  # random numbers take more than scores
-    block = max(1, elements // catalogue.shape[0])
+    block = max(1, elements // scorer.num_items)
     assert not loader.shuffle, "the first epoch of an unshuffled split numbers samples by their rows"
     for batch in _batches(loader, config, mesh):
-        request = model.scoring_request(batch)
-        queries, batch = model.queries(request), request.batch
+        batch, score = scorer.scored(batch)
         samples, users = _of_labels(batch, batch.sample_ids), _of_labels(batch, batch.users)
-        for start in range(0, max(1, queries.shape[0]), block):  # a rank without samples joins the others too
+        for start in range(0, max(1, batch.labels.numel()), block):  # a rank without samples joins the others too
             rows = slice(start, start + block)
             targets, seen = batch.labels[rows], seen_before(loader.dataset, loader.split, samples[rows])
-            scores = model.scores(queries[rows], catalogue)
+            scores = score(rows)
             sampled = _sampled(scores, targets, samples[rows], seen, config.trainer.seed) if sampling else None
             ranks = target_ranks(scores, targets, seen if config.retrieval.filter_seen else None)
             sampled = ranks if sampled is None else sampled.where(ranks.isfinite(), ranks)
@@ -200,6 +210,19 @@ def _sampled(scores: Tensor, targets: Tensor, samples: Tensor, seen: tuple[Tenso
     """Return ranks among 100 items that nobody's rank or batch decides, [Q] float64."""
     priorities = random_uniform(samples, scores.shape[1], seed)
     return sampled_ranks(scores, targets, seen, priorities, 100)
+
+
+class _ModelScorer:
+    """A retrieval model and the vectors of its catalogue."""
+
+    def __init__(self, model: RetrievalModel, loader: BatchLoader, mesh: Mesh) -> None:
+        self.model, self.num_items = model, model.num_items
+        self.catalogue = _catalogue(model, loader, mesh)
+
+    def scored(self, batch: Batch) -> tuple[Batch, Callable[[slice], Tensor]]:
+        request = self.model.scoring_request(batch)
+        queries = self.model.queries(request)
+        return request.batch, lambda rows: self.model.scores(queries[rows], self.catalogue)
 
 
 def _catalogue(model: RetrievalModel, loader: BatchLoader, mesh: Mesh) -> Tensor:

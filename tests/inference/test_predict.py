@@ -14,7 +14,8 @@ import numpy as np
 import polars as pl
 import pytest
 
-from hstu.cli import export, predict
+import hstu
+from hstu.cli import baselines, export, predict
 from hstu.data.synthetic import SyntheticConfig, generate
 from hstu.data.table import preprocess_interactions
 from hstu.layers.hstu import HSTUStack
@@ -387,3 +388,36 @@ def test_the_operative_config_is_a_config(home: Path):
         assert loaded.operative == path.read_text()
         assert loaded.config.dataset.contextual_feature_names == ("plan",), "what the data decides is there too"
         assert loaded.config.network.num_position_buckets == loaded.config.network.scaling_seqlen == tokens
+
+
+def test_baselines_stand_beside_the_score(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    assert baselines.main(["--run-dir", "retrieval", "--neighbours", "20"]) == 0
+    found = json.loads(Path("retrieval/baselines.json").read_text())
+    assert found["metrics"] == result("retrieval") and found["filter_seen"] is True and found["num_targets"] == 90
+    assert (
+        sorted(found["baselines"]) == ["item_knn", "item_knn_last", "popularity"] and "last_item" in found["left_out"]
+    )
+    events, _ = planted_log()
+    train = events.filter(pl.int_range(pl.len()).over("who") < pl.len().over("who") - 2)
+    counts = dict(train["what"].value_counts().iter_rows())
+    history, last = last_events(events)
+    hits = 0
+    for user, target in last.select("who", "what").iter_rows():
+        met = set(history.filter(pl.col("who") == user)["what"])
+        others = [counts.get(item, 0) - counts.get(target, 0) for item in set(events["what"]) - met - {target}]
+        rank = 1 + sum(d > 0 for d in others) + sum(d == 0 for d in others) / 2
+        hits += target not in met and rank <= 10
+    assert found["baselines"]["popularity"]["HR@10"] == pytest.approx(hits / 90)
+    printed = capsys.readouterr().out.splitlines()
+    assert any(line.split()[0] == "popularity" and f"{hits / 90:.4f}" in line for line in printed)
+    assert hstu.open_run("retrieval").baselines(20) == found
+    assert baselines.main(["--run-dir", "ranking"]) == 2
+    assert "ranks given candidates; baselines are of retrieval" in capsys.readouterr().err
+    assert baselines.main(["--run-dir", "retrieval", "--gin-bindings", "RetrievalArgs.filter_seen=False"]) == 2
+    assert "eval.json: filter_seen = True, and the baselines have False" in capsys.readouterr().err
+    assert baselines.main(["--run-dir", "retrieval", "--neighbours", "0"]) == 2
+    record = Path("retrieval/eval.json").read_text()
+    for text, words in (("{}", "is no record of a score"), (None, "not found; let training finish")):
+        Path("retrieval/eval.json").unlink() if text is None else Path("retrieval/eval.json").write_text(text)
+        assert baselines.main(["--run-dir", "retrieval"]) == 2 and words in capsys.readouterr().err
+    Path("retrieval/eval.json").write_text(record)
