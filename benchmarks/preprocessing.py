@@ -3,11 +3,13 @@
     python benchmarks/preprocessing.py --layout ml-20m --rows 20000000
     python benchmarks/preprocessing.py --layout kuairand-27k --rows 25000000 50000000 100000000
     python benchmarks/preprocessing.py --layout custom --rows 10000000 20000000
+    python benchmarks/preprocessing.py --layout custom-features --rows 10000000
 
 The files hold random events: MovieLens grouped by user as published, KuaiRand in the order of time, with all users
 mixed, which is the harder case for a sort by user, and a shop's own log (custom) likewise, with ids that are strings
-and a column that is not read. KuaiRand's 322,278,385 rows have the published numbers of users and items and lengths
-of sequences, which the command then checks; with fewer rows, sequences are shorter in proportion.
+and a column that is not read; custom-features has a price, a brand and a set of tags more, which are declared.
+KuaiRand's 322,278,385 rows have the published numbers of users and items and lengths of sequences, which the command
+then checks; with fewer rows, sequences are shorter in proportion.
 
 Each command runs in a process of its own; its peak is the sum of the resident set sizes of its process tree, looked at
 every 20 ms, or the kernel's own high-water mark if that is more.
@@ -28,6 +30,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -110,10 +113,10 @@ def kuairand_lengths(rows: int) -> np.ndarray:
     return lengths
 
 
-def custom(rows: int, folder: Path) -> None:
-    """One csv with a header, ids that are strings, quoted fields and a column without a role."""
+def custom(rows: int, folder: Path, *, features: bool = False) -> None:
+    """One csv with a header, ids that are strings, quoted fields and a column without a role; or with features."""
     with (folder / "log.csv").open("wb") as file:
-        file.write(b"customer,product,when,bought,note\n")
+        file.write(b"customer,product,when,bought,note" + b",price,brand,tags" * features + b"\n")
         for rng, start, stop in blocks(rows):
             number = stop - start
             table = pl.DataFrame(
@@ -128,10 +131,22 @@ def custom(rows: int, folder: Path) -> None:
             table = table.select(
                 ids[0].alias("customer"), ids[1].alias("product"), "when", "bought", note=pl.lit("none")
             )
+            if features:
+                tags = pl.format("t{}|t{}|t{}", *(pl.Series(rng.integers(0, 30, number)) for _ in range(3)))
+                brand = pl.format("brand {}", pl.Series(rng.integers(0, 5_000, number)))
+                table = table.with_columns(
+                    price=pl.Series(rng.lognormal(3, 1, number)).round(2), brand=brand, tags=tags
+                )
             table.write_csv(file, include_header=False)
 
 
-LAYOUTS = {"ml-20m": movielens, "kuairand-27k": kuairand_27k, "custom": custom}
+LAYOUTS = {
+    "ml-20m": movielens,
+    "kuairand-27k": kuairand_27k,
+    "custom": custom,
+    "custom-features": partial(custom, features=True),
+}
+FEATURES = "event_features=price:numeric,brand:categorical,tags:multi"
 CUSTOM = ("user_column=customer", "item_column=product", "time_column=when", "action_column=bought", "name=custom")
 
 
@@ -146,11 +161,12 @@ def run(layout: str, folder: Path, rows: int) -> tuple[float, float, int]:
     command = [
         sys.executable,
         str(ROOT / "preprocessing" / "preprocessor.py"),
-        f"--dataset_name={layout}",
+        f"--dataset_name={layout.removesuffix('-features')}",
         f"--data_dir={folder / 'out'}",
     ]
-    if layout == "custom":
+    if layout.startswith("custom"):
         command += [f"--interactions={folder / 'log.csv'}", *(f"--{flag}" for flag in CUSTOM)]
+        command += [f"--{FEATURES}"] if layout == "custom-features" else []
     else:
         whole = layout == "kuairand-27k" and rows == KUAIRAND_ROWS
         command += [f"--raw_dir={folder}", f"--check_counts={str(whole).lower()}"]
@@ -182,7 +198,7 @@ def mark(process: psutil.Process) -> int:
 def check(layout: str, rows: int, folder: Path) -> None:
     """Every event is in the data set, and times never fall within a user."""
     found = 0
-    for path in sorted((folder / "out" / layout / "data").iterdir()):
+    for path in sorted((folder / "out" / layout.removesuffix("-features") / "data").iterdir()):
         times = pq.read_table(path, columns=["timestamp"])["timestamp"].combine_chunks()
         values, offsets = times.flatten().to_numpy(), times.offsets.to_numpy()
         falls = np.flatnonzero(np.diff(values) < 0) + 1

@@ -2,9 +2,11 @@
 
     python benchmarks/reader.py [--events 8000000] [--seconds 3] [--sizes 1000000 4000000 16000000]
     python benchmarks/reader.py --only workers
+    python benchmarks/reader.py --only read --features
 
 A token is an item or an action, as the model would see them. Data sets are random; each measurement runs in a
-process of its own, on one core, without workers.
+process of its own, on one core, without workers. With --features each event has a price, a brand and a set of up to
+three tags more, which are read as well.
 
 `workers` asks what a reader beside the training thread costs it: a loop that holds the interpreter, as one that
 launches kernels does (small operations, about 20 ms a step), is timed with batches that are there already, with those
@@ -34,11 +36,12 @@ import psutil
 import pyarrow as pa
 import torch
 
-from hstu.data import EncodedDataset, Feature, Schema, SequenceDataset, leave_one_out, write_dataset
+from hstu.data import EncodedDataset, Feature, Schema, SequenceDataset, Statistics, leave_one_out, write_dataset
 from hstu.data.batch import Batch
 from hstu.data.collate import Collator
 from hstu.data.loader import BatchLoader
 from hstu.data.schema import count_statistics
+from hstu.data.values import Sets, Values
 
 ITEMS = 1_000_000
 TOKENS_PER_BATCH = 400_000
@@ -47,27 +50,30 @@ STEP_OPERATIONS = 10_000
 MIB = 2**20
 
 
-def write(folder: Path, events: int, seqlen: int) -> None:
+def write(folder: Path, events: int, seqlen: int, features: bool = False) -> None:
     """Write random sequences of ``seqlen`` events that a training sample shows, and two held out."""
     rng = np.random.default_rng(0)
     lengths = np.full(max(1, events // seqlen), seqlen + 3)  # one more, which the model only predicts
     total = int(lengths.sum())
-    features = (
+    declared, values = draw_features(rng, total) if features else ((), {})
+    columns = (
         Feature(name="user", role="user", vocab_size=len(lengths)),
         Feature(name="item", role="item", vocab_size=ITEMS),
         Feature(name="action", role="action", vocab_size=256, action_type="bitmask"),
         Feature(name="time", role="time"),
+        *declared,
     )
     clock = np.cumsum(rng.integers(0, 60, (len(lengths), seqlen + 3)), axis=1)
     write_dataset(
         EncodedDataset(
-            schema=Schema(name="random", features=features, counts=count_statistics(lengths, ITEMS)),
+            schema=Schema(name="random", features=columns, counts=count_statistics(lengths, ITEMS)),
             lengths=lengths,
             contexts={},
             events={
                 "item": rng.integers(ITEMS, size=total),
                 "action": rng.integers(256, size=total),
                 "time": clock.ravel(),
+                **values,
             },
             vocabularies={"user": pa.array(np.arange(len(lengths)))},
         ),
@@ -75,12 +81,32 @@ def write(folder: Path, events: int, seqlen: int) -> None:
     )
 
 
+def draw_features(rng: np.random.Generator, events: int) -> tuple[tuple[Feature, ...], dict[str, Values]]:
+    """A price, a brand and a set of tags of each event."""
+    price = rng.standard_normal((events, 1)).astype(np.float32)
+    offsets = np.append(0, np.cumsum(rng.integers(4, size=events)))
+    known = Statistics(mean=0.0, std=1.0, quantiles=tuple(np.linspace(-3, 3, 101).tolist()))
+    return (
+        Feature(name="price", level="event", kind="numeric", statistics=known),
+        Feature(name="brand", level="event", kind="categorical", vocab_size=5000),
+        Feature(name="tags", level="event", kind="multi", vocab_size=30, num_ids=int(offsets[-1])),
+    ), {
+        "price": price,
+        "brand": rng.integers(5000, size=events),
+        "tags": Sets(offsets, rng.integers(30, size=offsets[-1])),
+    }
+
+
 def make_loader(dataset: SequenceDataset, seqlen: int, tokens: int) -> BatchLoader:
     """Shuffled training batches of about ``tokens``, without workers."""
     return BatchLoader(
         dataset=dataset,
         split=leave_one_out(dataset.lengths)["train"],
-        collate=Collator(task="retrieval", max_history=seqlen),
+        collate=Collator(
+            task="retrieval",
+            max_history=seqlen,
+            event_features=tuple(feature.name for feature in dataset.schema.of("event")),
+        ),
         batch_size=max(1, tokens // (2 * seqlen)),
         shuffle=True,
     )
@@ -170,7 +196,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
     with tempfile.TemporaryDirectory() as scratch:
         for number, (kind, events, seqlen) in enumerate(jobs):
             folder = Path(scratch, str(number))
-            write(folder, events, seqlen)
+            write(folder, events, seqlen, arguments.features)
             first = measure(folder, seqlen, 0)
             row = {"events": events, "seqlen": seqlen, "load": round(os.getloadavg()[0], 1)}
             row |= measure(folder, seqlen, arguments.seconds if kind == "speed" else 0)
@@ -190,6 +216,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[200, 20_000])
     parser.add_argument("--sizes", type=int, nargs="+", default=[1_000_000, 4_000_000, 16_000_000])
     parser.add_argument("--seconds", type=float, default=3.0)
+    parser.add_argument("--features", action="store_true", help="three features of events as well")
     parser.add_argument("--steps", type=int, default=100, help="of `workers`")
     parser.add_argument("--only", choices=("read", "workers"), help="default: both; the other's results stay")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "reader.json")
@@ -204,7 +231,9 @@ def main() -> None:
     record = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
     about = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "machine": platform.machine()}
     about |= {"cores": os.cpu_count(), "tokens_per_batch": TOKENS_PER_BATCH}
-    if arguments.only != "workers":
+    if arguments.only != "workers" and arguments.features:
+        record["with_features"] = about | compare(arguments)
+    elif arguments.only != "workers":
         record |= about | compare(arguments)
     if arguments.only != "read":
         record["workers"] = {"date": about["date"]} | compare_workers(200, arguments.steps)

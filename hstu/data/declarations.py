@@ -47,6 +47,11 @@ class Declaration:
         """Whether one value may be a list."""
         return self.kind in ("multi", "vector")
 
+    @property
+    def needs_look(self) -> bool:
+        """Whether all values have to be seen before one can be read."""
+        return self.kind not in ("numeric", "multi")
+
 
 def parse_declarations(text: str, level: Level) -> tuple[Declaration, ...]:
     """Read what ``--event_features``, ``--user_features`` or ``--item_features`` says.

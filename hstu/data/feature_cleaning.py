@@ -53,7 +53,8 @@ def clean_feature(
         rows: Number of rows before the block, or the place of each of its rows.
 
     Returns:
-        Int64 or String; Float32; sets as String, their members joined by ``MEMBER``; vectors as Array of Float32.
+        Int64 or String; Float32; sets as String, their members joined by ``MEMBER``, not yet each once; vectors as
+        Array of Float32.
 
     Raises:
         ValueError: For a value that its kind does not have.
@@ -133,12 +134,11 @@ def _vectors(column: pl.Series, width: int, separator: str, place: Place) -> pl.
 
 
 def _sets(column: pl.Series, separator: str, place: Place) -> pl.Series:
-    """Sets as strings: members in their order, each once; of strings what is between the separators, without blanks."""
+    """Sets as strings: the members in their order, of strings what is between the separators, without blanks."""
     if column.dtype == pl.String:
-        distinct = _none_if_blank(column).drop_nulls().unique()
-        members = distinct.str.split(separator).list.eval(pl.element().str.strip_chars())
-        table = pl.DataFrame({"set": distinct, "members": members})
-        whole = column.to_frame("set").join(table, on="set", how="left", maintain_order="left")["members"]
+        joined = _none_if_blank(column).str.replace_all(separator, MEMBER, literal=True)
+        if column.str.contains(r"\s").any():
+            joined = joined.str.strip_chars().str.replace_all(rf"\s*{MEMBER}\s*", MEMBER)
     elif column.dtype == pl.Null:
         return column.cast(pl.String)
     elif isinstance(column.dtype, (pl.List, pl.Array)) and not column.dtype.inner.is_nested():
@@ -146,12 +146,14 @@ def _sets(column: pl.Series, separator: str, place: Place) -> pl.Series:
         if whole.dtype.inner.is_float():  # type: ignore[attr-defined]
             raise ValueError(f"{place.file}: column {column.name!r} holds lists of fractions; declare it "
                              f"{column.name}:vector, or give sets of strings or whole numbers")  # fmt: skip
-        whole = whole.cast(pl.List(pl.String)).list.eval(pl.element().str.strip_chars())
+        whole = whole.cast(pl.List(pl.String)).list.eval(pl.element().str.strip_chars().fill_null(""))
+        # A set of one member that is empty is one of which something is wrong; none at all is an empty set.
+        joined = whole.list.join(MEMBER).set(whole.list.len() == 0, None)
     else:
         raise ValueError(f"{place.file}: column {column.name!r} is {column.dtype}, no set; give strings with members "
                          f"between {separator!r}, or lists")  # fmt: skip
-    empty = whole.list.eval(pl.element().is_null() | (pl.element() == "")).list.any()
+    empty = joined.str.contains(MEMBER + MEMBER, literal=True) | (joined == "")
+    empty |= joined.str.starts_with(MEMBER) | joined.str.ends_with(MEMBER)
     place.refuse(column, empty.fill_null(False), f"has an empty member; remove it, or say what is between members with "
                  f"--set_separator (it is {separator!r})")  # fmt: skip
-    joined = whole.list.unique(maintain_order=True).list.join(MEMBER)
-    return _none_if_blank(joined.alias(column.name))
+    return joined.alias(column.name)

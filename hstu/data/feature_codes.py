@@ -60,7 +60,7 @@ class FeatureColumn:
         self._numbering = Numbering(codes)
         members, sets = originals, None
         if self.declaration.kind == "multi":
-            split = originals.cast(pl.String).str.split(MEMBER)
+            split = originals.cast(pl.String).str.split(MEMBER).list.unique(maintain_order=True)
             members, sets = split.explode(), split.list.len().to_numpy().astype(np.int64)
         self._members, self._lengths = members, sets
         distinct = members.unique()

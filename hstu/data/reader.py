@@ -10,7 +10,7 @@ import numpy as np
 
 from hstu.data.column_cache import OFFSETS, Check, DamageError, map_columns, set_offsets
 from hstu.data.schema import Feature, Schema
-from hstu.data.values import Sets, Values, take
+from hstu.data.values import Sets, Values, runs
 from hstu.data.vocabulary import Vocabularies
 
 
@@ -121,8 +121,8 @@ class SequenceDataset:
             raise ValueError(f"{window} lies outside its {self.lengths[users[b]]} events")
         lengths = stop - start
         # Position in the flat column = first position of the window + place within the window.
-        shift = self._offsets[users] + start - (np.cumsum(lengths) - lengths)
-        index = np.arange(lengths.sum()) + np.repeat(shift, lengths)
+        first = self._offsets[users] + start
+        index = runs(first, lengths)
         schema = self.schema
         return Sequences(
             users=users,
@@ -132,29 +132,46 @@ class SequenceDataset:
             actions=self._ids(schema.action, index) if schema.action else None,
             times=self._ids(schema.time, index) if schema.time else None,
             of_users={f.name: self._take(f, users) for f in schema.stored("user") if f.name in features},
-            of_events={f.name: self._take(f, index) for f in schema.stored("event") if f.name in features},
+            of_events={
+                f.name: self._sets(f, first, lengths, index) if f.kind == "multi" else self._take(f, index)
+                for f in schema.stored("event")
+                if f.name in features
+            },
         )
 
     def _take(self, feature: Feature, index: np.ndarray) -> Values:
         if feature.kind == "multi":
-            found = take(Sets(self._columns[set_offsets(feature.name)], self._columns[feature.name]), index)
-            assert isinstance(found, Sets)
-            return found._replace(ids=self._checked(feature, found.ids))
-        return self._ids(feature, index) if feature.has_ids else self._columns[feature.name][index]
+            return self._sets(feature, index, np.ones_like(index), index)
+        if feature.has_ids:
+            return self._ids(feature, index)
+        column = self._columns[feature.name]
+        # Single numbers are taken faster than rows of one.
+        return column.reshape(-1)[index][:, None] if column.shape[1] == 1 else column[index]
+
+    def _sets(self, feature: Feature, first: np.ndarray, lengths: np.ndarray, index: np.ndarray) -> Sets:
+        """Sets of runs of ``lengths`` [B] rows that begin at ``first`` [B], which are the rows ``index`` [T]."""
+        starts = self._columns[set_offsets(feature.name)]
+        begin, sizes = starts[first], starts[first + lengths] - starts[first]
+        ends = np.cumsum(sizes)
+        offsets = np.empty(len(index) + 1, np.int64)
+        # Within a run, sets lie as in the column.
+        np.add(starts[index], np.repeat(ends - sizes - begin, lengths), out=offsets[:-1])
+        offsets[-1] = ends[-1] if len(ends) else 0
+        ids = self._columns[feature.name][runs(begin, sizes)]
+        return Sets(offsets, self._checked(feature, ids))
 
     def _ids(self, feature: Feature, index: np.ndarray) -> np.ndarray:
         return self._checked(feature, self._columns[feature.name][index])
 
     def _checked(self, feature: Feature, ids: np.ndarray) -> np.ndarray:
-        values = ids.astype(np.int64, copy=False)
         # One more than the vocabulary's stands for what is missing, and in requests for what training never met.
         most = (feature.vocab_size or 0) - (feature.role in ("user", "item") or feature.kind == "multi")
-        if feature.vocab_size is not None and values.size and values.max() > most:
+        if feature.vocab_size is not None and ids.size and ids.max() > most:
             raise DamageError(
-                f"{self.path}: the column of {feature.name!r} is damaged: it holds {values.max()} of "
+                f"{self.path}: the column of {feature.name!r} is damaged: it holds {ids.max()} of "
                 f"{feature.vocab_size} ids; python -m hstu.cli.inspect {self.path} makes it again"
             )
-        return values
+        return ids.astype(np.int64, copy=False)
 
     def count_before(self, time: int) -> np.ndarray:
         """Return the number of events of each user before ``time``, int64 [U].

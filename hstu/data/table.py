@@ -193,8 +193,9 @@ class _Cleaner:
         self._rows = self._dropped = self._repeats = 0
         self._classes: set[object] = set()
         self.ticks_per_second = 1
-        for block, _ in self._read(read):
-            for name, (told, feature_look) in self._features.items():
+        looked_at = {name: look for name, look in self._features.items() if look[0].needs_look}
+        for block, _ in self._read([*spec.column_names, *looked_at]):
+            for name, (told, feature_look) in looked_at.items():
                 feature_look.add(block[name], told, spec.set_separator)
             for role, look in self._looks.items():
                 column = block[spec.columns[role]]  # type: ignore[index]

@@ -41,8 +41,13 @@ def take(values: Values, index: np.ndarray) -> Values:
     if not isinstance(values, Sets):
         return values[index]
     start, lengths = values.offsets[index], values.offsets[index + 1] - values.offsets[index]
-    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
-    return Sets(offsets, values.ids[np.arange(offsets[-1]) + np.repeat(start - offsets[:-1], lengths)])
+    return Sets(np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]), values.ids[runs(start, lengths)])
+
+
+def runs(first: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Return ``first_b``, ``first_b + 1``, ... of runs of ``lengths`` [B], one after the other, int64 [sum]."""
+    shift = first - (np.cumsum(lengths) - lengths)
+    return np.arange(lengths.sum()) + np.repeat(shift, lengths)
 
 
 def missing(feature: Feature, number: int) -> Values:
