@@ -24,6 +24,7 @@ from hstu.training import session
 from hstu.training.checkpoint_files import find_checkpoint
 from hstu.training.run_data import own_data
 from hstu.training.run_directory import RunDirectory, configure_logging, kept_logging
+from hstu.training.windows import last_window
 
 if TYPE_CHECKING:
     from hstu.inference.frames import Frame
@@ -119,7 +120,7 @@ def fit(
             quiet=not verbose,
         )
         session.train(order, mesh, run)
-    best = mesh.on_main(lambda: find_checkpoint(run.checkpoints, "best"))
+    best = mesh.on_main(lambda: find_checkpoint(last_window(run.path) / "checkpoints", "best"))
     return open_run(run.path, "latest" if best is None else "best", frames=kind)
 
 

@@ -15,6 +15,7 @@ logger = logging.getLogger(__name__)
 
 MIN_EVENTS = 3
 TRAIN_SHARE = 0.7
+_MOST_WINDOWS = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,9 +58,8 @@ def make_splits(args: DatasetArgs, dataset: SequenceDataset, recent_targets: int
     if args.protocol == "temporal":
         splits = temporal(dataset, *(args.temporal_cuts or time_quantiles(dataset, args.temporal_quantiles)))
     elif args.protocol == "windows":
-        shares = tuple(number / args.num_windows for number in range(1, args.num_windows))
-        cuts = args.temporal_cuts or time_quantiles(dataset, shares)
-        splits = windows(dataset, cuts, args.window, args.train_windows)
+        window = args.first_window if isinstance(args.window, str) else args.window
+        splits = windows(dataset, window_cuts(args, dataset), window, args.train_windows)
     else:
         splits = {"leave_one_out": leave_one_out, "by_user": by_user}[args.protocol](dataset.lengths)
     if args.train_stride is not None:
@@ -159,7 +159,7 @@ def windows(dataset: SequenceDataset, cuts: tuple[int, ...], window: int, train_
         dataset: The data.
         cuts: Times at which the next window begins, ascending, in seconds; one fewer than windows.
         window: Number of the (last) window to train on, from 0.
-        train_windows: How many windows up to that one are trained on.
+        train_windows: How many windows up to that one are trained on; 0: all.
 
     Raises:
         ValueError: If there is no window after ``window``, the data set has no times, or a split is empty.
@@ -169,8 +169,8 @@ def windows(dataset: SequenceDataset, cuts: tuple[int, ...], window: int, train_
             f"DatasetArgs.window = {window}: of {len(cuts) + 1} windows the last that has another one after it to be "
             f"scored is {len(cuts) - 1}"
         )
-    edges = [-(2**63), *cuts, 2**63 - 1]
-    first, last, end = (dataset.count_before(edges[k]) for k in (window + 1 - train_windows, window + 1, window + 2))
+    edges, begin = [-(2**63), *cuts, 2**63 - 1], window + 1 - train_windows if train_windows else 0
+    first, last, end = (dataset.count_before(edges[k]) for k in (begin, window + 1, window + 2))
     users = np.flatnonzero(last > first)
     even = np.arange(len(end)) % 2 == 0
     return _require_samples(
@@ -182,6 +182,65 @@ def windows(dataset: SequenceDataset, cuts: tuple[int, ...], window: int, train_
         f"window {window} ends at the time {cuts[window]}, the next at {[*cuts, 'the end'][window + 1]}; change "
         "DatasetArgs.window, num_windows or temporal_cuts",
     )
+
+
+def window_cuts(args: DatasetArgs, dataset: SequenceDataset) -> tuple[int, ...]:
+    """Return when all windows of ``args`` but the first begin, ascending, in seconds.
+
+    Windows with a length begin at multiples of it since 1970: days at midnight, UTC.
+
+    Raises:
+        ValueError: If the data set has no times, or one window holds all of them.
+    """
+    if args.temporal_cuts is not None:
+        return args.temporal_cuts
+    length = args.window_seconds
+    if length is None:
+        return time_quantiles(dataset, tuple(number / args.num_windows for number in range(1, args.num_windows)))
+    first, last = dataset.time_range()
+    cuts = range((first // length + 1) * length, last + 1, length)
+    if not cuts or len(cuts) > _MOST_WINDOWS:
+        found = "one window holds all of them" if not cuts else f"these are {len(cuts) + 1:,} windows"
+        raise ValueError(
+            f"DatasetArgs.window = {args.window!r}: the events are of {last - first:,} seconds, so that {found}; "
+            f"give a {'shorter' if not cuts else 'longer'} one"
+        )
+    return tuple(cuts)
+
+
+def each_window(args: DatasetArgs, dataset: SequenceDataset) -> dict[int, DatasetArgs | str]:
+    """Return for each window that a run over windows trains on what makes it one of its own, or why it is left out.
+
+    Raises:
+        ValueError: If there is no window to train on, or ``last_window`` is beyond the last one.
+    """
+    cuts = window_cuts(args, dataset)
+    last = len(cuts) - 1 if args.last_window is None else args.last_window
+    for field, window in (("first_window", args.first_window), ("last_window", last)):
+        if window >= len(cuts):
+            raise ValueError(f"DatasetArgs.{field} = {window}: of {len(cuts) + 1} windows the last with another one "
+                             f"after it to be scored is {len(cuts) - 1}")  # fmt: skip
+    found: dict[int, DatasetArgs | str] = {}
+    for window in range(args.first_window, last + 1):
+        trained = min(args.train_windows, window + 1)
+        try:
+            windows(dataset, cuts, window, trained)
+        except ValueError as error:
+            found[window] = str(error).partition(":")[0]
+            continue
+        found[window] = replace(
+            args,
+            window=window,
+            train_windows=trained,
+            temporal_cuts=cuts,
+            num_windows=10,
+            first_window=0,
+            last_window=None,
+            carry_over=True,
+        )
+    if all(isinstance(own, str) for own in found.values()):
+        raise ValueError(f"DatasetArgs.window = {args.window!r}: no window can be trained on and scored: {found}")
+    return found
 
 
 def time_quantiles(dataset: SequenceDataset, shares: tuple[float, ...]) -> tuple[int, ...]:

@@ -18,6 +18,7 @@ from hstu.training.checkpoint import Checkpointer, model_identity
 from hstu.training.checkpoint_files import find_checkpoint
 from hstu.training.run_data import find_dataset, open_dataset, recorded_task, require_vocabularies, trained_on
 from hstu.training.run_directory import RunDirectory
+from hstu.training.windows import last_window
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +86,7 @@ def open_trained(run_dir: str | Path, choice: str, bindings: list[str], mesh: Me
     Raises:
         ValueError: if there is no run, checkpoint or data set, or they do not fit together.
     """
-    run = RunDirectory(Path(run_dir).resolve())
+    run = RunDirectory(mesh.on_main(lambda: last_window(Path(run_dir).resolve())))
     task = recorded_task(run)
     if task is None:
         raise ValueError(f"--run_dir = {str(run_dir)!r}: holds no run (no operative.gin); give the directory of one")

@@ -53,6 +53,22 @@ def draw_curves(records: Records, metrics: tuple[str, ...], final: dict[str, Any
     figure.savefig(path, dpi=120)
 
 
+def draw_windows(records: Records, path: Path) -> None:
+    """Draw each metric of the test ``records`` of windows over their numbers to ``path``, a PNG file."""
+    from matplotlib.figure import Figure
+
+    names = [*records[0]["metrics"]]
+    figure = Figure(figsize=(4.2 * len(names), 3.4), layout="constrained")
+    for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        known = [(r["window"], r["metrics"][name]) for r in records if r["metrics"].get(name) is not None]
+        axis.plot(*zip(*known, strict=True) if known else ([], []), color="#d62728", marker="o", markersize=3)
+        axis.set(title=f"test {name}", xlabel="trained up to window")
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
 def sketch_curves(records: Records, metric: str, best_possible: float | None = None, width: int = 72) -> str:
     """Return the training loss and validation ``metric`` over steps, drawn with characters."""
     import plotext

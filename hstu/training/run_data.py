@@ -42,7 +42,7 @@ def find_dataset(args: DatasetArgs, run: RunDirectory) -> Path:
     if (record.get("name"), record.get("given")) == (name, args.dataset_path):
         places.insert(0, Path(record["path"]))  # the working directory may be another one now
     if args.dataset_path is None:
-        places.insert(0, own_data(run.path, name))  # wherever the run was moved to
+        places.insert(0, own_data(run.whole, name))  # wherever the run was moved to
     for place in places:
         if (place / "schema.json").is_file():
             return place.resolve()

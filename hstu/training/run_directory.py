@@ -21,6 +21,9 @@ from hstu.training.file_errors import naming
 
 logger = logging.getLogger(__name__)
 
+WINDOWS = "windows"
+"""Where a run over windows of time keeps that of each."""
+
 
 class RunDirectory:
     """Paths and files of one run. Rank 0 alone writes.
@@ -34,6 +37,8 @@ class RunDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        #: The directory of the whole run, of which this may be a window.
+        self.whole = path.parents[1] if path.parent.name == WINDOWS else path
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
         self.figures = path / "figures"
@@ -138,7 +143,11 @@ class RunDirectory:
                 self.metrics, self.num_records, progress.records, step,
             )  # fmt: skip
         if self.metrics.is_file():
-            write_atomically(self.metrics, "".join(json.dumps(record) + "\n" for record in records))
+            self.replace_records(records)
+
+    def replace_records(self, records: list[dict[str, Any]]) -> None:
+        """Write ``metrics.jsonl`` anew."""
+        write_atomically(self.metrics, "".join(json.dumps(record) + "\n" for record in records))
 
     def append(self, record: dict[str, Any]) -> None:
         """Add one record to ``metrics.jsonl``."""
@@ -165,7 +174,13 @@ class RunDirectory:
         """Return what a run that ends now goes on from, and how."""
         latest = self.checkpoints / "latest"
         kept = f"{latest.resolve().name} is the last checkpoint" if latest.exists() else "there is no checkpoint yet"
-        return f"{kept}; go on with --run-dir {self.path}"
+        return f"{kept}; go on with --run-dir {self.whole}"
+
+    def result(self) -> dict[str, Any] | None:
+        """Return the test record of a run that has ended; None before."""
+        path = self.path / "eval.json"
+        found = _parsed(path.read_bytes()) if path.is_file() else None
+        return found if found is not None and found["step"] >= 0 else None
 
     def has_run(self) -> bool:
         """Return whether a run has been here."""

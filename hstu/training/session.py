@@ -6,11 +6,12 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from hstu import environment
 from hstu.config import ConfigError, LoadedConfig, load_config
 from hstu.data.reader import SequenceDataset
+from hstu.data.splits import each_window
 from hstu.parallel import Mesh
 from hstu.training.checkpoint_files import find_checkpoint
 from hstu.training.init_from import find_source
@@ -18,6 +19,7 @@ from hstu.training.logging import check_loggers, format_metrics
 from hstu.training.run_data import dataset_record, find_dataset, open_dataset, recorded_task, require_vocabularies
 from hstu.training.run_directory import RunDirectory, configure_logging
 from hstu.training.trainer import Trainer
+from hstu.training.windows import last_window, window_path, write_windows
 
 logger = logging.getLogger(__name__)
 
@@ -75,10 +77,65 @@ def _train(order: Order, mesh: Mesh, run: RunDirectory) -> None:
     check_loggers(loaded.config.trainer.loggers)
     killed = mesh.on_main(run.lock)  # then a whole look at what the machine may not have written
     dataset = open_dataset(path, mesh, check="all" if killed else "some")
+    if loaded.config.dataset.goes_over_windows:
+        if order.checkpoint is not None:
+            raise ValueError("--checkpoint: a run over windows goes on in the one where it was stopped; leave it out")
+        _train_windows(order, loaded, dataset, mesh, run, must=order.resume == "must")
+        return
     checkpoint = mesh.on_main(lambda: find_checkpoint(run.checkpoints, "latest")) if restarted else None
     checkpoint = checkpoint or _chosen(
         order.checkpoint or "latest", mesh, run, must=order.resume == "must" or order.checkpoint is not None
     )
+    _train_one(order, loaded, dataset, mesh, run, checkpoint)
+
+
+def _train_windows(
+    order: Order, loaded: LoadedConfig, dataset: SequenceDataset, mesh: Mesh, run: RunDirectory, *, must: bool
+) -> None:
+    """Train on one window after another, each in a run directory of its own below ``run``."""
+    config, windows = loaded.config, each_window(loaded.config.dataset, dataset)
+    if must and not mesh.on_main(run.has_run):
+        raise ValueError(f"--run-dir = {str(run.path)!r}: has no run to go on with; train first")
+    mesh.on_main(run.create)
+    mesh.on_main(run.lock)
+    record = environment.describe() | {
+        "command": list(order.command),
+        "dataset": dataset_record(config.dataset, dataset.path),
+    }
+    mesh.on_main(lambda: run.describe(loaded, record))
+    mesh.on_main(run.begin)
+    init_from, records = config.trainer.init_from, list[dict[str, Any]]()
+    for window, args in windows.items():
+        if isinstance(args, str):
+            logger.info("window %d is left out: %s", window, args)
+            continue
+        own = RunDirectory(window_path(run.path, window))
+        result: dict[str, Any] | None = mesh.on_main(own.result)
+        if result is None:
+            logger.info("window %d of %d to %d", window, min(windows), max(windows))
+            trainer = replace(config.trainer, init_from=init_from)
+            part = replace(loaded, config=replace(config, dataset=args, trainer=trainer))
+            checkpoint = _chosen("latest", mesh, own, must=False)
+            try:
+                result = _train_one(order, replace(part, given=part.operative), dataset, mesh, own, checkpoint)
+            finally:
+                own.unlock()
+        records.append(result)
+        mesh.on_main(lambda: write_windows(run, config.dataset, dataset, records))
+        if config.dataset.carry_over:
+            init_from = str(own.path)
+    logger.info("windows: %s", run.path / "windows.csv")
+
+
+def _train_one(
+    order: Order,
+    loaded: LoadedConfig,
+    dataset: SequenceDataset,
+    mesh: Mesh,
+    run: RunDirectory,
+    checkpoint: Path | None,
+) -> dict[str, Any]:
+    """Train in ``run``, from ``checkpoint`` on if there is one; returns the test record."""
     if checkpoint is not None:
         require_vocabularies(checkpoint, dataset, mesh, resume=True)
     init_from = loaded.config.trainer.init_from
@@ -91,14 +148,14 @@ def _train(order: Order, mesh: Mesh, run: RunDirectory) -> None:
             trainer.resume(checkpoint)
         elif source is not None:
             trainer.start_from(source)
-        _describe(order, loaded, path, trainer)
+        _describe(order, loaded, dataset.path, trainer)
         if checkpoint is not None:
             logger.info("resumed from %s at step %d", checkpoint, trainer.progress.step)
             if init_from is not None:
                 logger.info(
                     "TrainerArgs.init_from = %r: not used again, for the run has a checkpoint of its own", init_from
                 )
-        trainer.train()
+        return trainer.train()
     finally:
         trainer.checkpointer.close()
 
@@ -124,6 +181,7 @@ def score(order: Order, mesh: Mesh, run: RunDirectory) -> None:
     Raises:
         ValueError: as :func:`train`.
     """
+    run = RunDirectory(mesh.on_main(lambda: last_window(run.path)))
     loaded = _load(order, run, training=False)
     dataset: SequenceDataset = open_dataset(find_dataset(loaded.config.dataset, run), mesh)
     started = mesh.world.broadcast(run.has_run())

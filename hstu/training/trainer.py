@@ -156,7 +156,7 @@ class Trainer:
         except Stopped as stopped:
             self.checkpointer.wait()
             beat()
-            logger.info("stopped at step %d, saved; go on with --run-dir %s", self.progress.step, self.run.path)
+            logger.info("stopped at step %d, saved; go on with --run-dir %s", self.progress.step, self.run.whole)
             stopped.told, outcome = True, stopped
         except OSError as error:
             if not is_foreseeable(error):

@@ -193,7 +193,7 @@ def test_with_a_stride_every_training_event_is_a_target_once(tmp_path: Path, str
     [
         ({"protocol": "sideways"}, "protocol = 'sideways': must be one of 'leave_one_out', 'temporal', 'by_user'"),
         ({"window": 1}, "window = 1: needs DatasetArgs.protocol = 'windows'"),
-        ({"protocol": "windows", "train_windows": 2}, "train_windows = 2: must be at least 1 and below 2"),
+        ({"protocol": "windows", "train_windows": 2}, "train_windows = 2: must be at least 0 and below 2"),
         ({"protocol": "windows", "num_windows": 1}, "num_windows = 1: must be at least 2"),
         ({"protocol": "windows", "temporal_cuts": (5, 5)}, "temporal_cuts.*ascending times"),
         ({"protocol": "windows", "temporal_cuts": ()}, "temporal_cuts.*ascending times"),
