@@ -29,8 +29,9 @@ class NetworkArgs(Args):
     hidden_size: int
     num_attention_heads: int
     kv_channels: int
-    #: "hstu", "sasrec", "llama", "gru", or "bert", which predicts masked items from both sides (retrieval), or any
-    #: HuggingFace model under our mask: "hf:gpt2" (a type, shaped by these fields) or "hf:DIRECTORY" (a config.json).
+    #: "hstu", "sasrec", "llama", "gru", "lstm", "mean" (of the sequence so far), or "bert", which predicts
+    #: masked items from both sides (retrieval), or any HuggingFace model under our mask: "hf:gpt2" (a type, shaped by
+    #: these fields) or "hf:DIRECTORY" (a config.json).
     backbone: str = "hstu"
     #: What a registered backbone is called with, by name.
     backbone_options: dict[str, bool | int | float | str] = field(default_factory=dict)
@@ -91,7 +92,7 @@ class NetworkArgs(Args):
     embedding_initializer_std: float = 0.02
     dtype_str: Literal["float32", "bfloat16"] = "float32"
     #: Of the stream between layers, for memory and bandwidth: bfloat16 with dtype_str = "bfloat16" alone, and not for
-    #: gru and hf.
+    #: gru, lstm, mean and hf.
     residual_dtype_str: Literal["float32", "bfloat16"] = "float32"
     kernel_backend: Literal["auto", "pytorch", "triton"] = "auto"
     #: What the backward of hstu computes again instead of keeping it, for memory: the norm of a layer's input, SiLU of
@@ -126,7 +127,7 @@ class NetworkArgs(Args):
         if self.residual_dtype_str == "bfloat16":
             if self.dtype_str != "bfloat16":
                 raise self.error("residual_dtype_str", "needs NetworkArgs.dtype_str = 'bfloat16'")
-            if self.backbone == "gru" or self.is_hugging_face or self.is_custom:
+            if self.backbone in ("gru", "lstm", "mean") or self.is_hugging_face or self.is_custom:
                 raise self.error("residual_dtype_str", f"{self.backbone} has no stream of this library; use 'float32'")
         self.require_range("input_dropout", 0, 1)
         for name in (

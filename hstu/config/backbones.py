@@ -11,7 +11,7 @@ from hstu.registry import Registry, T
 if TYPE_CHECKING:
     from hstu.config.args import NetworkArgs
 
-BACKBONES = ("hstu", "sasrec", "llama", "bert", "gru", "hf:<config>")
+BACKBONES = ("hstu", "sasrec", "llama", "bert", "gru", "lstm", "mean", "hf:<config>")
 HUGGING_FACE = "hf:"
 _SPLIT = ("hstu", "sasrec", "llama", "bert")  # those whose sequences and heads ranks can share
 RECOMPUTE = ("recompute_input_layernorm", "recompute_input_silu", "recompute_gate")
@@ -28,9 +28,9 @@ _USES: dict[str, tuple[object, tuple[str, ...], str]] = {
     "num_query_groups": (None, ("llama",), "grouped-query attention"),
     "norm_placement": (None, ("sasrec", "bert"), "a choice between pre- and post-norm"),
     "num_position_buckets": (None, ("hstu", "sasrec", "bert"), "a position table"),
-    "max_attn_len": (None, ("hstu", "sasrec", "llama", "hf"), "causal attention"),
-    "target_group_size": (1, ("hstu", "sasrec", "llama", "hf"), "attention between candidates"),
-    "context_attention": ("causal", ("hstu", "sasrec", "llama", "hf"), "causal attention"),
+    "max_attn_len": (None, ("hstu", "sasrec", "llama", "mean", "hf"), "causal attention"),
+    "target_group_size": (1, ("hstu", "sasrec", "llama", "mean", "hf"), "attention between candidates"),
+    "context_attention": ("causal", ("hstu", "sasrec", "llama", "mean", "hf"), "causal attention"),
 }
 
 CUSTOM_BACKBONES = Registry("backbone", BACKBONES)
@@ -73,7 +73,7 @@ def backbone_defaults(network: NetworkArgs) -> dict[str, Any]:
         # Touvron et al. 2023: a gate beside 8/3 of it.
         "llama": dict(ffn_hidden_size=swiglu_size(width), num_query_groups=network.num_attention_heads),
         "bert": dict(ffn, norm_placement="post"),
-        "gru": {},
+        **dict.fromkeys(("gru", "lstm", "mean"), {}),
         **{name: {} for name in CUSTOM_BACKBONES.names},
     }
     return dict(scale_inputs=False) | own.get(network.backbone, ffn)

@@ -81,7 +81,8 @@ class MemoryArgs(Args):
         """
         if not self.num_memory_tokens:
             return self
-        reasons = {"gru": "keeps one state and attends to nothing", "bert": "attends to what comes later"}
+        state = "keeps one state and attends to nothing"
+        reasons = {"gru": state, "lstm": state, "bert": "attends to what comes later"}
         if network.backbone not in BACKBONES:
             reason = reasons.get(network.backbone, "knows no segments")
             raise self.error("num_memory_tokens", f"NetworkArgs.backbone = {network.backbone!r} {reason}; use "

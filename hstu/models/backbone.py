@@ -6,10 +6,11 @@ from torch import nn
 
 from hstu.config import NetworkArgs
 from hstu.config.backbones import HUGGING_FACE
-from hstu.layers.gru import GRUStack
 from hstu.layers.hstu import HSTUConfig, HSTUStack, hstu_preset
 from hstu.layers.huggingface import HuggingFaceStack
 from hstu.layers.llama import LLaMAConfig, LLaMAStack
+from hstu.layers.mean import MeanStack
+from hstu.layers.recurrent import RecurrentStack
 from hstu.layers.transformer import TransformerConfig, TransformerStack
 from hstu.models.custom import make_custom
 from hstu.ops import Mask
@@ -30,8 +31,10 @@ def make_backbone(network: NetworkArgs, max_tokens: int, *, with_candidates: boo
         return HSTUStack(_hstu_config(network, max_tokens), network.num_layers)
     if network.backbone == "llama":
         return LLaMAStack(_llama_config(network), network.num_layers)
-    if network.backbone == "gru":
-        return GRUStack(network.hidden_size, network.num_layers, network.hidden_dropout)
+    if network.backbone in ("gru", "lstm"):
+        return RecurrentStack(network.backbone, network.hidden_size, network.num_layers, network.hidden_dropout)  # type: ignore[arg-type]
+    if network.backbone == "mean":
+        return MeanStack(network.hidden_size, attention_mask(network), network.norm_epsilon)
     if network.is_hugging_face:
         return _hugging_face(network, max_tokens, with_candidates)
     if network.backbone in ("sasrec", "bert"):
@@ -51,7 +54,7 @@ def attention_mask(network: NetworkArgs) -> Mask:
 
 def has_position_table(network: NetworkArgs) -> bool:
     """Whether the backbone takes positions from a table rather than knowing them itself."""
-    return network.backbone not in ("llama", "gru") and not network.is_hugging_face
+    return network.backbone not in ("llama", "gru", "lstm", "mean") and not network.is_hugging_face
 
 
 def _hstu_config(network: NetworkArgs, max_tokens: int) -> HSTUConfig:

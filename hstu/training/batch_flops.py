@@ -39,7 +39,7 @@ def matrix_elements(module: nn.Module) -> int:
 
 def _attention(config: Config, layout: Layout) -> int:
     network = config.network
-    if network.backbone == "gru" or network.is_hugging_face or network.is_custom:
+    if network.backbone in ("gru", "lstm", "mean") or network.is_hugging_face or network.is_custom:
         return 0
     values = network.value_channels or network.kv_channels
     pairs = int(visible_pairs(layout, attention_mask(network)).sum())

@@ -1,4 +1,4 @@
-"""SASRec, LLaMA and GRU against their definitions, one token at a time in float64, and what no row may attend to."""
+"""Backbones against their definitions, one token at a time in float64, and what no row may attend to."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from hstu.config.backbones import swiglu_size
-from hstu.layers.gru import GRUStack
 from hstu.layers.llama import LLaMAConfig, LLaMAStack, rotate, rotation
+from hstu.layers.mean import MeanStack
 from hstu.layers.mlp import initialize
+from hstu.layers.recurrent import RecurrentStack
 from hstu.layers.tokens import Tokens
 from hstu.layers.transformer import TransformerConfig, TransformerStack
 from hstu.ops import Mask
@@ -20,7 +21,7 @@ from tests.layers.naive import may_attend, norm, silu
 from tests.layers.streams import make_tokens, subset
 
 STREAM: tuple[Any, ...] = ((6, 0, 1, 9, 3, 1), (2, 0, 0, 1, 1, 1), (2, 0, 1, 4, 0, 0))
-KINDS = ["pre", "post", "llama", "gru"]
+KINDS = ["pre", "post", "llama", "gru", "lstm", "mean"]
 MASKS = {
     "plain": Mask(),
     "groups": Mask(candidate_group_size=2),
@@ -33,8 +34,10 @@ def make(kind: str, num_layers: int = 2, dtype: torch.dtype = torch.float64, mas
     """A backbone whose every parameter is random."""
     torch.manual_seed(3)
     shape = dict(hidden_size=10, num_heads=2, head_channels=4, ffn_size=7, mask=mask)
-    if kind == "gru":
-        block: nn.Module = GRUStack(10, num_layers)
+    if kind in ("gru", "lstm"):
+        block: nn.Module = RecurrentStack(kind, 10, num_layers)  # type: ignore[arg-type]
+    elif kind == "mean":
+        block = MeanStack(10, mask)
     elif kind == "llama":
         block = LLaMAStack(LLaMAConfig(**shape, num_groups=1), num_layers)  # type: ignore[arg-type]
     else:
@@ -115,13 +118,25 @@ def naive_gru_step(gru: nn.GRU, layer: int, x: Tensor, h: Tensor) -> Tensor:
     return (1 - z) * torch.tanh(i_n + torch.sigmoid(i_r + h_r) * h_n) + z * h
 
 
-def naive_gru(gru: nn.GRU, x: Tensor, candidates: int) -> Tensor:
-    states, rows = [torch.zeros(x.shape[1], dtype=x.dtype)] * gru.num_layers, []
+def naive_lstm_step(lstm: nn.LSTM, layer: int, x: Tensor, state: Tensor) -> Tensor:
+    """From [hidden | cell] to the next one."""
+    w_i, w_h, b_i, b_h = (
+        getattr(lstm, f"{name}_l{layer}") for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+    )
+    hidden, cell = state.chunk(2)
+    i, f, g, o = (w_i @ x + b_i + w_h @ hidden + b_h).chunk(4)
+    cell = torch.sigmoid(f) * cell + torch.sigmoid(i) * torch.tanh(g)
+    return torch.cat([torch.sigmoid(o) * torch.tanh(cell), cell])
+
+
+def naive_recurrence(unit: Any, x: Tensor, candidates: int) -> Tensor:
+    step, width = (naive_lstm_step, 2) if isinstance(unit, nn.LSTM) else (naive_gru_step, 1)
+    states, rows = [torch.zeros(width * x.shape[1], dtype=x.dtype)] * unit.num_layers, []
     for i, value in enumerate(x):
         new = []
         for layer, state in enumerate(states):
-            value = naive_gru_step(gru, layer, value, state)
-            new.append(value)
+            new.append(step(unit, layer, value, state))
+            value = new[-1][: x.shape[1]]
         if i < len(x) - candidates:
             states = new
         rows.append(value)
@@ -136,8 +151,11 @@ def naive(block: Any, tokens: Tokens, mask: Mask) -> Tensor:
         n, context, m = stop - start, int(layout.context[b]), int(layout.lengths[b] - layout.history[b])
         seen = [[j for j in range(n) if may_attend(i, j, n, context, m, mask)] for i in range(n)]
         x = tokens.values[start:stop]
-        if isinstance(block, GRUStack):
-            x = naive_gru(block.gru, x, m)
+        if isinstance(block, RecurrentStack):
+            x = naive_recurrence(block.unit, x, m)
+        elif isinstance(block, MeanStack):
+            x = torch.stack([x[columns].mean(0) for columns in seen])
+            x = norm(x, 1e-5, block.norm.weight, block.norm.bias)
         elif isinstance(block, LLaMAStack):
             for layer in block.layers:
                 x = naive_llama(layer, x, seen, [min(i, n - m) for i in range(n)])
@@ -151,7 +169,7 @@ def naive(block: Any, tokens: Tokens, mask: Mask) -> Tensor:
     return torch.cat(outputs)
 
 
-EVERY = [(kind, mask) for kind in KINDS for mask in MASKS if kind != "gru" or mask == "plain"]
+EVERY = [(kind, mask) for kind in KINDS for mask in MASKS if kind not in ("gru", "lstm") or mask == "plain"]
 
 
 @pytest.mark.parametrize(("kind", "mask"), EVERY)
@@ -226,8 +244,8 @@ def test_a_candidates_row_does_not_depend_on_its_place_or_company(kind: str) -> 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_batch_of_nothing_reaches_every_parameter_and_moves_none(kind: str) -> None:
-    block = make(kind, dtype=torch.float32)
-    out = block(make_tokens((0, 0)))
+    block, tokens = make(kind, dtype=torch.float32), make_tokens((0, 0))
+    out = block(tokens.with_values(tokens.values.requires_grad_()))
     assert out.shape == (0, 10)
     out.sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in block.parameters())

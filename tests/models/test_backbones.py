@@ -24,7 +24,7 @@ from tests.models.test_models import (
 )
 from tests.samples import make_config, make_dataset, scores_of
 
-BACKBONES = ["sasrec", "llama", "gru"]
+BACKBONES = ["sasrec", "llama", "gru", "lstm", "mean"]
 FULL = ("RetrievalArgs.loss='full_softmax'", "RetrievalArgs.num_negatives=-1")
 
 
@@ -44,7 +44,7 @@ EVERY = [
     for backbone in BACKBONES
     for task, cases in (("ranking", RANKING), ("retrieval", RETRIEVAL))
     for name, lines in cases.items()
-    if (backbone, name) != ("gru", "candidates_full")
+    if backbone not in ("gru", "lstm") or name != "candidates_full"
 ]
 
 
@@ -126,7 +126,7 @@ def test_learns_what_follows_what(backbone: str, tmp_path: Path) -> None:
 
 
 REFUSED = [
-    ("lstm", "", "must be one of 'hstu'"),
+    ("rnn", "", "must be one of 'hstu'"),
     ("llama", "NetworkArgs.relative_position_bias=True", "relative bias inside SiLU attention (hstu)"),
     ("sasrec", "NetworkArgs.relative_time_bias=True", "which sasrec does not have"),
     ("sasrec", "NetworkArgs.gate='mul'", "gated attention"),
@@ -134,6 +134,9 @@ REFUSED = [
     ("gru", "NetworkArgs.ffn_hidden_size=9", "feed-forward"),
     ("hstu", "NetworkArgs.ffn_hidden_size=9", "which hstu does not have"),
     ("gru", "NetworkArgs.max_attn_len=9", "attention"),
+    ("lstm", "NetworkArgs.context_attention='full'", "causal attention"),
+    ("mean", "NetworkArgs.ffn_hidden_size=9", "feed-forward"),
+    ("mean", "NetworkArgs.is_causal=False", "trained to predict what follows"),
     ("gru", "NetworkArgs.target_group_size=2", "between candidates"),
     ("llama", "NetworkArgs.norm_placement='post'", "pre- and post-norm"),
     ("llama", "NetworkArgs.num_query_groups=3", "must divide num_attention_heads = 2"),

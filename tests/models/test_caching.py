@@ -175,7 +175,7 @@ def test_memory_and_recent_events_give_the_full_rows(
 def test_caches_that_do_not_fit_are_refused(dataset: SequenceDataset) -> None:
     gru, collate = model_of(dataset, "retrieval", "NetworkArgs.backbone='gru'")
     lengths = np.array(LENGTHS)
-    with pytest.raises(ValueError, match="GRUStack keeps no keys and values"):
+    with pytest.raises(ValueError, match="RecurrentStack keeps no keys and values"):
         gru.extend(None, samples(collate, dataset, lengths))
     timed, collate = model_of(dataset, "ranking", *RANKING["times"])
     _, cache = timed.extend(None, samples(collate, dataset, lengths - 1, asked=0))

@@ -35,7 +35,7 @@ def test_ranking_work_by_hand(data: Path, tmp_path: Path, candidates: int) -> No
     assert found == expected
 
 
-@pytest.mark.parametrize("backbone", ["hstu", "sasrec", "llama", "gru"])
+@pytest.mark.parametrize("backbone", ["hstu", "sasrec", "llama", "gru", "lstm", "mean"])
 def test_products_of_the_backbone_are_those_that_torch_counts(data: Path, tmp_path: Path, backbone: str) -> None:
     """Of one token, which attends to itself alone: what is left are the products with weights."""
     with trainer(data, tmp_path, "retrieval", f"NetworkArgs.backbone='{backbone}'") as run:
@@ -43,10 +43,11 @@ def test_products_of_the_backbone_are_those_that_torch_counts(data: Path, tmp_pa
         with FlopCounterMode(display=False) as counter:
             for layer in one:
                 layer(torch.zeros(1, layer.in_features))
-        if backbone != "gru":
+        gates = {"gru": 3, "lstm": 4}.get(backbone)
+        if gates is None:
             assert counter.get_total_flops() == 2 * matrix_elements(run.model.backbone)
         else:
-            assert matrix_elements(run.model.backbone) == 2 * 6 * 16 * 16
+            assert matrix_elements(run.model.backbone) == 2 * 2 * gates * 16 * 16
 
 
 @pytest.mark.parametrize("backbone", ["hstu", "sasrec", "llama"])
