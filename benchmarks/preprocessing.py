@@ -41,7 +41,7 @@ import pyarrow.parquet as pq
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # in place of this directory, where "preprocessing" is this file
 
-from preprocessing import kuairand  # noqa: E402
+from hstu.preprocessing import kuairand  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "preprocessing.json"
 BLOCK = 2_000_000

@@ -142,7 +142,7 @@ def test_import_hstu_is_silent_and_cheap():
 
 def test_preprocessing_does_not_import_torch():
     """It costs seconds and 400 MiB, which a small job would notice."""
-    assert run("import sys, preprocessing.preprocessor; assert 'torch' not in sys.modules") == ""
+    assert run("import sys, hstu.cli.preprocess; assert 'torch' not in sys.modules") == ""
 
 
 def test_ops_import_without_torchrec_and_megatron():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,6 +29,13 @@ def refuse_repeats(values: flags.FlagValues, beside: str) -> None:
     """Let each absl flag of the module that defined the flag ``beside`` be given once, unless it collects."""
     for flag in values.flags_by_module_dict()[values.find_module_defining_flag(beside) or ""]:
         flag.allow_overwrite = isinstance(flag, flags.MultiFlag)
+
+
+def show_in_help(values: flags.FlagValues, module: str, about: str | None) -> None:
+    """Let --help of the running script show ``about`` and the absl flags of ``module``."""
+    sys.modules["__main__"].__doc__ = about
+    for flag in values.flags_by_module_dict().get(module, ()):
+        values.register_key_flag_for_module(sys.argv[0], flag)
 
 
 def add_import_flag(parser: argparse.ArgumentParser) -> None:

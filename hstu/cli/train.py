@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 from absl import app, flags
 
 from hstu.cli.command import run_on_mesh
-from hstu.cli.flags import refuse_repeats, underscore_flags
+from hstu.cli.flags import refuse_repeats, show_in_help, underscore_flags
 from hstu.config import ConfigError
 
 if TYPE_CHECKING:
@@ -31,13 +31,22 @@ def define_flags() -> None:
     flags.DEFINE_string("init_from", None, "Run or checkpoint to start a new run from: TrainerArgs.init_from.")
     flags.DEFINE_string("run_dir", None, "Where results go. Default: runs/<config>-<time>.")
     refuse_repeats(FLAGS, "gin_config_file")
-    for flag in FLAGS.flags_by_module_dict()[__name__]:
-        FLAGS.register_key_flag_for_module(sys.argv[0], flag)  # --help lists those of the script alone
+
+
+def ranking() -> None:
+    """Run ``hstu-train-ranking``."""
+    main("ranking")
+
+
+def retrieval() -> None:
+    """Run ``hstu-train-retrieval``."""
+    main("retrieval")
 
 
 def main(task: Literal["ranking", "retrieval"]) -> None:
     """Run the entrypoint of ``task``; a user's mistake ends in one line and exit code 2."""
     define_flags()
+    show_in_help(FLAGS, __name__, f"Train or score a generative {task} model.")
     app.define_help_flags()
     try:  # app.run would also send every library's notices to the terminal
         _, *rest = FLAGS(underscore_flags(sys.argv))

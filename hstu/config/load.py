@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -15,9 +14,9 @@ from hstu.config.base import Args, ConfigError, brief
 from hstu.config.parse import Binding, read_bindings
 from hstu.config.retrieval import CUSTOM_LOSSES
 
-# In a clone configs/ stands beside the package; a wheel puts it under the environment's data directory.
-_BESIDE = Path(__file__).resolve().parents[2] / "configs"
-CONFIG_DIRECTORY = _BESIDE if _BESIDE.is_dir() else Path(sysconfig.get_path("data")) / "share" / "hstu" / "configs"
+# A wheel has the configs inside the package; in a clone they stand beside it.
+_INSIDE = Path(__file__).resolve().parents[1] / "configs"
+CONFIG_DIRECTORY = _INSIDE if _INSIDE.is_dir() else _INSIDE.parents[1] / "configs"
 
 _CLASSES: dict[str, type[Args]] = {
     "TrainerArgs": args.TrainerArgs,

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from hstu.cli.preprocess import DATASETS
 from hstu.config import load_config
-from preprocessing.preprocessor import DATASETS
 from tests.launch import ROOT, entrypoint
 from tests.preprocessing.conftest import exposures, make, ratings, write_amazon, write_kuairand
 from tests.tiny import write_tiny

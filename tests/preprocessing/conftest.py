@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hstu.cli.preprocess import DATASETS
 from hstu.data import SequenceDataset
-from preprocessing.kuairand import CONTEXTS, EVENTS, LOG_FIELDS, USER_FIELDS
-from preprocessing.preprocessor import DATASETS
-from preprocessing.progress import Progress
-from preprocessing.published import Published, make_published
+from hstu.preprocessing.kuairand import CONTEXTS, EVENTS, LOG_FIELDS, USER_FIELDS
+from hstu.preprocessing.progress import Progress
+from hstu.preprocessing.published import Published, make_published
 
 ROOT = Path(__file__).resolve().parents[2]
 Command = Callable[..., subprocess.CompletedProcess[str]]

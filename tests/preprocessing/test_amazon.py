@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from preprocessing.amazon import DATASETS
+from hstu.preprocessing.amazon import DATASETS
 
 from .conftest import events, make, write_amazon
 

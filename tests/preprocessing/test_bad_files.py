@@ -16,14 +16,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from hstu.cli.preprocess import DATASETS
 from hstu.data.interactions import InteractionSpec
 from hstu.data.reader import SequenceDataset
 from hstu.data.table import encode
 from hstu.data.writer import writing
-from preprocessing.kuairand import EVENTS
-from preprocessing.layout import Field, Layout
-from preprocessing.preprocessor import DATASETS
-from preprocessing.published import Published
+from hstu.preprocessing.kuairand import EVENTS
+from hstu.preprocessing.layout import Field, Layout
+from hstu.preprocessing.published import Published
 
 from .conftest import events, exposures, make, ratings, write_amazon, write_kuairand, write_ml_1m, write_ml_20m
 from .conftest import write_ml_100k as write_small

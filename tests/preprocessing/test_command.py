@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from hstu.cli.flags import underscore_flags
+from hstu.cli.preprocess import DATASETS, summary
 from hstu.data import SequenceDataset
 from hstu.data.synthetic import SyntheticConfig, generate
-from preprocessing.preprocessor import DATASETS, summary
 
 from .conftest import (
     Command,

@@ -16,8 +16,8 @@ from .conftest import ROOT, events, ratings, write_ml_100k
 STOPPED = """
 import os, sys
 sys.path.insert(0, {root!r})
-import preprocessing.layout, preprocessing.preprocessor, preprocessing.progress
-preprocessing.layout._CHUNK, preprocessing.progress._NOTE_SECONDS, parse = 300, 0, preprocessing.layout.Layout.parse
+import hstu.cli.preprocess as command, hstu.preprocessing.layout as layout, hstu.preprocessing.progress as progress
+layout._CHUNK, progress._NOTE_SECONDS, parse = 300, 0, layout.Layout.parse
 calls = 0
 def stopped(*args):
     global calls
@@ -25,8 +25,8 @@ def stopped(*args):
     if calls == 4:
         os.kill(os.getpid(), {signal})
     return parse(*args)
-preprocessing.layout.Layout.parse = stopped
-preprocessing.preprocessor.main()
+layout.Layout.parse = stopped
+command.main()
 """
 
 

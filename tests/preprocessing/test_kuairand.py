@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from preprocessing.kuairand import DATASETS, EVENTS, LOG_FIELDS
+from hstu.preprocessing.kuairand import DATASETS, EVENTS, LOG_FIELDS
 
 from .conftest import contexts, events, exposures, kuairand_contexts, make, write_kuairand
 

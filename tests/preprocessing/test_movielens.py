@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from hstu.data.log_encoder import EncodingOptions
-from preprocessing.movielens import DATASETS
+from hstu.preprocessing.movielens import DATASETS
 
 from .conftest import contexts, events, make, ratings, write_ml_1m, write_ml_20m, write_ml_100k
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from preprocessing import progress as module
-from preprocessing.progress import Progress
+from hstu.preprocessing import progress as module
+from hstu.preprocessing.progress import Progress
 
 
 @pytest.fixture

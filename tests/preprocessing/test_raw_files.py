@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from preprocessing.preprocessor import DATASETS
-from preprocessing.raw_files import Archive, obtain
+from hstu.cli.preprocess import DATASETS
+from hstu.preprocessing.raw_files import Archive, obtain
 
 
 def read(archive: Archive, target: Path) -> bytes:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import polars as pl
 
 from hstu.data.interactions import USER
-from preprocessing.layout import Field, Layout, seconds
-from preprocessing.published import Published, UsersFile
-from preprocessing.raw_files import Archive
+from hstu.preprocessing.layout import Field, Layout, seconds
+from hstu.preprocessing.published import Published, UsersFile
+from hstu.preprocessing.raw_files import Archive
 
 _SITE = "https://files.grouplens.org/datasets/movielens"
 _STARS = (0.5, 5.0)

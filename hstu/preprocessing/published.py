@@ -15,9 +15,9 @@ from hstu.data.interactions import InteractionSpec
 from hstu.data.log_encoder import EncodingOptions, encode_log
 from hstu.data.schema import Schema
 from hstu.data.writer import writing
-from preprocessing.layout import Layout, ahead, whole_lines
-from preprocessing.progress import Progress
-from preprocessing.raw_files import Archive, OpenFile, RawFiles, obtain
+from hstu.preprocessing.layout import Layout, ahead, whole_lines
+from hstu.preprocessing.progress import Progress
+from hstu.preprocessing.raw_files import Archive, OpenFile, RawFiles, obtain
 
 logger = logging.getLogger("hstu.preprocessing")
 

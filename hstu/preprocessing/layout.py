@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, NoReturn, Protocol, TypeVar
 import numpy as np
 import polars as pl
 
-from preprocessing.raw_files import readable
+from hstu.preprocessing.raw_files import readable
 
 _CHUNK = 1 << 24  # bytes; blocks of less than 32 MiB are given back to the allocator, not to the system
 _LONGEST_LINE = 1 << 20  # bytes

@@ -19,9 +19,9 @@ import polars as pl
 
 from hstu.data.interactions import USER
 from hstu.data.log_encoder import EncodingOptions
-from preprocessing.layout import Field, Layout, milliseconds
-from preprocessing.published import Known, Published, UsersFile
-from preprocessing.raw_files import Archive
+from hstu.preprocessing.layout import Field, Layout, milliseconds
+from hstu.preprocessing.published import Known, Published, UsersFile
+from hstu.preprocessing.raw_files import Archive
 
 EVENTS = {
     "is_click": 1,

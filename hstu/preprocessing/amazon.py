@@ -17,9 +17,9 @@ from __future__ import annotations
 import polars as pl
 
 from hstu.data.log_encoder import EncodingOptions
-from preprocessing.layout import Field, Layout, seconds
-from preprocessing.published import Published
-from preprocessing.raw_files import Archive
+from hstu.preprocessing.layout import Field, Layout, seconds
+from hstu.preprocessing.published import Published
+from hstu.preprocessing.raw_files import Archive
 
 _SITE = "https://snap.stanford.edu/data/amazon/productGraph/categoryFiles"
 

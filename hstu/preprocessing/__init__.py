@@ -1,0 +1,1 @@
+"""Published data sets: one module per family, and what reads, checks and downloads their files."""

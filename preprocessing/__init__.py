@@ -1,1 +1,0 @@
-"""The preprocessing command and one module per family of data sets."""
