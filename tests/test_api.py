@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -67,6 +68,19 @@ def test_a_run_is_that_of_the_command(run: hstu.Run, place: Path, tmp_path: Path
     assert run.scores["HR@10"] == hits / 90 > 0
     assert run.evaluate("valid")["split"] == "valid"
     assert json.loads((run.path / "eval.json").read_text())["metrics"] == run.scores
+
+
+def test_the_card_says_what_the_run_is_and_how_to_load_it(run: hstu.Run) -> None:
+    card = (run.path / "card.md").read_text()
+    record = json.loads((run.path / "eval.json").read_text())
+    score, error = record["metrics"]["HR@10"], record["standard_errors"]["HR@10"]
+    assert error == pytest.approx(np.sqrt(score * (1 - score) / 90))
+    assert f"| HR@10 | {score:.4f} | {error:.4f} |" in card and "among 60 items" in card
+    schema = run._opened.dataset.schema
+    for said in ("90 users, 60 items", *schema.vocabularies.values(), torch.__version__.split("+")[0], "leave_one_out"):
+        assert said in card
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    exec(code, {"frame": planted_log()[0].join(planted_log()[1], on="who")})
 
 
 def test_both_kinds_of_tables_in_and_out(run: hstu.Run, place: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import logging
 import math
@@ -24,6 +25,7 @@ from hstu.data.seen import count_seen_targets, is_among, seen_before
 from hstu.data.splits import Split
 from hstu.metrics.ranking import Predicted, lower_is_better, ranking_scores
 from hstu.metrics.retrieval import per_user_metric, sampled_ranks, target_ranks
+from hstu.metrics.standard_errors import by_jackknife, of_mean
 from hstu.models import RankingModel, RetrievalModel
 from hstu.models.negatives import random_uniform
 from hstu.parallel import Mesh
@@ -89,7 +91,8 @@ def evaluate(
     if isinstance(model, nn.Module):
         model.train()
     # JSON has no nan: a metric that is not defined on these events is null.
-    result["metrics"] = {k: None if math.isnan(v) else v for k, v in result["metrics"].items()}
+    for name in result.keys() & {"metrics", "standard_errors"}:
+        result[name] = {k: None if math.isnan(v) else v for k, v in result[name].items()}
     record = {"kind": "eval", "split": loader.split.name, "step": step, "protocol": config.dataset.protocol}
     if config.dataset.protocol == "windows":
         record["window"] = config.dataset.window
@@ -131,7 +134,10 @@ def _ranking(model: RankingModel, loader: BatchLoader, mesh: Mesh, config: Confi
             Predicted(name=task.name, kind=task.kind, values=values[known], labels=wanted, users=owners[known])
         )
     scores = ranking_scores(config.eval_metrics, tasks)
-    return {
+    errors = {}
+    if loader.split.name == "test":
+        errors["standard_errors"] = by_jackknife(lambda kept: _metrics_of(config, tasks, owners[kept]), owners)
+    return errors | {
         "filter_seen": None,
         "num_candidates": 1,
         "num_users": int(np.unique(owners).size),
@@ -139,6 +145,16 @@ def _ranking(model: RankingModel, loader: BatchLoader, mesh: Mesh, config: Confi
         "metrics": scores.metrics,
         "left_out": scores.left_out,
     }
+
+
+def _metrics_of(config: Config, tasks: list[Predicted], users: np.ndarray) -> dict[str, float]:
+    """Return the metrics of some users alone."""
+    some = []
+    for task in tasks:
+        kept = np.isin(task.users, users)
+        values, labels, owners = task.values[kept], task.labels[kept], task.users[kept]
+        some.append(dataclasses.replace(task, values=values, labels=labels, users=owners))
+    return ranking_scores(config.eval_metrics, some).metrics
 
 
 def decide_filter_seen(config: Config, dataset: SequenceDataset, valid: Split) -> tuple[bool, str]:
@@ -168,14 +184,24 @@ def _retrieval(
         known = trained[targets]
         metrics |= {name + TRAINED: values[known] for name, values in metrics.items()}
         untrained["untrained_targets"] = count - int(known.sum())
-    return untrained | {
-        "filter_seen": config.retrieval.filter_seen,
-        "num_candidates": scorer.num_items,
-        "num_users": users.unique().numel(),
-        "num_targets": count,
-        "seen_targets": int(seen.sum()),
-        "metrics": {name: _mean(values) for name, values in metrics.items()},
-    }
+    errors = {}
+    if loader.split.name == "test":
+        of_users = {name: users[known] if trained is not None and name.endswith(TRAINED) else users for name in metrics}
+        errors["standard_errors"] = {
+            name: of_mean(values.double().numpy(), of_users[name].numpy()) for name, values in metrics.items()
+        }
+    return (
+        untrained
+        | errors
+        | {
+            "filter_seen": config.retrieval.filter_seen,
+            "num_candidates": scorer.num_items,
+            "num_users": users.unique().numel(),
+            "num_targets": count,
+            "seen_targets": int(seen.sum()),
+            "metrics": {name: _mean(values) for name, values in metrics.items()},
+        }
+    )
 
 
 def _mean(values: Tensor) -> float:

@@ -13,6 +13,8 @@ from hstu.config import ConfigError, LoadedConfig, load_config
 from hstu.data.reader import SequenceDataset
 from hstu.data.splits import each_window
 from hstu.parallel import Mesh
+from hstu.quiet import warn_only
+from hstu.training.card import write_card
 from hstu.training.checkpoint_files import find_checkpoint
 from hstu.training.init_from import find_source
 from hstu.training.logging import check_loggers, format_metrics
@@ -155,7 +157,9 @@ def _train_one(
                 logger.info(
                     "TrainerArgs.init_from = %r: not used again, for the run has a checkpoint of its own", init_from
                 )
-        return trainer.train()
+        record = trainer.train()
+        _write_card(trainer, record)
+        return record
     finally:
         trainer.checkpointer.close()
 
@@ -202,6 +206,8 @@ def score(order: Order, mesh: Mesh, run: RunDirectory) -> None:
         mesh.on_main(run.create)
         name = "eval.json" if choice == "best" else f"eval_{checkpoint.name}.json"
         mesh.on_main(lambda: run.write_json(name, records[-1]))
+        if choice == "best":
+            _write_card(trainer, records[-1])
         logger.info("result: %s", run.path / name)
 
 
@@ -210,6 +216,12 @@ def _chosen(choice: str, mesh: Mesh, run: RunDirectory, *, must: bool) -> Path |
     if found is None and must:
         raise ValueError(f"--run-dir = {str(run.path)!r}: has no finished checkpoint {choice!r}; train first")
     return found
+
+
+def _write_card(trainer: Trainer, record: dict[str, Any]) -> None:
+    run, config, schema = trainer.run.path, trainer.config, trainer.dataset.schema
+    with warn_only(f"{run / 'card.md'} was not written"):
+        trainer.mesh.on_main(lambda: write_card(run, config, schema, record))
 
 
 def _problem(run: RunDirectory) -> str | None:
