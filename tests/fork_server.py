@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import json
 import os
+import random
 import runpy
 import signal
 import socket
@@ -106,11 +107,12 @@ def kill(running: set[int]) -> None:
 
 
 def free_port() -> int:
-    """Return a port that nobody listens on."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port: int = found.getsockname()[1]
-        return port
+    """A port that nobody listens at, of those that the system gives to no connection by itself meanwhile."""
+    while True:
+        port = random.randrange(10_000, 32_000)
+        with contextlib.suppress(OSError), socket.socket() as found:
+            found.bind(("127.0.0.1", port))
+            return port
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from hstu.models import RankingModel, RetrievalModel
 from hstu.parallel import Mesh
 from hstu.training.assembly import Assembly
 from hstu.training.checkpoint import Checkpointer, model_identity
-from hstu.training.checkpoint_files import find_checkpoint
+from hstu.training.checkpoint_files import find_checkpoint, no_checkpoint
 from hstu.training.run_data import find_dataset, open_dataset, recorded_task, require_vocabularies, trained_on
 from hstu.training.run_directory import RunDirectory
 from hstu.training.windows import last_window
@@ -93,7 +93,7 @@ def open_trained(run_dir: str | Path, choice: str, bindings: list[str], mesh: Me
     config = load_config(task, [str(run.path / "operative.gin")], [*bindings, *_ASKED]).config
     checkpoint = mesh.on_main(lambda: find_checkpoint(run.checkpoints, choice))
     if checkpoint is None:
-        raise ValueError(f"--run_dir = {str(run_dir)!r}: has no finished checkpoint {choice!r}; train first")
+        raise ValueError(f"--run_dir = {str(run_dir)!r}: {no_checkpoint(run.checkpoints, choice)}")
     columns = trained_on(run).get("columns", {})
     dataset = open_dataset(find_dataset(config.dataset, run), mesh)
     require_vocabularies(checkpoint, dataset, mesh, resume=False)

@@ -87,6 +87,13 @@ def find_checkpoint(directory: Path, choice: str) -> Path | None:
     return path.resolve()
 
 
+def no_checkpoint(directory: Path, choice: str) -> str:
+    """Return what to say where ``find_checkpoint`` found none: a run may have been stopped before it had a best one."""
+    have = complete_checkpoints(directory)
+    remedy = f"use --checkpoint latest, which is {have[-1].name}" if have else "train first"
+    return f"has no finished checkpoint {choice!r}; {remedy}"
+
+
 def read_marker(path: Path) -> dict[str, Any]:
     """Return what a checkpoint says of itself.
 

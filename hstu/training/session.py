@@ -15,7 +15,7 @@ from hstu.data.splits import each_window
 from hstu.parallel import Mesh
 from hstu.quiet import warn_only
 from hstu.training.card import write_card
-from hstu.training.checkpoint_files import find_checkpoint
+from hstu.training.checkpoint_files import find_checkpoint, no_checkpoint
 from hstu.training.init_from import find_source
 from hstu.training.logging import check_loggers, format_metrics
 from hstu.training.run_data import dataset_record, find_dataset, open_dataset, recorded_task, require_vocabularies
@@ -214,7 +214,7 @@ def score(order: Order, mesh: Mesh, run: RunDirectory) -> None:
 def _chosen(choice: str, mesh: Mesh, run: RunDirectory, *, must: bool) -> Path | None:
     found: Path | None = mesh.on_main(lambda: find_checkpoint(run.checkpoints, choice))
     if found is None and must:
-        raise ValueError(f"--run-dir = {str(run.path)!r}: has no finished checkpoint {choice!r}; train first")
+        raise ValueError(f"--run-dir = {str(run.path)!r}: {no_checkpoint(run.checkpoints, choice)}")
     return found
 
 

@@ -110,6 +110,12 @@ def test_scoring_again_gives_the_recorded_score(copy: Path) -> None:
     assert shown in done.out, "the validation score too is that of training"
 
 
+def test_a_run_without_a_best_checkpoint_says_which_there_is(copy: Path) -> None:
+    (copy / "run" / "checkpoints" / "best").unlink()
+    line = mistake(train(copy, "--run-dir=run", "--mode=eval"))
+    assert "has no finished checkpoint 'best'; use --checkpoint latest, which is step_000000003" in line
+
+
 def test_scoring_a_checkpoint_into_a_new_directory(place: Path, tmp_path: Path) -> None:
     checkpoint = place / "run" / "checkpoints" / "best"
     flags = ("--mode=eval", "--run-dir=new", f"--checkpoint={checkpoint}", "--gin-config-file=synthetic_ranking.gin")
