@@ -17,8 +17,9 @@ def batch_flops(model: RankingModel | RetrievalModel, config: Config, batch: Bat
     """Return the operations of a forward and backward pass over ``batch``, from ``training_batch``, in host memory.
 
     Matrix products alone: of every weight with its tokens, of attention with the pairs that the mask lets see each
-    other, and of the scores. Not counted: attention of a HuggingFace or registered backbone, a mixture of logits, and
-    lookups. The pool of in-batch negatives counts as far as this rank's labels fill it.
+    other, and of the scores. Not counted: attention of a HuggingFace or registered backbone, a mixture of logits,
+    encoders of declared features, and lookups. The pool of in-batch negatives counts as far as this rank's labels fill
+    it.
     """
     layout, labels = model.whole_stream(batch).layout, batch.labels.numel()
     heads = model.head if isinstance(model, RankingModel) else model.similarity
@@ -26,7 +27,8 @@ def batch_flops(model: RankingModel | RetrievalModel, config: Config, batch: Bat
     # One product forward, two backward.
     work = 6.0 * weights + config.network.num_layers * _attention(config, layout)
     if isinstance(model, RetrievalModel):
-        work += cross_entropy_flops(labels, _pool_size(model, batch), config.network.hidden_size).total
+        work += 6.0 * matrix_elements(model.to_items) * labels
+        work += cross_entropy_flops(labels, _pool_size(model, batch), config.network.item_embedding_dim).total
     return work
 
 

@@ -15,6 +15,7 @@ from hstu.config import Config, ConfigError
 from hstu.data import SequenceDataset, leave_one_out
 from hstu.data.batch import POOL, Batch, keyed_features
 from hstu.data.loader import BatchLoader
+from hstu.data.splits import make_splits
 from hstu.models import RankingModel, RetrievalModel, build_model, make_collator
 from hstu.ops import Mask
 from tests.samples import label_mask, make_config, make_dataset, scores_of
@@ -484,3 +485,27 @@ def test_only_the_features_asked_for_have_tables(dataset: SequenceDataset) -> No
     model = build_model(make_config("ranking"), dataset.schema)
     assert [t.name for t in model.embeddings.tables] == ["item", "action", "country", "age"]
     assert all(POOL not in t.features for t in model.embeddings.tables)
+
+
+# Times before the request, where a row cannot see in them what it is to predict
+
+
+@torch.no_grad()
+def test_one_row_a_sample_may_know_the_time_of_its_request(dataset: SequenceDataset) -> None:
+    lines = ("NetworkArgs.num_time_buckets=20", "NetworkArgs.time_bucket_fn='log'")
+    with pytest.raises(ConfigError, match="num_time_buckets = 20: times before the request would show the future"):
+        make_config("retrieval", *lines)
+    config = make_config("retrieval", *lines, "DatasetArgs.train_stride=1")
+    split = make_splits(config.dataset, dataset)["train"]
+    rows = np.arange(len(split))
+    batch = make_collator(config, dataset.schema)(dataset, split, rows, rows, 0)
+    last = batch.lengths("item").cumsum(0) - 1
+    assert torch.equal(batch.label_events + 1, last[batch.lengths("item") > 1]), "of what comes after none is there"
+    model = build(dataset, config)
+    for name in ("time", "position"):
+        assert getattr(model.preprocess.positions, name) is not None
+    later = batch.timestamps.index_add(0, last, torch.full_like(last, 10**9))
+    moved = scores_of(model, dataclasses.replace(batch, timestamps=later))
+    assert (moved != scores_of(model, batch)).any(1).all(), "the request is known"
+    masked = make_config("retrieval", *lines, "NetworkArgs.backbone='bert'")
+    assert torch.isfinite(build(dataset, masked)(batch_of(dataset, masked)).total)
