@@ -217,6 +217,8 @@ class Config:
         if network.is_masked and network.token_layout != "item":
             raise network.error("token_layout", "the action of an item to be predicted is unknown; use 'item' with "
                                 f"{network.backbone}")  # fmt: skip
+        if self.retrieval is not None and self.retrieval.objective != "masked":
+            self._check_objective(network, self.retrieval)
         if self.retrieval is not None and self.dataset.max_num_candidates:
             raise self.dataset.error("max_num_candidates", "retrieval has no candidates; use 0")
         if self.dataset.max_num_candidates == 0:
@@ -224,6 +226,15 @@ class Config:
         if self.retrieval is None and network.token_layout != "interleave" and self.dataset.max_num_candidates == 0:
             raise network.error("token_layout", "ranking without candidates needs 'interleave': in any other "
                                 "layout a row either holds the action it should predict or sees none")  # fmt: skip
+
+    def _check_objective(self, network: NetworkArgs, retrieval: RetrievalArgs) -> None:
+        """Raise ``ConfigError`` for a way of training on hidden items that does not fit the backbone."""
+        if not network.is_masked:
+            raise retrieval.error("objective", f"hides items, and NetworkArgs.backbone = {network.backbone!r} predicts "
+                                  "what follows; use bert, or a hf: backbone with is_causal = False")  # fmt: skip
+        if retrieval.objective == "permuted" and network.num_time_buckets and network.time_bucket_of == "gap":
+            raise network.error("time_bucket_of", "knows the event before, and permuted events are not in time; use "
+                                "'age'")  # fmt: skip
 
     def _check_no_future(self, network: NetworkArgs) -> None:
         """Raise ``ConfigError`` for what would tell rows that carry a loss of events after them."""

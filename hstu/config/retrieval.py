@@ -58,6 +58,13 @@ class RetrievalArgs(Args):
     #: "log_uniform": by rank of popularity in training. "all": every item; with a softmax that is full_softmax.
     #: None: "uniform" when num_negatives is set, else "in_batch".
     sampling_strategy: Literal["uniform", "log_uniform", "in_batch", "all"] = UNSET
+    #: Backbones that predict masked items: "masked": hidden ones all at once; "permuted": one after another in a random
+    #: order, with those before it in sight (PLM); "replaced": masked, and telling which items a guess replaced (RTD).
+    objective: Literal["masked", "permuted", "replaced"] = "masked"
+    #: Of "permuted": the longest run of events that is hidden together.
+    max_span_length: int = 5
+    #: Of "replaced": weight of the binary cross-entropy beside the loss.
+    replaced_weight: float = 1.0
     #: Backbones that predict masked items: share of the events that are masked in training.
     mask_probability: float = 0.2
     #: Share of the training samples of which the last event alone is masked, as in evaluation.
@@ -96,6 +103,8 @@ class RetrievalArgs(Args):
         **dict.fromkeys(("mol_query_groups", "mol_item_groups"), (1, 1024)),
         **dict.fromkeys(("mol_channels", "mol_gate_channels"), (1, 2**14)),
         "mol_mutual_information": (0, 1e6),
+        "max_span_length": (1, 2**20),
+        "replaced_weight": (0, 1e6),
         "temperature": (1e-6, 1e6),
         "l2_norm_eps": (1e-20, 1),
         "loss_options": (-(2**62), 2**62),
@@ -107,6 +116,9 @@ class RetrievalArgs(Args):
         if self.num_negatives != -1:
             self.require_positive("num_negatives")
         self._validate_loss()
+        for name, of in (("max_span_length", "permuted"), ("replaced_weight", "replaced")):
+            if self.objective != of and getattr(self, name) != self.__dataclass_fields__[name].default:
+                raise self.error(name, f"is of RetrievalArgs.objective = {of!r}, which is {self.objective!r}")
         for metric in self.eval_metrics:
             if not re.fullmatch(rf"((HR|NDCG)@[1-9]\d{{0,8}}|MRR)({SAMPLED_100})?", metric):
                 raise self.error(

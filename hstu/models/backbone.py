@@ -48,7 +48,8 @@ def attention_mask(network: NetworkArgs) -> Mask:
         causal=not network.is_masked,
         context=network.context_attention,
         max_attn_len=network.max_attn_len,
-        candidate_group_size=network.target_group_size,
+        # Of a masked backbone the hidden items of a permutation take the place of candidates, each after the other.
+        candidate_group_size=2**30 if network.is_masked else network.target_group_size,
     )
 
 

@@ -164,15 +164,19 @@ class Encoder(nn.Module):
         return self._encode(embedded, request, run), after[0]
 
     def _encode(self, embedded: dict[str, Tensor], request: Lookup, backbone: Callable[[Tokens], Tensor]) -> Tensor:
-        vectors = self.token_vectors(embedded, request)
-        device = request.rows.device.type
-        with torch.autocast(device, self.autocast_dtype, enabled=self.autocast_dtype is not None):
-            tokens = self.preprocess(vectors, request.stream)
+        return self.run(self.token_vectors(embedded, request), request.stream, request.rows, backbone)
+
+    def run(
+        self, vectors: dict[str, Tensor], stream: Stream, rows: Tensor, backbone: Callable[[Tokens], Tensor]
+    ) -> Tensor:
+        """Return ``rows`` [n] of the hidden states over the local tokens' ``vectors``, [n, D] float32."""
+        with torch.autocast(rows.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
+            tokens = self.preprocess(vectors, stream)
             if self.residual_dtype is not None:
                 tokens = tokens.with_values(tokens.values.to(self.residual_dtype))
             hidden = backbone(tokens)
-        rows: Tensor = self.postprocess(hidden, request.rows)
-        return rows
+        out: Tensor = self.postprocess(hidden, rows)
+        return out
 
     def extend(self, cache: Cache | None, batch: Batch, *, history_alone: bool = False) -> tuple[Tensor, Cache]:
         """Run over what ``batch`` has beyond ``cache``; see :func:`hstu.models.caching.extend`."""

@@ -58,13 +58,17 @@ class MaskedRetrievalModel(RetrievalModel):
         offsets = lengths_to_offsets(batch.lengths(self.item))
         owner, index = sequence_ids(offsets, total), torch.arange(total, device=offsets.device)
         allowed = torch.zeros(total, dtype=torch.bool).index_fill(0, batch.label_events + 1, True)
-        keys = batch.sample_ids[owner] * 2**20 + positions_in_sequence(offsets, total)
-        drawn = allowed & (self._uniform(keys, 1) < self.args.mask_probability)
+        drawn = allowed & self._drawn(batch, offsets, owner)
         some = torch.zeros_like(batch.sample_ids).index_add(0, owner, drawn.long()) > 0
         none = torch.full_like(batch.sample_ids, -1)
         last = none.scatter_reduce(0, owner, torch.where(allowed, index, -1), "amax")
         last_alone = ~some | (self._uniform(batch.sample_ids, 2) < self.args.mask_last_probability)
         return torch.where(last_alone[owner], index == last[owner], drawn)
+
+    def _drawn(self, batch: Batch, offsets: Tensor, owner: Tensor) -> Tensor:
+        """Return which events a sample would hide, were they all allowed, [E] bool."""
+        keys = batch.sample_ids[owner] * 2**20 + positions_in_sequence(offsets, batch.num_events)
+        return self._uniform(keys, 1) < self.args.mask_probability
 
     def _uniform(self, keys: Tensor, purpose: int) -> Tensor:
         """Draw a number in [0, 1) for each key; another ``purpose`` draws others, none those of the negatives."""

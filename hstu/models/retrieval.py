@@ -25,6 +25,9 @@ from hstu.ops import lengths_to_offsets, positions_in_sequence, sequence_ids
 class RetrievalModel(Encoder):
     """Embeddings (of the batch and of the pool of negatives), preprocess, backbone, postprocess, similarity, loss."""
 
+    #: Times that a training step runs the backbone.
+    passes = 1
+
     def __init__(self, config: Config, schema: Schema, *, allocate_tables: bool = True) -> None:
         super().__init__(config, schema, allocate_tables=allocate_tables)
         assert config.retrieval is not None
@@ -74,13 +77,13 @@ class RetrievalModel(Encoder):
         return RetrievalLookup(batch=labelled, stream=stream, rows=rows, values=values, targets=targets, pool_ids=none)
 
     def loss(self, found: dict[str, Tensor], request: RetrievalLookup) -> LossSum:
-        embedded, labels = self.join(found, request.values), request.batch.labels
-        pool = embedded[POOL]
-        if request.stream.local is None:
-            positive = embedded[self.item][request.targets]
-        else:
-            positive, pool = pool.split([labels.numel(), request.pool_ids.numel()])
-        sampled = SampledCandidates(
+        return self._loss(self.sampled(self.join(found, request.values), request), request.live)
+
+    def sampled(self, embedded: dict[str, Tensor], request: RetrievalLookup) -> SampledCandidates:
+        """Return the local labels, and what they are to be told apart from."""
+        positive, pool = self.looked_up(embedded, request)
+        labels = request.batch.labels
+        return SampledCandidates(
             query=self.query_vectors(self.encode(embedded, request)),
             positive=self.item_vectors(positive, labels),
             positive_ids=labels,
@@ -88,7 +91,14 @@ class RetrievalModel(Encoder):
             pool_ids=request.pool_ids,
             columns=request.columns,
         )
-        return self._loss(sampled, request.live)
+
+    def looked_up(self, embedded: dict[str, Tensor], request: RetrievalLookup) -> tuple[Tensor, Tensor]:
+        """Return the embeddings of the labels' items [L, width] and of the pool [P, width]."""
+        pool = embedded[POOL]
+        if request.stream.local is None:
+            return embedded[self.item][request.targets], pool
+        positive, pool = pool.split([request.batch.labels.numel(), request.pool_ids.numel()])
+        return positive, pool
 
     def queries(self, request: RetrievalLookup) -> Tensor:
         """Return what scores the item of each label, [L, ..] float32."""

@@ -23,9 +23,10 @@ def batch_flops(model: RankingModel | RetrievalModel, config: Config, batch: Bat
     """
     layout, labels = model.whole_stream(batch).layout, batch.labels.numel()
     heads = model.head if isinstance(model, RankingModel) else model.similarity
-    weights = matrix_elements(model.backbone) * int(layout.offsets[-1]) + matrix_elements(heads) * labels
+    passes = model.passes if isinstance(model, RetrievalModel) else 1
+    weights = passes * matrix_elements(model.backbone) * int(layout.offsets[-1]) + matrix_elements(heads) * labels
     # One product forward, two backward.
-    work = 6.0 * weights + config.network.num_layers * _attention(config, layout)
+    work = 6.0 * weights + passes * config.network.num_layers * _attention(config, layout)
     if isinstance(model, RetrievalModel):
         work += 6.0 * matrix_elements(model.to_items) * labels
         work += cross_entropy_flops(labels, _pool_size(model, batch), config.network.item_embedding_dim).total

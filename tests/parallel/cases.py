@@ -41,6 +41,9 @@ IN_BATCH = ("RetrievalArgs.num_negatives=-1", "RetrievalArgs.sampling_strategy='
 FULL = ("RetrievalArgs.loss='full_softmax'",)
 LLAMA_BCE = ("NetworkArgs.backbone='llama'", "RetrievalArgs.loss='bce'", "RetrievalArgs.num_negatives=1")
 BPR = ("RetrievalArgs.loss='bpr'",)
+BERT = ("NetworkArgs.backbone='bert'", "NetworkArgs.kv_channels=8")
+PERMUTED = ("RetrievalArgs.objective='permuted'", "RetrievalArgs.mask_probability=0.4")
+REPLACED = ("RetrievalArgs.objective='replaced'", "RetrievalArgs.mask_probability=0.4")
 SASREC_MOL = (
     "NetworkArgs.backbone='sasrec'",
     "RetrievalArgs.similarity='mol'",
@@ -201,6 +204,7 @@ CASES = {
             data="short",
         ),
         Case("retrieval-sgd-llama-bce", "retrieval", (*SGD, *LLAMA_BCE), plain_steps=0),
+        Case("retrieval-sgd-replaced-short", "retrieval", (*SGD, *BERT, *REPLACED), "short", plain_steps=0),
         Case("retrieval-sgd-bpr-short", "retrieval", (*SGD, *BPR, *IN_BATCH), data="short"),
         Case("retrieval-sgd-sasrec-mol-short", "retrieval", (*SGD, *SASREC_MOL), data="short", plain_steps=0),
         Case(
@@ -224,7 +228,6 @@ THREES = {
 
 
 # For two ranks or four, split otherwise than by samples; compared with one rank.
-BERT = ("NetworkArgs.backbone='bert'", "NetworkArgs.kv_channels=8")
 RESEARCH = ("NetworkArgs.preset='research'", "NetworkArgs.bias_query_time='next'")
 LLAMA_GROUPS = ("NetworkArgs.backbone='llama'", "NetworkArgs.num_attention_heads=4", "NetworkArgs.num_query_groups=2")
 SASREC = ("NetworkArgs.backbone='sasrec'",)
@@ -279,6 +282,10 @@ SPLITS = {
             tensor=2,
             steps=12,
         ),
+        Case("context-retrieval-permuted", "retrieval", (*SGD, *BERT, *PERMUTED), "short", context=2, steps=12),
+        Case("context-retrieval-replaced", "retrieval", (*SGD, *BERT, *REPLACED), "short", context=2, steps=12),
+        Case("sequence-retrieval-replaced", "retrieval", (*SGD, *BERT, *REPLACED, *SEQUENCE), tensor=2, steps=12),
+        Case("tensor-retrieval-permuted", "retrieval", (*SGD, *BERT, *PERMUTED, *FULL), tensor=2, steps=12),
         Case("context-retrieval-bert", "retrieval", (*SGD, *BERT), context=2, steps=12),
         Case(
             "tensor-ranking-concat",

@@ -34,6 +34,7 @@ TWINS = (
     "retrieval-sgd-full-short",
     "retrieval-sgd-llama-bce",
     "retrieval-sgd-bpr-short",
+    "retrieval-sgd-replaced-short",
     "retrieval-sgd-sasrec-mol-short",
     "retrieval-rowwise-adagrad",
 )
