@@ -29,10 +29,11 @@ class FeatureColumn:
     Args:
         declaration: What it is.
         file: What messages call its file.
+        judge: Whether categories of nearly as many values as rows are refused.
     """
 
-    def __init__(self, declaration: Declaration, file: str) -> None:
-        self.declaration, self.file = declaration, file
+    def __init__(self, declaration: Declaration, file: str, *, judge: bool = True) -> None:
+        self.declaration, self.file, self._judge = declaration, file, judge
         self.vocabulary: pl.Series | None = None
         self._ids = Ids()
         self._rows = 0
@@ -64,12 +65,14 @@ class FeatureColumn:
             members, sets = split.explode(), split.list.len().to_numpy().astype(np.int64)
         self._members, self._lengths = members, sets
         distinct = members.unique()
-        if self.declaration.kind == "categorical" and 2 * len(distinct) > self._rows:
+        if not self._judge or 2 * len(distinct) <= self._rows:
+            return distinct
+        if self.declaration.kind == "categorical":
             raise ValueError(
                 f"{self.file}: column {name!r} has {len(distinct):,} values in {self._rows:,} rows, so it is no "
                 f"category; declare it {name}:control to keep it, :text or :numeric, or leave it out"
             )
-        if sets is not None and 2 * len(distinct) > self._rows and sets.max() == 1:
+        if sets is not None and sets.max() == 1:
             raise ValueError(
                 f"{self.file}: column {name!r} has no set of two or more, and {len(distinct):,} values in "
                 f"{self._rows:,} rows; say what is between members with --set_separator, or declare it {name}:control"

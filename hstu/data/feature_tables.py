@@ -42,6 +42,8 @@ class TableFeatures:
         known: pl.Series,
         spec: InteractionSpec,
         absent: str | None = None,
+        *,
+        judge: bool = True,
     ) -> TableFeatures:
         """Read the table of a level.
 
@@ -50,15 +52,14 @@ class TableFeatures:
             table: One row for each of them, or None.
             known: Ids of those of the log.
             spec: Names of columns and files, and what is declared.
-            absent: Value of categories for those who are not in the table; without one they are refused.
+            absent: Value of categories for those who are not in the table, "" for none; None refuses them.
+            judge: See ``FeatureColumn``.
 
         Raises:
-            ValueError: If the table is wrong, or there is none for what is declared.
+            ValueError: If the table is wrong.
         """
         found, declared = cls(_level=level), spec.declared(level)
         if table is None:
-            if declared:
-                raise ValueError(f"--{level}_features needs --{level}s, the file with a row for each {level}")
             return found
         rows = _rows_of(level, table, known, spec, absent)
         if (spec.user_features if level == "user" else spec.item_features) is None:
@@ -75,9 +76,9 @@ class TableFeatures:
             column, separator = table[told.name], spec.set_separator
             look = FeatureLook().add(column, told, separator)
             clean = clean_feature(column, told, file, look, separator).gather(rows)
-            if absent is not None and clean.dtype == pl.String and told.kind == "categorical":
+            if absent and clean.dtype == pl.String and told.kind == "categorical":
                 clean = clean.set(rows.is_null(), absent)
-            found.columns[told.name] = FeatureColumn(told, file)
+            found.columns[told.name] = FeatureColumn(told, file, judge=judge)
             found._codes[told.name] = found.columns[told.name].codes(clean)
         return found
 
@@ -121,7 +122,8 @@ def _rows_of(
     rows = known.to_frame("id").join(row_of, on="id", how="left", maintain_order="left")["row"]
     missing = known.filter(rows.is_null())
     if len(missing) and absent is not None:
-        logger.info("%s: %d %ss of %s are missing; they get %r", file, len(missing), level, spec.file, absent)
+        given = f"they get {absent!r}" if absent else "they have no features"
+        logger.info("%s: %d %ss of %s are missing; %s", file, len(missing), level, spec.file, given)
     elif len(missing):
         raise ValueError(
             f"{file}: {len(missing)} of {len(known)} {level}s of {spec.file} are missing "

@@ -41,7 +41,9 @@ class EncodingOptions:
         bit_names: Their names, the lowest first; None: they have none.
         filter_once: Count events for the minimum counts once, over the whole log, instead of repeating until
             all have enough; users that are left with fewer are dropped, items that are left stay.
-        absent_context: Value of contexts for users without a row in the users table; None refuses them.
+        absent_context: Value of categories for users without a row in the users table; None refuses them.
+        judge: Whether categories of nearly as many values as rows are refused.
+        absent_items: Whether items may be without a row in the items table; they have no features then.
         events_per_run: Events sorted in memory at once.
         events_per_part: Most events of a part with more than one user.
     """
@@ -51,6 +53,8 @@ class EncodingOptions:
     bit_names: tuple[str, ...] | None = None
     filter_once: bool = False
     absent_context: str | None = None
+    absent_items: bool = False
+    judge: bool = True
     events_per_run: int = EVENTS_PER_RUN
     events_per_part: int = EVENTS_PER_PART
 
@@ -121,7 +125,7 @@ def _spill(
 ) -> Log:
     folder = writer.work / "runs"
     folder.mkdir()
-    features = {told.name: FeatureColumn(told, spec.file) for told in spec.declared("event")}
+    features = {told.name: FeatureColumn(told, spec.file, judge=options.judge) for told in spec.declared("event")}
     log = Log(Runs(folder, options.events_per_run), features=features)
     try:
         for source, block in blocks:
@@ -143,8 +147,9 @@ def _describe(
 ) -> tuple[list[Feature], dict[str, Values], Callable[[np.ndarray], np.ndarray] | None]:
     """Write the vocabularies; returns features, values of those of users, and what makes ids of actions' codes."""
     vocabularies = {USER: log.users.originals(kept.users), ITEM: log.items.originals(kept.items)}
-    of_users = TableFeatures.read("user", tables[0], vocabularies[USER], spec, options.absent_context)
-    of_items = TableFeatures.read("item", tables[1], vocabularies[ITEM], spec)
+    absent_items, judge = "" if options.absent_items else None, options.judge
+    of_users = TableFeatures.read("user", tables[0], vocabularies[USER], spec, options.absent_context, judge=judge)
+    of_items = TableFeatures.read("item", tables[1], vocabularies[ITEM], spec, absent_items, judge=judge)
     for table in (of_users, of_items):
         vocabularies |= {name: vocabulary for name, (_, vocabulary) in table.undeclared.items()}
     vocabularies |= make_vocabularies([*log.features.values(), *of_users.columns.values(), *of_items.columns.values()])

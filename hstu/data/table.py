@@ -39,7 +39,7 @@ from hstu.data.files import (
 )
 from hstu.data.interactions import InteractionSpec
 from hstu.data.log_encoder import EncodingOptions, encode_log
-from hstu.data.schema import Schema
+from hstu.data.schema import Level, Schema
 from hstu.data.spill import FEATURE, ROW_HASH, Progress
 from hstu.data.writer import DatasetWriter, writing
 
@@ -107,6 +107,10 @@ def encode(
             for name, digest in checksums(path).items():
                 base = Path(name).name
                 source[base if base not in source else f"{Path(name).parent.name}/{base}"] = digest
+    tables: dict[Level, Frame | None] = {"user": users, "item": items}
+    for level, given in tables.items():
+        if given is None and spec.declared(level):
+            raise ValueError(f"--{level}_features needs --{level}s, the file with a row for each {level}")
     formats = formats or {}
     required = spec.column_names
     if isinstance(interactions, (str, Path)):

@@ -10,18 +10,43 @@ dropped in one of two published ways:
   beside https://arxiv.org/abs/2402.17152, also those of users who are left with fewer than 5 ratings and are dropped
   then.
 - beauty, sports, toys: counted again until every user and item has 5 (the "5-core").
+
+Where a file of metadata stands beside the ratings (`meta_Beauty.json.gz`, one Python dictionary a line), items have its
+categories, of all levels but the first, and its title.
 """
 
 from __future__ import annotations
 
+import ast
+import gzip
+import io
+
 import polars as pl
 
+from hstu.data.interactions import ITEM
 from hstu.data.log_encoder import EncodingOptions
 from hstu.preprocessing.layout import Field, Layout, seconds
-from hstu.preprocessing.published import Published
-from hstu.preprocessing.raw_files import Archive
+from hstu.preprocessing.published import Published, TableFile
+from hstu.preprocessing.raw_files import Archive, readable
 
 _SITE = "https://snap.stanford.edu/data/amazon/productGraph/categoryFiles"
+
+
+def _metadata(content: bytes, place: str) -> pl.DataFrame:
+    """Items, titles and categories of a file of metadata."""
+    rows = []
+    with readable(place), gzip.open(io.BytesIO(content)) as file:
+        for number, line in enumerate(file, 1):
+            try:
+                found = ast.literal_eval(line.decode())
+                paths = [path[1:] or path for path in found.get("categories", [])]
+                names = dict.fromkeys(name.strip() for path in paths for name in path if name.strip())
+                rows.append((str(found["asin"]), found.get("title"), [*names]))
+            except (ValueError, SyntaxError, KeyError, TypeError, AttributeError):
+                text = f"{place}: line {number} is no dictionary of an item: {line[:80]!r}"
+                raise ValueError(f"{text}; replace the file by the published one") from None
+    kinds = pl.Schema({ITEM: pl.String(), "title": pl.String(), "categories": pl.List(pl.String())})
+    return pl.DataFrame(rows, schema=kinds, orient="row")
 
 
 def _published(
@@ -40,7 +65,13 @@ def _published(
             )
         ),
         columns=(pl.col("user"), pl.col("item"), pl.col("rating").alias("action"), pl.col("timestamp").alias("time")),
-        options=EncodingOptions(filter_once=filter_once),
+        items=TableFile(
+            name=f"meta_{category}.json.gz",
+            columns=(pl.col(ITEM), pl.col("title"), pl.col("categories")),
+            features="title:text,categories:multi",
+            parse=_metadata,
+        ),
+        options=EncodingOptions(filter_once=filter_once, absent_items=True, judge=False),
         filters={"min_user_events": 5, "min_item_events": 5},
         log_counts={"events": ratings},
         counts=counts,

@@ -10,7 +10,8 @@ count of the standard logs is known to differ, it is accepted too: 27,077 users 
 published of 27K (100 to 228,000, mean 11,796) are compared, within 1%, and another one is warned of: by the published
 number of events the mean is 11,811.6. Those of 1K are not: a mean of 5,038 cannot be that of 11,713,045 events.
 
-A user with events in one log file only is kept, and one that the file of users does not know gets UNKNOWN.
+A user with events in one log file only is kept, and one that the file of users does not know gets UNKNOWN, and no
+numbers. The eight signals have names: "action:long_view" is a task of ranking.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import polars as pl
 from hstu.data.interactions import USER
 from hstu.data.log_encoder import EncodingOptions
 from hstu.preprocessing.layout import Field, Layout, milliseconds
-from hstu.preprocessing.published import Known, Published, UsersFile
+from hstu.preprocessing.published import Known, Published, TableFile
 from hstu.preprocessing.raw_files import Archive
 
 EVENTS = {
@@ -78,6 +79,12 @@ CONTEXTS = (
     "friend_user_num_range",
     "register_days_range",
 )
+FLAGS = ("is_lowactive_period", "is_live_streamer", "is_video_author")
+NUMBERS = ("follow_user_num", "fans_user_num", "friend_user_num", "register_days")
+ENCRYPTED = tuple(f"onehot_feat{number}" for number in range(18))
+USER_FEATURES = ",".join([
+    *(f"{name}:categorical" for name in (*CONTEXTS, *FLAGS, *ENCRYPTED)), *(f"{name}:numeric" for name in NUMBERS)
+])  # fmt: skip
 UNKNOWN = "UNKNOWN"  # the published value of an unknown user_active_degree
 
 
@@ -92,7 +99,9 @@ def _log_field(name: str) -> Field:
 def _user_field(name: str) -> Field:
     if name == "user_id":
         return Field(name, pl.Int64)
-    return Field(name, pl.String if name in CONTEXTS else None, optional=True)
+    if name in NUMBERS:
+        return Field(name, pl.Float64, optional=True)
+    return Field(name, pl.String if name in (*CONTEXTS, *FLAGS, *ENCRYPTED) else None, optional=True)
 
 
 def _published(
@@ -122,16 +131,21 @@ def _published(
             pl.sum_horizontal(pl.col(name) * pl.lit(bit, pl.UInt8) for name, bit in EVENTS.items()).alias("action"),
             pl.col("time_ms").alias("time"),
         ),
-        users=UsersFile(
+        users=TableFile(
             name=f"user_features_{suffix}.csv",
             # Ranges such as "(0,10]" hold the separator.
             layout=Layout(fields=tuple(map(_user_field, USER_FIELDS)), header=True, quoted=True),
-            columns=(pl.col("user_id").alias(USER), pl.col(CONTEXTS).fill_null(UNKNOWN)),
+            columns=(
+                pl.col("user_id").alias(USER),
+                pl.col(*CONTEXTS, *FLAGS, *ENCRYPTED).fill_null(UNKNOWN),
+                pl.col(NUMBERS),
+            ),
+            features=USER_FEATURES,
             rows=users,
         ),
         action_name="action",
         action_bits=len(EVENTS),
-        options=EncodingOptions(ticks_per_second=1000, bit_names=tuple(EVENTS), absent_context=UNKNOWN),
+        options=EncodingOptions(ticks_per_second=1000, bit_names=tuple(EVENTS), absent_context=UNKNOWN, judge=False),
         log_counts=log_counts,
         lengths=lengths or {},
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from hstu.data.schema import Schema
 from hstu.data.writer import writing
 from hstu.preprocessing.layout import Layout, ahead, whole_lines
 from hstu.preprocessing.progress import Progress
-from hstu.preprocessing.raw_files import Archive, OpenFile, RawFiles, obtain
+from hstu.preprocessing.raw_files import Archive, OpenFile, RawFiles, obtain, readable
 
 logger = logging.getLogger("hstu.preprocessing")
 
@@ -26,20 +26,40 @@ Known = Mapping[str, int | tuple[int, ...]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class UsersFile:
-    """The published file of users.
+class TableFile:
+    """The published file of users or of items, which may be missing.
 
     Args:
         name: Its name.
-        layout: Its fields.
-        columns: Makes the user column and the contexts of them.
-        rows: Published number of users in it, None where it is that of the log.
+        layout: Its fields; None: ``parse`` knows them.
+        columns: Makes the column of ids and the features of them.
+        features: What these are, as in ``InteractionSpec``; None: categories.
+        rows: Published number of rows in it, None where it is not checked.
+        parse: Makes a table of the content of a file without a layout, and of what messages call it.
     """
 
     name: str
-    layout: Layout
+    layout: Layout | None = None
     columns: tuple[pl.Expr, ...]
+    features: str | None = None
     rows: int | None = None
+    parse: Callable[[bytes, str], pl.DataFrame] | None = None
+
+    def table(self, content: bytes, place: str) -> pl.DataFrame:
+        """The table in the content of the file.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        if self.parse is not None:
+            return self.parse(content, place).select(self.columns)
+        assert self.layout is not None
+        if self.layout.header:
+            header, _, content = content.partition(b"\n")
+            self.layout.check_header(header, place)
+        if not content.strip():
+            raise ValueError(f"{place}: has no rows; replace it by the published file")
+        return self.layout.parse(content, place, 1 + self.layout.header).select(self.columns)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +71,8 @@ class Published:
         logs: Files of events, in the order of their events.
         layout: Fields of these files.
         columns: Makes user, item, action and time of the fields.
-        users: File of users; without it there are no contexts.
+        users: File of users.
+        items: File of items; an item that it lacks has no features.
         action_name: Name of the action feature.
         action_bits: Bits of an action that is a mask, 0 for one that is a category.
         options: How to encode it.
@@ -65,7 +86,8 @@ class Published:
     logs: tuple[str, ...]
     layout: Layout
     columns: tuple[pl.Expr, ...]
-    users: UsersFile | None = None
+    users: TableFile | None = None
+    items: TableFile | None = None
     action_name: str = "rating"
     action_bits: int = 0
     options: EncodingOptions = EncodingOptions()
@@ -101,7 +123,8 @@ def make_published(
     Raises:
         ValueError: For missing or malformed raw files, or other counts than the known ones.
     """
-    users = known.users
+    tables = {"user": known.users, "item": known.items}
+    present = {level: table for level, table in tables.items() if table is not None}
     chosen: dict[str, Any] = known.filters | (filters or {})
     spec = InteractionSpec(
         name=name,
@@ -109,11 +132,12 @@ def make_published(
         action_column="action",
         action_type="bitmask" if known.action_bits else "categorical",
         action_name=known.action_name,
-        users_file=users.name if users else "users",
+        **{f"{level}s_file": table.name for level, table in present.items()},  # type: ignore[arg-type]
+        **{f"{level}_features": table.features for level, table in present.items()},  # type: ignore[arg-type]
         **chosen,
     )
-    names = known.logs + ((users.name,) if users else ())
-    optional = frozenset({users.name} if users else ())
+    optional = frozenset(table.name for table in present.values())
+    names = known.logs + tuple(table.name for table in present.values())
     raw = obtain(names, optional, known.archive, directories, download_to, check=check_counts)
     spec = replace(spec, file=str(raw))
     reader = _Reader(name, known, raw, progress, check_counts)
@@ -124,7 +148,8 @@ def make_published(
             spec,
             replace(known.options, action_bits=known.action_bits or 1),
             writer,
-            users=reader.users_table,
+            users=lambda: reader.table(known.users, "user"),
+            items=lambda: reader.table(known.items, "item"),
             progress=progress,
             check_counts=lambda counts: _check(counts, known.log_counts, raw) if check_counts else None,
         )
@@ -138,7 +163,7 @@ def make_published(
 
 
 class _Reader:
-    """Reads the raw files once, and remembers their checksums and the file of users."""
+    """Reads the raw files once, and remembers their checksums and the files of users and items."""
 
     def __init__(self, name: str, known: Published, raw: RawFiles, progress: Progress, check: bool) -> None:
         self._name = name
@@ -147,7 +172,7 @@ class _Reader:
         self._progress = progress
         self._check = check
         self._digests: dict[str, Any] = {}
-        self._users: tuple[bytes, str] | None = None
+        self._tables: dict[str, tuple[bytes, str]] = {}
         self.events = 0
 
     @property
@@ -173,13 +198,16 @@ class _Reader:
             self._progress(f"reading {file.name}", self.events, share)
 
     def _contents(self) -> Iterator[tuple[OpenFile, bytes, float]]:
-        """Whole lines of the logs; the file of users is kept aside."""
+        """Whole lines of the logs; the files of users and items are kept aside."""
         for file in self._raw.open():
             digest = self._digests[file.name] = hashlib.sha256()
-            blocks = whole_lines(file.stream, file.place, digest)
             if file.name not in self._known.logs:
-                self._users = b"".join(blocks), file.place
+                with readable(file.place):
+                    content = file.stream.read()
+                digest.update(content)
+                self._tables[file.name] = content, file.place
                 continue
+            blocks = whole_lines(file.stream, file.place, digest)
             empty = True
             for content in blocks:
                 yield file, content, file.share()
@@ -187,24 +215,18 @@ class _Reader:
             if empty:
                 raise ValueError(f"{file.place}: is empty; replace it by the published file")
 
-    def users_table(self) -> pl.DataFrame | None:
-        """The file of users, if there is one."""
-        users = self._known.users
-        if users is None:
+    def table(self, known: TableFile | None, level: str) -> pl.DataFrame | None:
+        """The file of users or items, if there is one."""
+        if known is None:
             return None
-        if self._users is None:
-            logger.info("%s: there is no %s, so the data set gets no user contexts", self._name, users.name)
+        if known.name not in self._tables:
+            logger.info("%s: there is no %s, so the data set gets no features of %ss", self._name, known.name, level)
             return None
-        content, place = self._users
-        if users.layout.header:
-            header, _, content = content.partition(b"\n")
-            users.layout.check_header(header, place)
-        if not content.strip():
-            raise ValueError(f"{place}: has no rows; replace it by the published file")
-        table = users.layout.parse(content, place, 1 + users.layout.header).select(users.columns)
-        if self._check and users.rows not in (None, table.height):
+        content, place = self._tables.pop(known.name)
+        table = known.table(content, place)
+        if self._check and known.rows not in (None, table.height):
             raise ValueError(
-                f"{place}: {table.height:,} users, the published file has {users.rows:,}; replace the file, "
+                f"{place}: {table.height:,} lines, the published file has {known.rows:,}; replace the file, "
                 "or use it as it is with --check_counts=false"
             )
         return table

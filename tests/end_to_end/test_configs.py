@@ -78,6 +78,7 @@ def test_two_steps(place: Path, config: str) -> None:
     assert saved.config.network == given.network and saved.config.trainer.max_train_iters == 2
     assert "filter_seen = None" not in applied.operative, "what the data decided is there too"
     of_data = {"RetrievalArgs.filter_seen", "DatasetArgs.contextual_feature_names"}
-    of_data |= {"NetworkArgs.num_position_buckets", "NetworkArgs.scaling_seqlen"}
+    of_data |= {"NetworkArgs.num_position_buckets", "NetworkArgs.scaling_seqlen", "NetworkArgs.item_embedding"}
+    of_data |= {"FeatureArgs.event_features", "FeatureArgs.item_features"}
     both = set(saved.operative.splitlines()) ^ set(applied.operative.splitlines())
     assert {line.split(" = ")[0] for line in both} <= of_data

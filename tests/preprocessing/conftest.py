@@ -10,10 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hstu.preprocessing.preprocessor import DATASETS
 
 from hstu.cli.preprocess import DATASETS
 from hstu.data import SequenceDataset
-from hstu.preprocessing.kuairand import CONTEXTS, EVENTS, LOG_FIELDS, USER_FIELDS
+from hstu.preprocessing.kuairand import CONTEXTS, ENCRYPTED, EVENTS, LOG_FIELDS, NUMBERS, USER_FIELDS
 from hstu.preprocessing.progress import Progress
 from hstu.preprocessing.published import Published, make_published
 
@@ -60,6 +61,12 @@ def write_ml_100k(directory: Path, rows: list[tuple[int, int, int, int]]) -> Non
     people = [(24, "M", "technician", "85711"), (53, "F", "other", "T8H1N"), (9, "F", "writer", "05201")]
     lines = [f"{user}|{'|'.join(map(str, people[user % 3]))}\n" for user in range(1, 13)]
     (directory / "u.user").write_text("".join(lines))
+    flags = (
+        ["1" if genre in (5, 7) else "0" for genre in range(19)],
+        ["1" if genre == 0 else "0" for genre in range(19)],
+    )
+    movies = [f"{n + 1}|Café {n}|01-Jan-1995||http://x|{'|'.join(flags[n])}\n" for n in range(2)]
+    (directory / "u.item").write_text("".join(movies), encoding="latin-1")
 
 
 def write_ml_1m(directory: Path, rows: list[tuple[int, int, int, int]]) -> None:
@@ -68,14 +75,16 @@ def write_ml_1m(directory: Path, rows: list[tuple[int, int, int, int]]) -> None:
     people = [("F", 1, 10, "48067"), ("M", 56, 16, "70072"), ("M", 25, 15, "55117-1234")]
     lines = [f"{user}::{'::'.join(map(str, people[user % 3]))}\n" for user in range(1, 13)]
     (directory / "users.dat").write_text("".join(lines), encoding="latin-1")
-    # Not read, but in the archive, and not UTF-8.
-    (directory / "movies.dat").write_text("1::Misérables, Les (1995)::Drama\n", encoding="latin-1")
+    movies = ["1::Misérables, Les (1995)::Drama|Musical\n", '2::Wars: "One"::Action\n', "50::Unseen::Drama\n"]
+    (directory / "movies.dat").write_text("".join(movies), encoding="latin-1")
 
 
 def write_ml_20m(directory: Path, rows: list[tuple[int, int, int, int]]) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     lines = [f"{user},{item},{rating - 0.5},{time}\n" for user, item, rating, time in rows]
     (directory / "ratings.csv").write_text("userId,movieId,rating,timestamp\n" + "".join(lines))
+    movies = '1,"Café, ""the"" first",Comedy|Drama\n2,Second,(no genres listed)\n'
+    (directory / "movies.csv").write_text("movieId,title,genres\n" + movies)
 
 
 def make(
@@ -153,6 +162,8 @@ def write_kuairand(directory: Path, name: str, rows: list[Exposure], users: rang
     lines = [",".join(USER_FIELDS)]
     for user in users:
         values = dict.fromkeys(USER_FIELDS, "") | {"user_id": str(user), "is_live_streamer": "-124"}
+        values |= dict.fromkeys(ENCRYPTED, "4") | {name: str(user + n) for n, name in enumerate(NUMBERS)}
+        values |= {"onehot_feat4": "" if user == 2 else "7.0", "register_days": "" if user == 1 else "3"}
         values |= dict(zip(CONTEXTS, kuairand_contexts(user), strict=True))
         lines.append(",".join(f'"{value}"' if "," in value else value for value in values.values()))
     (directory / known.users.name).write_text("\n".join(lines) + "\n")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -47,6 +48,29 @@ def core(rows: list[tuple], least: int) -> list[tuple]:
 def sequences(rows: list[tuple]) -> dict[str, list[tuple]]:
     ordered = sorted(rows, key=lambda row: row[3])
     return {user: [row[1:] for row in ordered if row[0] == user] for user in {row[0] for row in rows}}
+
+
+def test_categories_where_there_is_metadata(tmp_path: Path) -> None:
+    write_amazon(tmp_path / "ratings_Beauty.csv", ROWS)
+    assert not make("amazon-beauty", tmp_path).schema.of("item")
+    lines = [
+        {"asin": "B000", "title": "Soap & 'more'", "categories": [["Beauty", "Bath", "Soaps"], ["Beauty", "Gifts"]]},
+        {"asin": "B001", "categories": [["Beauty"]], "price": 3.5},
+        {"asin": "B00unseen", "title": "x"},
+    ]
+    with gzip.open(tmp_path / "meta_Beauty.json.gz", "wt") as file:
+        file.writelines(f"{line}\n" for line in lines)
+    dataset = make("amazon-beauty", tmp_path)
+    items, sets = dataset.vocabulary("item_id").tolist(), dataset.item_features("categories")
+    known = dataset.vocabulary("categories")
+    found = [sorted(known[sets.ids[sets.offsets[k] : sets.offsets[k + 1]]]) for k in map(items.index, ("B000", "B001"))]
+    assert found == [["Bath", "Gifts", "Soaps"], ["Beauty"]] and sets.lengths.sum() == 4
+    assert [*dataset.vocabulary("title")] == ["Soap & 'more'"]
+    assert "meta_Beauty.json.gz" in dataset.schema.source
+    with gzip.open(tmp_path / "meta_Beauty.json.gz", "wt") as file:
+        file.write("{'asin': \n")
+    with pytest.raises(ValueError, match="meta_Beauty.json.gz: line 1 is no dictionary of an item"):
+        make("amazon-beauty", tmp_path)
 
 
 def test_books_are_counted_once(tmp_path: Path) -> None:

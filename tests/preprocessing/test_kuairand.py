@@ -5,9 +5,10 @@ import tarfile
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from hstu.preprocessing.kuairand import DATASETS, EVENTS, LOG_FIELDS
+from hstu.preprocessing.kuairand import CONTEXTS, DATASETS, EVENTS, LOG_FIELDS
 
 from .conftest import contexts, events, exposures, kuairand_contexts, make, write_kuairand
 
@@ -45,8 +46,21 @@ def test_published_layouts(name: str, tmp_path: Path) -> None:
     assert set(dataset.schema.source) == {*DATASETS[name].logs, DATASETS[name].users.name}
     values = contexts(dataset)
     for user in range(6):
-        found = tuple(values[name][user] for name in values)
+        found = tuple(values[name][user] for name in CONTEXTS)
         assert found == tuple(value or "UNKNOWN" for value in kuairand_contexts(user))
+
+
+def test_all_that_is_published_of_users_is_read(tmp_path: Path) -> None:
+    write_kuairand(tmp_path, "kuairand-1k", ROWS)
+    dataset = make("kuairand-1k", tmp_path)
+    assert len(dataset.schema.contexts) == 26 and len(dataset.schema.of("user", "numeric")) == 4
+    assert dataset.schema.action.bits[:2] == ("is_click", "is_like")
+    users = np.arange(6)
+    found = dataset.gather(users, users * 0, users * 0, ("register_days", "follow_user_num"))
+    assert np.isnan(found.of_users["register_days"][:, 0]).tolist() == [False, True, *[False] * 4]
+    assert found.of_users["follow_user_num"][:, 0].tolist() == [0, 1, 2, 3, 4, 5]
+    values = contexts(dataset)["onehot_feat4"]
+    assert values[2] == "UNKNOWN" and values[3] == "7.0" and contexts(dataset)["is_live_streamer"][0] == -124
 
 
 def test_users_in_one_of_the_files_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -124,7 +138,7 @@ def test_published_counts_are_checked(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="6 users, the published data set has 27,285"):
         make("kuairand-27k", tmp_path, check_counts=True)
     known = replace(DATASETS["kuairand-27k"], log_counts={"users": (5, 6), "events": 120})
-    with pytest.raises(ValueError, match="user_features_27k.csv: 6 users, the published file has 27,285"):
+    with pytest.raises(ValueError, match="user_features_27k.csv: 6 lines, the published file has 27,285"):
         make("kuairand-27k", tmp_path, known=known, check_counts=True)
 
 

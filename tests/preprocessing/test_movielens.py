@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hstu.data.log_encoder import EncodingOptions
 from hstu.preprocessing.movielens import DATASETS
 
 from .conftest import contexts, events, make, ratings, write_ml_1m, write_ml_20m, write_ml_100k
@@ -40,8 +39,9 @@ def test_published_layouts(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("events_per_run", "events_per_part"), [(1, 1), (7, 20), (50, 10**6)])
 def test_the_sizes_of_runs_and_parts_change_nothing(tmp_path: Path, events_per_run: int, events_per_part: int) -> None:
     write_ml_100k(tmp_path, ROWS)
-    options = EncodingOptions(events_per_run=events_per_run, events_per_part=events_per_part)
-    dataset = make("ml-100k", tmp_path, known=replace(DATASETS["ml-100k"], options=options))
+    known = DATASETS["ml-100k"]
+    options = replace(known.options, events_per_run=events_per_run, events_per_part=events_per_part)
+    dataset = make("ml-100k", tmp_path, known=replace(known, options=options))
     assert events(dataset) == expected("ml-100k")
     assert contexts(dataset) == contexts(make("ml-100k", tmp_path))
 
@@ -61,6 +61,32 @@ def test_user_contexts(tmp_path: Path) -> None:
     assert found["ml-20m"] == {}
 
 
+@pytest.mark.parametrize(
+    ("name", "titles", "genres"),
+    [
+        ("ml-100k", ["Café 0", "Café 1"], [["Comedy", "Documentary"], []]),
+        ("ml-1m", ["Misérables, Les (1995)", 'Wars: "One"'], [["Drama", "Musical"], ["Action"]]),
+        ("ml-20m", ['Café, "the" first', "Second"], [["Comedy", "Drama"], []]),
+    ],
+)
+def test_genres_and_titles_of_movies(name: str, titles: list[str], genres: list[list[str]], tmp_path: Path) -> None:
+    WRITERS[name](tmp_path, ROWS)
+    dataset = make(name, tmp_path)
+    items, sets = dataset.vocabulary("item_id").tolist(), dataset.item_features("genres")
+    known, words = dataset.vocabulary("genres"), [*dataset.vocabulary("title"), None]
+    places = [items.index(1), items.index(2)]
+    assert [words[dataset.item_features("title")[place]] for place in places] == titles
+    assert [sorted(known[sets.ids[sets.offsets[k] : sets.offsets[k + 1]]]) for k in places] == genres
+    other = items.index(3)
+    assert words[dataset.item_features("title")[other]] is None and sets.lengths[other] == 0
+    (movies,) = (path for path in tmp_path.iterdir() if path.name in ("u.item", "movies.dat", "movies.csv"))
+    movies.write_text("1::x::y::z\n")
+    with pytest.raises(ValueError, match="line 1 is no movie of .* fields"):
+        make(name, tmp_path)
+    movies.unlink()
+    assert not make(name, tmp_path).schema.of("item")
+
+
 def test_without_a_users_file_there_are_no_contexts_and_one_line_says_so(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -68,7 +94,7 @@ def test_without_a_users_file_there_are_no_contexts_and_one_line_says_so(
     (tmp_path / "users.dat").unlink()
     with caplog.at_level("INFO"):
         assert contexts(make("ml-1m", tmp_path)) == {}
-    assert "ml-1m: there is no users.dat, so the data set gets no user contexts" in caplog.messages
+    assert "ml-1m: there is no users.dat, so the data set gets no features of users" in caplog.messages
 
 
 def test_users_without_a_line_are_refused(tmp_path: Path) -> None:
@@ -88,7 +114,7 @@ def test_raw_files_are_found_plain_a_folder_deeper_or_in_the_zip(tmp_path: Path)
     plain = make("ml-1m", tmp_path / "plain")
     for place in ("unpacked", "zipped"):
         found = make("ml-1m", tmp_path / "nowhere", tmp_path / place)
-        assert found.schema == plain.schema and len(found.schema.source) == 2
+        assert found.schema == plain.schema and len(found.schema.source) == 3
         assert events(found) == events(plain)
     assert not list(tmp_path.rglob("evil.txt"))
     assert [path.name for path in (tmp_path / "zipped").iterdir()] == ["ml-1m.zip"]
