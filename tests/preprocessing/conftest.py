@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hstu.preprocessing.preprocessor import DATASETS
 
 from hstu.cli.preprocess import DATASETS
 from hstu.data import SequenceDataset
