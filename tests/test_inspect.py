@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hstu.cli.inspect import main
-from tests.samples import make_dataset
+from tests.samples import declared_features, make_dataset
 
 
 def test_the_report_shows_what_there_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -26,6 +26,24 @@ def test_the_report_shows_what_there_is(tmp_path: Path, capsys: pytest.CaptureFi
         assert f"  {feature:24} {role:8} {size + ' values':>16}" in out
     assert "user 2: 12 events country=" in out and "2001-09-" in out and "cold items" in out
     assert str(tmp_path / "picture.png") in out and (tmp_path / "picture.png").is_file()
+
+
+def test_declared_features_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dataset = make_dataset(tmp_path / "small", [3, 4, 12], declared=declared_features())
+    assert main([str(tmp_path / "small")]) == 0
+    out = capsys.readouterr().out
+    missing = np.isnan(dataset.item_features("image")).any(axis=1).mean()
+    for expected in (
+        f"  {'image':24} {'item':8} {'3 wide':>16}  vector, {missing:.1%} missing",
+        f"  {'price':24} {'event':8} {'-3 to 3':>16}  numeric, mean 0, deviation 1, median",
+        "categorical, known after the request",
+        "multi, table likes",
+        f"  {'request':24} {'event':8} {'9 values':>16}  kept, no input",
+    ):
+        assert expected in out
+    prices = dataset.gather(np.array([0]), np.array([0]), np.array([3]), ("price",)).of_events["price"][:, 0]
+    shown = [f"price {price:.4g}  place" for price in prices if not np.isnan(price)]
+    assert shown and all(text.split("  ")[0] in out for text in shown)
 
 
 def test_ids_cannot_steer_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -35,7 +35,7 @@ def report(dataset: SequenceDataset, found: Overview) -> str:
         first, last = (_date(second) for second in dataset.time_range())
         lines.append(f"  {'time':16} {first} to {last}")
     lines += ["", "features"]
-    lines += [_described(feature) for feature in schema.features]
+    lines += [_described(feature, found.missing.get(feature.name, 0.0)) for feature in schema.features]
     with warn_only("no sketch of lengths and popularity"):
         lines += ["", sketch_overview(found)]
     lines += ["", "examples, with the newest events last"]
@@ -44,7 +44,7 @@ def report(dataset: SequenceDataset, found: Overview) -> str:
     return "\n".join(lines)
 
 
-def _described(feature: Feature) -> str:
+def _described(feature: Feature, missing: float) -> str:
     whose, about = str(feature.role), [*(feature.bits or [feature.action_type or ""])]
     if feature.role in ("feature", "control"):
         whose, about = str(feature.level), ["kept, no input" if feature.role == "control" else str(feature.kind)]
@@ -52,6 +52,8 @@ def _described(feature: Feature) -> str:
         about += [] if feature.table in (None, feature.name) else [f"table {feature.table}"]
     if (known := feature.statistics) is not None:
         about.append(f"mean {known.mean:.4g}, deviation {known.std:.4g}, median {known.quantiles[50]:.4g}")
+    if missing:
+        about.append(f"{missing:.1%} missing")
     return f"  {feature.name:24} {whose:8} {size_of(feature):>16}  {', '.join(about)}".rstrip()
 
 
@@ -70,10 +72,21 @@ def _date(second: int) -> str:
 def _example(user: dict[str, Any]) -> str:
     contexts = "".join(f" {name}={printable(value)}" for name, value in user["contexts"].items())
     lines = [f"  user {printable(user['user'])}: {user['length']:,} events{contexts}"]
-    for item, action, time in user["events"]:
+    for item, action, time, features in user["events"]:
         shown = "" if action is None else f"  action {printable(action)}"
+        shown += "".join(
+            f"  {name} {printable(_short(value))}" for name, value in features.items() if value is not None
+        )
         lines.append(f"      {'' if time is None else _date(time):20} item {printable(item)}{shown}")
     return "\n".join(lines)
+
+
+def _short(value: Any) -> Any:
+    """A number of four digits, of a list the first values."""
+    if isinstance(value, list):
+        shown = ", ".join(str(_short(one)) for one in value[:4])
+        return f"[{shown}{', ...' if len(value) > 4 else ''}]"
+    return f"{value:.4g}" if isinstance(value, float) else value
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -10,12 +10,14 @@ import numpy as np
 
 from hstu.data.reader import SequenceDataset, Sequences
 from hstu.data.repeats import MANY_REPEATS, REPEATS_MATTER, count_repeats
-from hstu.data.schema import Feature
+from hstu.data.schema import Feature, Level, Schema, unknown_id
+from hstu.data.values import Sets, Values, count
 
 COLD_EVENTS = 5
 LARGE_SHARE = 0.1  # of all events, when one user or item has more
 EXAMPLES = 10
 _EVENTS_AT_ONCE = 1 << 21
+_LEVELS: tuple[Level, ...] = ("user", "event")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +32,7 @@ class Overview:
         repeats: Events with the time, item and action of another one of their user; without times, with the item
             and action of the one before.
         seen_again: Events of an item that their user met before.
+        missing: Share of the users, events or items that lack a value of a declared feature or control column.
         warnings: What deserves a look, a line each.
     """
 
@@ -39,6 +42,7 @@ class Overview:
     ties: int | None
     repeats: int
     seen_again: int
+    missing: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
 
@@ -48,7 +52,10 @@ def overview(dataset: SequenceDataset) -> Overview:
     popularity = np.zeros(schema.item.vocab_size or 0, np.int64)
     actions = None if schema.action is None else np.zeros(schema.action.vocab_size or 0, np.int64)
     ties = repeats = seen_again = 0
-    for events in _all_users(dataset):
+    lacking = dict.fromkeys(stored_names(schema), 0)
+    for events in _all_users(dataset, tuple(lacking)):
+        for name, values in (events.of_users | events.of_events).items():
+            lacking[name] += _missing(values, schema, name)
         np.add.at(popularity, events.items, 1)
         if actions is not None and events.actions is not None:
             np.add.at(actions, events.actions, 1)
@@ -65,6 +72,7 @@ def overview(dataset: SequenceDataset) -> Overview:
         ties=None if schema.time is None else ties,
         repeats=repeats,
         seen_again=seen_again,
+        missing=_shares(dataset, lacking),
     )
     found.warnings.extend([*_dominating(dataset, found), *_warnings(found)])
     return found
@@ -74,12 +82,13 @@ def examples(dataset: SequenceDataset, count: int = EXAMPLES, newest: int = 5) -
     """Return ``count`` users from the shortest sequence to the longest, with the original values of their ids.
 
     Each is ``user``, ``contexts`` (name -> value), ``length``, and ``events``: the ``newest``, oldest of them
-    first, each (item, action, time) with None for what the data set lacks.
+    first, each (item, action, time, features) with None for what the data set or the event lacks.
     """
     order = np.argsort(dataset.lengths, kind="stable")
     chosen = order[np.unique(np.linspace(0, len(order) - 1, min(count, len(order))).astype(np.int64))]
     stop = dataset.lengths[chosen]
-    events = dataset.gather(chosen, np.maximum(stop - newest, 0), stop)
+    declared = tuple(feature.name for feature in dataset.schema.stored("event"))
+    events = dataset.gather(chosen, np.maximum(stop - newest, 0), stop, declared)
     users = _originals(dataset, dataset.schema.user.name, chosen)
     contexts = {name: _originals(dataset, name, ids) for name, ids in events.contexts.items()}
     nothing = np.full(events.items.size, None)
@@ -87,7 +96,10 @@ def examples(dataset: SequenceDataset, count: int = EXAMPLES, newest: int = 5) -
     actions = nothing
     if action is not None and events.actions is not None:
         actions = _originals(dataset, action.name, events.actions)
-    table = list(zip(_originals(dataset, dataset.schema.item.name, events.items), actions, times, strict=True))
+    columns = {name: _listed(dataset, name, events.of_events[name]) for name in declared}
+    features = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    items = _originals(dataset, dataset.schema.item.name, events.items)
+    table = list(zip(items, actions, times, features or [{} for _ in items], strict=True))
     ends = np.cumsum(events.lengths)
     return [
         {
@@ -109,11 +121,36 @@ def size_of(feature: Feature) -> str:
     return "seconds" if feature.vocab_size is None else f"{feature.vocab_size:,} values"
 
 
-def _all_users(dataset: SequenceDataset) -> Iterator[Sequences]:
+def stored_names(schema: Schema) -> tuple[str, ...]:
+    """Return the declared features and control columns of users and events."""
+    return tuple(feature.name for level in _LEVELS for feature in schema.stored(level))
+
+
+def _missing(values: Values, schema: Schema, name: str) -> int:
+    """Count the values that are missing."""
+    if isinstance(values, Sets):
+        return int((values.lengths == 0).sum())
+    lost = np.isnan(values).any(axis=1) if values.ndim == 2 else values == unknown_id(schema, name)
+    return int(lost.sum())
+
+
+def _shares(dataset: SequenceDataset, lacking: dict[str, int]) -> dict[str, float]:
+    schema = dataset.schema
+    shares: dict[str, float] = {}
+    for level, number in (("user", dataset.num_users), ("event", dataset.num_events)):
+        for feature in schema.stored(level):  # type: ignore[arg-type]
+            shares[feature.name] = lacking[feature.name] / max(1, number)
+    for feature in schema.stored("item"):
+        values = dataset.item_features(feature.name)
+        shares[feature.name] = _missing(values, schema, feature.name) / count(values)
+    return shares
+
+
+def _all_users(dataset: SequenceDataset, features: tuple[str, ...] = ()) -> Iterator[Sequences]:
     """Yield the whole sequences of all users, about ``_EVENTS_AT_ONCE`` events at once."""
     chunk = np.cumsum(dataset.lengths) // _EVENTS_AT_ONCE
     for users in np.split(np.arange(dataset.num_users), np.flatnonzero(np.diff(chunk)) + 1):
-        yield dataset.gather(users, np.zeros_like(users), dataset.lengths[users])
+        yield dataset.gather(users, np.zeros_like(users), dataset.lengths[users], features)
 
 
 def _repeats(events: Sequences, inside: np.ndarray) -> int:
@@ -131,6 +168,16 @@ def _repeats(events: Sequences, inside: np.ndarray) -> int:
 def _same(values: np.ndarray | None) -> np.ndarray | bool:
     """Return where a value equals the one before it, [T]; True where there are none to differ."""
     return True if values is None else np.concatenate([[False], values[1:] == values[:-1]])[: values.size]
+
+
+def _listed(dataset: SequenceDataset, name: str, values: Values) -> list[Any]:
+    """Return original values, or numbers; None where one is missing."""
+    if isinstance(values, np.ndarray) and values.ndim == 2:
+        return [None if np.isnan(row).any() else row.tolist() if len(row) > 1 else float(row[0]) for row in values]
+    known = [*dataset.vocabulary(name).tolist(), None]
+    if isinstance(values, Sets):
+        return [[known[k] for k in part] for part in np.split(values.ids, values.offsets[1:-1])][: count(values)]
+    return [known[k] for k in values]
 
 
 def _originals(dataset: SequenceDataset, feature: str, ids: np.ndarray) -> np.ndarray:

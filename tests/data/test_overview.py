@@ -79,7 +79,7 @@ def test_examples_show_original_values_of_the_newest_events(tmp_path: Path) -> N
     whole = dataset.gather(np.array([3]), np.array([26]), np.array([30]))
     assert whole.actions is not None and whole.times is not None
     expected = zip((f"film {i}" for i in whole.items), whole.actions, whole.times, strict=True)
-    assert found[2]["events"] == list(expected)
+    assert found[2]["events"] == [(*event, {}) for event in expected]
     assert [len(user["events"]) for user in found] == [1, 4, 4]
     assert set(found[0]["contexts"]) == {"country", "age"}
     assert len(overview.examples(dataset)) == 6  # no user twice
