@@ -17,6 +17,7 @@ from hstu.data.interactions import ITEM, USER, InteractionSpec
 from hstu.data.schema import SCHEMA_FILE, Schema
 from hstu.data.table import preprocess_interactions
 from hstu.inference.frames import kind_of, to_polars
+from hstu.inference.report import report_at_end
 from hstu.inference.run import Run, open_run
 from hstu.interrupt import PoliteStop
 from hstu.parallel import Mesh
@@ -120,6 +121,7 @@ def fit(
             quiet=not verbose,
         )
         session.train(order, mesh, run)
+        report_at_end(run.path, mesh)
     best = mesh.on_main(lambda: find_checkpoint(last_window(run.path) / "checkpoints", "best"))
     return open_run(run.path, "latest" if best is None else "best", frames=kind)
 

@@ -28,6 +28,7 @@ _COMMON = (
     "TrainerArgs.train_batch_size=32",
     "TrainerArgs.eval_batch_size=64",
     "TrainerArgs.loggers=()",
+    "TrainerArgs.report=False",
 )
 BINDINGS = {
     "ranking": (*_COMMON, "RankingArgs.prediction_head_arch=[16, 1]"),

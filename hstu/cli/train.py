@@ -61,6 +61,7 @@ def main(task: Literal["ranking", "retrieval"]) -> None:
 
 
 def _run(task: Literal["ranking", "retrieval"], mesh: Mesh) -> None:
+    from hstu.inference import report
     from hstu.training import session
     from hstu.training.run_directory import RunDirectory
 
@@ -73,8 +74,12 @@ def _run(task: Literal["ranking", "retrieval"], mesh: Mesh) -> None:
         init_from=FLAGS.init_from,
         command=sys.argv,
     )
-    act = session.train if FLAGS.mode == "train" else session.score
-    act(order, mesh, RunDirectory(mesh.world.broadcast(_run_path())))
+    run = RunDirectory(mesh.world.broadcast(_run_path()))
+    if FLAGS.mode == "eval":
+        session.score(order, mesh, run)
+        return
+    session.train(order, mesh, run)
+    report.report_at_end(run.path, mesh)
 
 
 def _run_path() -> Path:

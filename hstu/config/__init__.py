@@ -17,7 +17,7 @@ from hstu.config.args import (
 )
 from hstu.config.backbones import RECOMPUTE
 from hstu.config.base import Args, ConfigError
-from hstu.config.load import LoadedConfig, find_config, load_config, operative_gin, task_of
+from hstu.config.load import LoadedConfig, find_config, load_config, operative_gin, read_settings, task_of
 
 __all__ = [
     "RECOMPUTE",
@@ -40,5 +40,6 @@ __all__ = [
     "find_config",
     "load_config",
     "operative_gin",
+    "read_settings",
     "task_of",
 ]

@@ -233,6 +233,12 @@ def _construct(name: str, fields: dict[str, Any]) -> Args:
     return cls(**fields)
 
 
+def read_settings(path: Path) -> dict[str, str]:
+    """Return ``Class.field`` -> value, as text, of a gin file, whoever its version of this library was."""
+    lines = (line.partition(" = ") for line in path.read_text().splitlines())
+    return {name: value for name, equals, value in lines if equals and "." in name}
+
+
 def operative_gin(config: args.Config) -> str:
     """Return every field of every class with the value that applies, as gin."""
     lines = []

@@ -41,6 +41,8 @@ class TrainerArgs(Args):
     pipeline_type: Literal["none", "native"] = "none"
     #: Deal the samples of a global batch to ranks by predicted work, not by count; losses stay the same.
     enable_balanced_shuffler: bool = True
+    #: Write report.html into the run directory at the end, see python -m hstu.cli.report.
+    report: bool = True
     #: Where curves go beside metrics.jsonl: "tensorboard", "wandb".
     loggers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
     #: "wandb": the project of the run and the group that it belongs to; the entity is that of the login, or

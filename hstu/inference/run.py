@@ -168,6 +168,18 @@ class Run:
         columns = {"user": pa.null(), "item": pa.null(), "score": pa.float32()}
         return to_frame(list(scored(self._opened, requests, catalogue)), columns, self._kind(pairs))
 
+    def held_out(self, users: Iterable[Any], k: int = 10) -> pl.DataFrame:
+        """Return what the model said of the test events of ``users``, with their number in ``event``.
+
+        Of a retrieval run the ``k`` best items before the event and its ``target``, of a ranking run the scores of it.
+        """
+        requests = make_prediction_requests(self._spec(users, None, split="test"), self._opened)
+        if self.task == "ranking":
+            answers = list(scored(self._opened, requests))
+        else:
+            answers = list(Recommended(self._opened, requests, AnswerOptions(top_k=k), self._catalogue))
+        return to_frame(answers, {"user": pa.null(), "item": pa.null(), "event": pa.int64()}, "polars")
+
     def evaluate(self, split: Literal["test", "valid"] = "test") -> dict[str, Any]:
         """Score the checkpoint on a split: the record that training writes to ``eval.json``, ``metrics`` and all.
 

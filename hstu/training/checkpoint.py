@@ -57,7 +57,7 @@ def model_identity(config: Config) -> dict[str, Any]:
     network = {
         f"NetworkArgs.{name}": value
         for name, value in dataclasses.asdict(config.network).items()
-        if name not in runtime
+        if name not in runtime and (name != "backbone_options" or value)
     }
     # What others follow from comes first: the first difference is named.
     identity = {
