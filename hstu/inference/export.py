@@ -66,7 +66,7 @@ def export(opened: Opened, output: Path, options: ExportOptions) -> None:
     if options.since is not None:
         _check_since(options, opened)
         about["since"] = options.since
-    with _new_directory(output, mesh) as folder, torch.no_grad():
+    with new_directory(output, mesh) as folder, torch.no_grad():
         if options.since is not None:
             _write_changes(options.since, opened, mesh, folder, about)
         elif retrieval is not None:
@@ -156,7 +156,7 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
 
 
 @contextmanager
-def _new_directory(path: Path, mesh: Mesh) -> Iterator[Path]:
+def new_directory(path: Path, mesh: Mesh) -> Iterator[Path]:
     """Yield a directory beside ``path`` that becomes it at the end; nothing is left of it after a failure."""
     path = path.absolute()
     partial = path.with_name(f".{path.name}.partial")

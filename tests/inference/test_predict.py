@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+from safetensors.torch import load_file
 
 import hstu
-from hstu.cli import baselines, export, predict
+from hstu.cli import attention, baselines, export, predict
 from hstu.data.synthetic import SyntheticConfig, generate
 from hstu.data.table import preprocess_interactions
 from hstu.layers.hstu import HSTUStack
@@ -421,3 +422,28 @@ def test_baselines_stand_beside_the_score(capsys: pytest.CaptureFixture[str], mo
         Path("retrieval/eval.json").unlink() if text is None else Path("retrieval/eval.json").write_text(text)
         assert baselines.main(["--run-dir", "retrieval"]) == 2 and words in capsys.readouterr().err
     Path("retrieval/eval.json").write_text(record)
+
+
+def test_attention_of_a_few_users(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    asked = pl.DataFrame({"who": ["u-07", "u-33"]})
+    asked.write_csv(tmp_path / "who.csv")
+    for task, more in (("retrieval", ("--split", "future")), ("ranking", ())):
+        flags = ["--run-dir", task, "--users", str(tmp_path / "who.csv"), "--output", str(tmp_path / task), *more]
+        assert attention.main([*flags, *COLUMNS[:2]]) == 0, capsys.readouterr().err
+        about = json.loads((tmp_path / task / "attention.json").read_text())
+        found = load_file(tmp_path / task / "attention.safetensors")
+        assert sorted(user["user"] for user in about["users"]) == ["u-07", "u-33"] and about["task"] == task
+        assert sorted(found) == [f"{user}/layer{layer}" for user in range(2) for layer in range(2)]
+        assert (tmp_path / task / "attention.png").read_bytes()[:4] == b"\x89PNG"
+        events = planted_log()[0]
+        for number, user in enumerate(about["users"]):
+            weights, tokens = found[f"{number}/layer0"], user["tokens"]
+            assert weights.shape == (2, len(tokens), len(tokens)) and weights.any() and not weights.triu(1).any()
+            items = [token for token in tokens if token.startswith("sku")]
+            own = events.filter(pl.col("who") == user["user"])["what"].to_list()
+            assert items == own[-len(items) :] and len(items) == min(len(own), 16 if task == "retrieval" else 18)
+    assert attention.main(["--run-dir", "ranking", "--split", "future", "--output", str(tmp_path / "no")]) == 2
+    assert "a ranking run scores given events" in capsys.readouterr().err
+    assert attention.main(["--run-dir", "retrieval", "--num-users", "0", "--output", str(tmp_path / "no")]) == 2
+    assert attention.main(["--run-dir", "retrieval", "--output", str(tmp_path / "ranking")]) == 2
+    assert "is there already" in capsys.readouterr().err and not (tmp_path / "no").exists()
