@@ -26,7 +26,7 @@ from hstu.data.atomic_directory import require_writable
 from hstu.data.cleaning import Missing
 from hstu.data.declarations import GRAMMAR
 from hstu.data.files import FORMATS, FileFormat, printable
-from hstu.data.interactions import Duplicates, InteractionSpec
+from hstu.data.interactions import ConsecutiveRepeats, Duplicates, InteractionSpec
 from hstu.data.overview import size_of
 from hstu.data.repeats import MANY_REPEATS, REPEATS_MATTER
 from hstu.data.schema import ActionType, Kind, Level, Schema
@@ -68,6 +68,11 @@ def define_flags() -> None:
         flags.DEFINE_string(f"{level}_features", None, f"{owner}: what columns of {level}s are: {GRAMMAR}; kinds: "
                             f"{', '.join(get_args(Kind))}, and control for what is only kept.")  # fmt: skip
     flags.DEFINE_string("set_separator", spec["set_separator"], "custom: between the members of sets, and vectors.")
+    flags.DEFINE_string("session_column", None, "custom: column of sessions, each a sequence, in place of users.")
+    flags.DEFINE_enum(
+        "consecutive_repeats", spec["consecutive_repeats"], get_args(ConsecutiveRepeats),
+        "custom: events of the item that the event before them is of.",
+    )  # fmt: skip
     flags.DEFINE_enum("duplicates", spec["duplicates"], get_args(Duplicates), "custom: rows that are equal.")
     flags.DEFINE_enum("missing", spec["missing"], get_args(Missing), "custom: rows that lack an id, time or action.")
     for name, prefix in TABLES.items():

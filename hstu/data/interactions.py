@@ -17,6 +17,7 @@ from hstu.data.schema import ActionType, Level, require_plain_name
 logger = logging.getLogger(__name__)
 
 Duplicates = Literal["error", "drop", "keep"]
+ConsecutiveRepeats = Literal["keep", "drop"]
 USER, ITEM, TIME = "user_id", "item_id", "timestamp"
 
 
@@ -37,6 +38,9 @@ class InteractionSpec:
         min_user_events: Users with fewer events are dropped (0 or 1: none) ...
         min_item_events: ... and items with fewer events, repeated until neither is left.
         max_user_events: Of each user the most recent ones are kept (0: all); the catalogue stays that of all.
+        session_column: Column of session ids in place of users: each session is a sequence of its own.
+        consecutive_repeats: "drop" leaves out events of the item that the event before them is of, after the filters
+            have counted; "keep" does not.
         duplicates: What to do with rows equal in all columns: "error", "drop" all but the first, or "keep".
         missing: What to do with rows that lack a user, an item, the time or the action: "error" or "drop" them; "keep"
             takes NA, NULL, NaN and None for ids, and refuses what is empty.
@@ -60,6 +64,8 @@ class InteractionSpec:
     min_user_events: int = 0
     min_item_events: int = 0
     max_user_events: int = 0
+    session_column: str | None = None
+    consecutive_repeats: ConsecutiveRepeats = "keep"
     duplicates: Duplicates = "error"
     missing: Missing = "error"
     event_features: str = ""
@@ -78,7 +84,15 @@ class InteractionSpec:
             raise ValueError(
                 f"action_column names {len(self.action_columns)} columns, a mask has up to {MAX_BITS} bits"
             )
-        for option, known in (("action_type", ActionType), ("duplicates", Duplicates), ("missing", Missing)):
+        if self.session_column is not None:
+            if self.user_column not in (USER, self.session_column):
+                raise ValueError(
+                    f"--session_column {self.session_column} beside --user_column {self.user_column}: a sequence is of a "
+                    "session or of a user; give one of them, and the other as an event feature, name:control"
+                )
+            object.__setattr__(self, "user_column", self.session_column)
+        kinds = {"action_type": ActionType, "duplicates": Duplicates, "missing": Missing}
+        for option, known in (kinds | {"consecutive_repeats": ConsecutiveRepeats}).items():
             choices = get_args(known)
             if getattr(self, option) not in choices:
                 value = getattr(self, option)

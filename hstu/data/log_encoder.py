@@ -270,6 +270,10 @@ class _PartEncoder:
         user -= first
         lengths = np.bincount(user, minlength=stop - first)
         order = _order(user, columns.get("time"))
+        if self._spec.consecutive_repeats == "drop":
+            again = (np.diff(item[order], prepend=-1) == 0) & (np.diff(user[order], prepend=-1) == 0)
+            order = order[~again]
+            lengths = np.bincount(user[order], minlength=stop - first)
         if self._spec.max_user_events:
             recent, lengths = most_recent(lengths, self._spec.max_user_events)
             order = order[recent]

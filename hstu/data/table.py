@@ -307,6 +307,7 @@ class _Cleaner:
         spec = self._spec
         filtered = self._rows - self._dropped - self._repeats - events
         has_filters = max(spec.min_user_events, spec.min_item_events) > 1 or spec.max_user_events
+        has_filters = has_filters or spec.consecutive_repeats == "drop"
         assert filtered == 0 or (has_filters and filtered > 0)  # every row is an event, or refused for a reason
         lacking = ", ".join(f"{number:,} without {name!r}" for name, number in self._reasons.items() if number)
         parts = [(lacking, self._dropped), (f"{self._repeats:,} duplicates", self._repeats)]

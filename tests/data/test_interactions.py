@@ -419,3 +419,26 @@ def test_one_row_a_user_with_lists(tmp_path: Path) -> None:
         encode(lists.with_columns(t=pl.col("t").list.head(2)))
     with pytest.raises(ValueError, match="column 't' holds lists, the item column 'item_id' does not"):
         encode(lists.with_columns(item_id=1))
+
+
+def test_consecutive_repeats_are_dropped_on_request() -> None:
+    frame = log(num_users=5, num_items=3)
+    kept, dropped = encode(frame), encode(frame, consecutive_repeats="drop")
+    wanted = [
+        [item for k, item in enumerate(items) if k == 0 or item != items[k - 1]] for items in by_hand(frame, "item_id")
+    ]
+    assert [originals(dropped, "item_id")[ids].tolist() for ids in sequences(dropped, "item_id")] == wanted
+    assert dropped.lengths.tolist() == list(map(len, wanted)) and dropped.lengths.sum() < kept.lengths.sum()
+    recent = encode(frame, consecutive_repeats="drop", max_user_events=4)
+    assert [originals(recent, "item_id")[ids].tolist() for ids in sequences(recent, "item_id")] == [
+        w[-4:] for w in wanted
+    ]
+
+
+def test_sessions_without_users() -> None:
+    frame = log()
+    renamed = encode(frame.rename({"user_id": "visit"}), session_column="visit")
+    assert renamed.schema.counts == encode(frame).schema.counts
+    assert (renamed.events["item_id"] == encode(frame).events["item_id"]).all()
+    with pytest.raises(ValueError, match="--session_column visit beside --user_column who: .*name:control"):
+        encode(frame, session_column="visit", user_column="who")
