@@ -87,8 +87,8 @@ class InteractionSpec:
         if self.session_column is not None:
             if self.user_column not in (USER, self.session_column):
                 raise ValueError(
-                    f"--session_column {self.session_column} beside --user_column {self.user_column}: a sequence is of a "
-                    "session or of a user; give one of them, and the other as an event feature, name:control"
+                    f"--session_column {self.session_column} beside --user_column {self.user_column}: a sequence is "
+                    "of one of them; give that, and the other as an event feature, name:control"
                 )
             object.__setattr__(self, "user_column", self.session_column)
         kinds = {"action_type": ActionType, "duplicates": Duplicates, "missing": Missing}
