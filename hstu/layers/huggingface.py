@@ -194,6 +194,9 @@ def _build(name: str, shape: dict[str, int], dropout: float) -> Any:
     if set(config.sub_configs) - _OWN_PARTS:
         text = config.get_text_config().model_type
         raise ValueError(f"it has parts of other kinds; use its text model{f', hf:{text}' if text != name else ''}")
+    if getattr(config, "attention_window", None) is not None:
+        raise ValueError("it attends within windows of its own, which take no mask; use another architecture, and "
+                         "NetworkArgs.max_attn_len for a window")  # fmt: skip
     if getattr(config, "attention_type", None) == "block_sparse":  # which has a mask of its own for long sequences
         config.attention_type = "original_full"
     if getattr(AutoModel._model_mapping[type(config)], "_is_stateful", False):

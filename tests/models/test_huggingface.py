@@ -12,13 +12,21 @@ import torch
 
 from hstu.config import Config, ConfigError
 from hstu.data import SequenceDataset
+from hstu.data.batch import Batch
 from hstu.layers.huggingface import HuggingFaceStack
 from hstu.models import build_model
 from hstu.ops import Mask
 from tests.layers.streams import make_tokens
 from tests.models.test_backbones import FULL, learnt, planted_chain
 from tests.models.test_masked import assert_evaluation_is_prediction
-from tests.models.test_models import LENGTHS, RANKING, assert_rows_see_only_what_is_before_them, batch_of, build
+from tests.models.test_models import (
+    LENGTHS,
+    RANKING,
+    assert_rows_see_only_what_is_before_them,
+    batch_of,
+    build,
+    changed,
+)
 from tests.samples import make_config, make_dataset, scores_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -77,6 +85,45 @@ def test_a_model_that_tells_positions_by_their_order_takes_no_candidates(dataset
 
 
 @needs_transformers
+@pytest.mark.parametrize(
+    ("name", "objective"),
+    [("electra", "replaced"), ("xlnet", "replaced"), ("albert", "permuted"), ("bert", "permuted")],
+)
+@torch.no_grad()
+def test_hidden_items_in_every_way(dataset: SequenceDataset, name: str, objective: str) -> None:
+    lines = (*SHAPE, "NetworkArgs.is_causal=False", f"RetrievalArgs.objective='{objective}'")
+    config = config_of(name, "retrieval", *lines, "RetrievalArgs.mask_probability=0.4")
+    model: Any = build(dataset, config, spread=False)
+    model.embeddings.weights["item"].data.normal_()
+    assert_evaluation_is_prediction(model.eval(), batch_of(dataset, config, "test", [0, 2, 3]))
+    batch = model.training_batch(batch_of(dataset, config))
+    request, asked = model.request(batch), batch.label_events
+    rows = model.encode(model.embeddings(batch.features), request)
+    owner, read = torch.repeat_interleave(batch.lengths("item")), 0
+    for event in range(batch.num_events):
+        moved = model.encode(model.embeddings(changed(batch, "item", event, 30).features), request) != rows
+        in_order = event not in asked.tolist() and (asked > event)
+        may = (owner[asked] == owner[event]) & (in_order if is_behind(batch, event) else event not in asked.tolist())
+        assert torch.equal(moved.any(1), may), event
+        read += int(may.sum())
+    assert read > 10
+
+
+def is_behind(batch: Batch, event: int) -> bool:
+    """Whether an event is in the place of a candidate."""
+    ends = batch.lengths("item").cumsum(0)
+    owner = int(torch.searchsorted(ends, torch.tensor(event), right=True))
+    return event >= int(ends[owner] - batch.num_candidates[owner])
+
+
+@needs_transformers
+def test_a_model_without_position_ids_permutes_nothing(dataset: SequenceDataset) -> None:
+    lines = (*SHAPE, "NetworkArgs.is_causal=False", "RetrievalArgs.objective='permuted'")
+    with pytest.raises(ConfigError, match="takes no position_ids; RetrievalArgs.objective = 'permuted' needs"):
+        build_model(config_of("xlnet", "retrieval", *lines), dataset.schema)
+
+
+@needs_transformers
 @pytest.mark.slow
 def test_every_causal_and_masked_type_works_or_is_refused_in_one_line() -> None:
     """The types that work are those that docs/backbones.md names."""
@@ -111,6 +158,8 @@ REFUSED = [
     ("gemma3", "hf:gemma3_text"),
     ("ctrl", "does not obey the attention mask"),
     ("reformer", "axial_pos_embds"),
+    ("longformer", "attends within windows of its own"),
+    ("transfo-xl", "the library has no model type 'transfo-xl'"),
 ]
 
 
