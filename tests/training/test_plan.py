@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import subprocess
@@ -128,9 +127,16 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 EVERY = {(c, t) for c in (1, 2, 4, 8, 16) for t in (1, 2, 4, 8) if 16 % (c * t) == 0}
 
 
-@functools.cache
-def spread(network: NetworkArgs, context: int, args: TensorModelParallelArgs) -> None:
-    """Do to a layer what training does to it."""
+def spread(
+    network: NetworkArgs,
+    context: int,
+    args: TensorModelParallelArgs,
+    done: set[str] = set(),  # noqa: B006
+) -> None:
+    """Do to a layer what training does to it, once for all that are alike."""
+    if (alike := repr((network, context, args))) in done:
+        return
+    done.add(alike)
     backbone = make_backbone(replace(network, num_layers=1), 17)
     with grid(context, args.tensor_model_parallel_size):
         if context > 1:
