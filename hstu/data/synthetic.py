@@ -217,18 +217,11 @@ def generate(
     segment = np.where(shown, types, context.integers(config.num_types, size=users))
     progress("scoring the oracle", events, 0.0)
 
-    def best(probability: np.ndarray, given: Circumstances, suffix: str = "") -> dict[str, dict[str, float]]:
-        ranks, last = oracle_ranks(models, types, items, lengths, given), np.cumsum(lengths) - 1
-        found = {}
-        for split, (column, held_out) in {"valid": (0, last - 1), "test": (1, last)}.items():
-            auc = area_under_curve(probability[held_out], actions[held_out])
-            found[split + suffix] = {"AUC": auc, **ranking_metrics(ranks[:, column])}
-        return found
-
-    scores = best(probability, given)
+    sequences = (types, items, lengths)
+    scores = _best_possible(models, sequences, given, probability, actions)
     if planted.values:
         unseen = Circumstances(np.full(events, -1), given.span)
-        scores |= best(without, unseen, WITHOUT_FEATURES)
+        scores |= _best_possible(models, sequences, unseen, without, actions, WITHOUT_FEATURES)
     schema = Schema(
         name=name,
         features=(
@@ -253,6 +246,23 @@ def generate(
         vocabularies={feature: pa.array(np.arange(size)) for feature, size in sizes_of.items()},
         categories={"cluster": model.cluster},
     )
+
+
+def _best_possible(
+    models: list[PlantedModel],
+    sequences: tuple[np.ndarray, np.ndarray, np.ndarray],
+    given: Circumstances,
+    probability: np.ndarray,
+    actions: np.ndarray,
+    suffix: str = "",
+) -> dict[str, dict[str, float]]:
+    """Score the oracle on the held-out events of ``sequences``: types and lengths [U] of users, items [T] between."""
+    ranks, last = oracle_ranks(models, *sequences, given), np.cumsum(sequences[2]) - 1
+    found = {}
+    for split, (column, held_out) in {"valid": (0, last - 1), "test": (1, last)}.items():
+        auc = area_under_curve(probability[held_out], actions[held_out])
+        found[split + suffix] = {"AUC": auc, **ranking_metrics(ranks[:, column])}
+    return found
 
 
 def _draw_all(

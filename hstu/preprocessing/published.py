@@ -123,19 +123,8 @@ def make_published(
     Raises:
         ValueError: For missing or malformed raw files, or other counts than the known ones.
     """
-    tables = {"user": known.users, "item": known.items}
-    present = {level: table for level, table in tables.items() if table is not None}
-    chosen: dict[str, Any] = known.filters | (filters or {})
-    spec = InteractionSpec(
-        name=name,
-        time_column="time",
-        action_column="action",
-        action_type="bitmask" if known.action_bits else "categorical",
-        action_name=known.action_name,
-        **{f"{level}s_file": table.name for level, table in present.items()},  # type: ignore[arg-type]
-        **{f"{level}_features": table.features for level, table in present.items()},  # type: ignore[arg-type]
-        **chosen,
-    )
+    present = _tables(known)
+    spec = _spec(name, known, filters or {})
     optional = frozenset(table.name for table in present.values())
     names = known.logs + tuple(table.name for table in present.values())
     raw = obtain(names, optional, known.archive, directories, download_to, check=check_counts)
@@ -160,6 +149,27 @@ def make_published(
         progress("replacing the data set", int(schema.counts["events"]), 1.0)
     progress.finish(reader.events)
     return schema
+
+
+def _tables(known: Published) -> dict[str, TableFile]:
+    """Return the files of users and items that are published, by level."""
+    tables = {"user": known.users, "item": known.items}
+    return {level: table for level, table in tables.items() if table is not None}
+
+
+def _spec(name: str, known: Published, filters: Counts) -> InteractionSpec:
+    present = _tables(known)
+    chosen: dict[str, Any] = known.filters | filters
+    chosen |= {f"{level}s_file": table.name for level, table in present.items()}
+    chosen |= {f"{level}_features": table.features for level, table in present.items()}
+    return InteractionSpec(
+        name=name,
+        time_column="time",
+        action_column="action",
+        action_type="bitmask" if known.action_bits else "categorical",
+        action_name=known.action_name,
+        **chosen,
+    )
 
 
 class _Reader:
