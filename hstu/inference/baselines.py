@@ -193,9 +193,14 @@ def _test_record(opened: Opened) -> dict[str, Any]:
         raise ValueError(f"{path}: not found; let training finish, or score the run with --mode eval")
     try:
         record = json.loads(path.read_text())
-        return {**record, "metrics": dict(record["metrics"]), "step": record["step"]}
+        record = {**record, "metrics": dict(record["metrics"]), "step": record["step"]}
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path}: is no record of a score; score the run again with --mode eval") from None
+    if "windows" in record:
+        raise ValueError(
+            f"{path}: is the mean of several windows; baselines are of a run of one, see DatasetArgs.window"
+        )
+    return record
 
 
 def _require_same(opened: Opened, model: dict[str, Any], record: dict[str, Any]) -> None:

@@ -418,7 +418,12 @@ def test_baselines_stand_beside_the_score(capsys: pytest.CaptureFixture[str], mo
     assert "eval.json: filter_seen = True, and the baselines have False" in capsys.readouterr().err
     assert baselines.main(["--run-dir", "retrieval", "--neighbours", "0"]) == 2
     record = Path("retrieval/eval.json").read_text()
-    for text, words in (("{}", "is no record of a score"), (None, "not found; let training finish")):
+    windows = json.dumps({"metrics": {}, "step": 3, "windows": [0, 1]})
+    for text, words in (
+        ("{}", "is no record of a score"),
+        (windows, "the mean of several windows"),
+        (None, "not found; let training finish"),
+    ):
         Path("retrieval/eval.json").unlink() if text is None else Path("retrieval/eval.json").write_text(text)
         assert baselines.main(["--run-dir", "retrieval"]) == 2 and words in capsys.readouterr().err
     Path("retrieval/eval.json").write_text(record)
