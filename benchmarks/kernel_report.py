@@ -182,8 +182,8 @@ def main() -> None:
     print(*(f"{c.removesuffix('_bytes'):>10}" for c in columns))
     reports = []
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        for started in [pool.submit(compile_kernel, *job, dtype=arguments.dtype, tile=tile) for job in jobs]:
-            reports.append(started.result())
+        for made in [pool.submit(compile_kernel, *job, dtype=arguments.dtype, tile=tile) for job in jobs]:
+            reports.append(made.result())
             print(*(f"{getattr(reports[-1], c)!s:>10}" for c in columns), flush=True)
     if arguments.out:
         content = {"triton": triton.__version__, "rows": [asdict(report) for report in reports]}

@@ -8,6 +8,7 @@ Serves to look at kernels, and at the time that a call takes on the host, where 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +20,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from hstu.ops.attention.triton import config
+
+_DEVICES = itertools.count(1000)
 
 
 class _Utils:
@@ -34,9 +37,10 @@ class NullDriver:
 
     def __init__(self, arch: int) -> None:
         self.target, self.utils = GPUTarget("cuda", arch, 32), _Utils()
+        self.device = next(_DEVICES)  # a kernel keeps what was compiled for each, whatever its architecture
 
     def get_current_device(self) -> int:
-        return 0
+        return self.device
 
     def get_current_stream(self, device: int) -> int:
         return 0

@@ -55,7 +55,7 @@ def tile_config(kernel: Kernel, device: str, width: int, *, biased: bool, longes
 
     Args:
         kernel: its name.
-        device: ``"sm80"``, ``"sm90"``, or ``"float32"`` for that dtype on any device.
+        device: ``"sm80"``, ``"sm90"``, or of any device ``"float32"`` for that dtype and ``"unaligned"``.
         width: the larger padded head width.
         biased: whether there is a relative bias.
         longest: tokens of the longest sequence, a power of two: no tile is more than twice as long.
@@ -80,6 +80,11 @@ def _capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def device_kind(device: torch.device, dtype: torch.dtype) -> str:
-    """Which part of the table is for tensors of this dtype on this device."""
-    return "float32" if dtype == torch.float32 else "sm90" if capability(device) >= 90 else "sm80"
+def device_kind(device: torch.device, dtype: torch.dtype, *, aligned: bool) -> str:
+    """Which part of the table is for tensors of this dtype on this device.
+
+    Heads that do not begin at multiples of 16 bytes are read value by value, whose addresses want registers.
+    """
+    if dtype == torch.float32:
+        return "float32"
+    return "unaligned" if not aligned else "sm90" if capability(device) >= 90 else "sm80"

@@ -58,7 +58,7 @@ class Launch:
         padded = padded_width(q.shape[2]), padded_width(v.shape[2])
         self.tile: TileConfig = tile_config(
             name,
-            device_kind(q.device, q.dtype),
+            device_kind(q.device, q.dtype, aligned=all(map(_is_aligned, inputs))),
             max(padded),
             biased=self.biased,
             longest=padded_width(batch.keys.longest or 1),
@@ -172,6 +172,12 @@ def check_device(q: Tensor) -> None:
         raise ValueError("the Triton kernels do not do float64: use backend='reference'")
     if not config.capability(q.device):
         raise ValueError("backend 'triton' needs a GPU, q is on the CPU: use backend='auto'")
+
+
+def _is_aligned(x: Tensor) -> bool:
+    """Whether every head of every row of ``x [T, H, d]`` is of whole 16 bytes and begins at a multiple of them."""
+    size = x.element_size()
+    return x.data_ptr() % 16 == 0 and all(n * size % 16 == 0 for n in (x.stride(0), x.stride(1), x.shape[2]))
 
 
 def describable(x: Tensor, padded: int) -> bool:
