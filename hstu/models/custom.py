@@ -24,7 +24,8 @@ def make_custom(network: NetworkArgs, max_tokens: int) -> nn.Module:
         ConfigError: if it cannot be made, or is no causal map of jagged tokens.
     """
     part = CUSTOM_BACKBONES.get(network.backbone)
-    assert part is not None, "check_backbone has refused it"
+    if part is None:
+        raise network.error("backbone", "is a name that no module goes by")
     # Whoever only measures a model builds it on the meta device, on which not every module can be made.
     measured = torch.get_default_device().type == "meta"
     with torch.device("cpu") if measured else contextlib.nullcontext():

@@ -33,7 +33,7 @@ def test_control_columns_stand_beside_scores_and_recommendations(tmp_path: Path)
     )
     titles = [[*WORDS["title"], None][k] for k in dataset.category_ids("title")]
     common = {"users": pa.array(["a", "b", "c"]), "vocabulary": pa.array(np.arange(50) + 100), "pairs": None,
-              "score_names": ("score",)}  # fmt: skip
+              "score_names": ("score",), "label_features": ()}  # fmt: skip
     asked = PredictionRequests(
         dataset=dataset, split=split, held_out=True, controls=Controls.read(dataset, ("user", "event")), **common
     )
