@@ -57,7 +57,8 @@ class FeatureColumn:
         codes, _ = self._ids.counts()
         originals, name = self._ids.originals(codes), self.declaration.name
         if not len(codes):
-            raise ValueError(f"{self.file}: column {name!r} has no value in any row; leave it out")
+            remedy = "leave it out" if self._judge else "is the log whole, or the file of another data set?"
+            raise ValueError(f"{self.file}: column {name!r} has no value in any row; {remedy}")
         self._numbering = Numbering(codes)
         members, sets = originals, None
         if self.declaration.kind == "multi":

@@ -33,7 +33,8 @@ def assert_as_good_as_reference(name: str, dtype: torch.dtype, factor: float = 2
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", CASES)
 def test_output_and_gradients(name: str, dtype: torch.dtype) -> None:
-    assert_as_good_as_reference(name, dtype)
+    # Tiles round the sums of tables in another order, which few entries of bfloat16 show.
+    assert_as_good_as_reference(name, dtype, 4.0 if dtype == torch.bfloat16 else 2.0)
 
 
 @pytest.mark.parametrize(

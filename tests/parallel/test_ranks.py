@@ -27,6 +27,12 @@ FAULTS = {
 PLAIN = [name for name, case in CASES.items() if case.plain_steps]
 # Each part of these is in another case.
 TWINS = (
+    "ranking-sgd-table",
+    "ranking-adam-column",
+    "ranking-adam-replicated",
+    "ranking-adam-l2-short",
+    "ranking-adagrad-clipped",
+    "retrieval-adam-uniform",
     "ranking-sgd-column",
     "retrieval-sgd-accumulated-short",
     "retrieval-adam-dynamic",
@@ -41,7 +47,6 @@ TWINS = (
 FIRST = [name for name in CASES if name not in TWINS]
 QUICK = (
     "context-ranking-candidates",
-    "context-ranking-declared",
     "context-retrieval-research",
     "context-retrieval-memory",
     "tensor-ranking-concat",

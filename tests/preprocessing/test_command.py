@@ -53,7 +53,7 @@ def test_movielens_beside_its_raw_files(command: Command, tmp_path: Path) -> Non
     write_ml_100k(tmp_path / "data" / "ml-100k", ratings())
     flags = ("--dataset-name=ml-100k", "--data-dir", "data")
     assert_refused(command(*flags), "u.data: 12 users, the published data set has 943", "--check_counts=false")
-    assert sorted(path.name for path in (tmp_path / "data").rglob("*")) == ["ml-100k", "u.data", "u.user"]
+    assert sorted(path.name for path in (tmp_path / "data").rglob("*")) == ["ml-100k", "u.data", "u.item", "u.user"]
     result = command(*flags, "--check-counts=false")
     assert result.returncode == 0, result.stderr
     assert SequenceDataset.open(tmp_path / "data" / "ml-100k").num_users == 12

@@ -81,6 +81,7 @@ def test_dropout_is_drawn_again_in_the_backward(name: str) -> None:
     torch.testing.assert_close((again["d_output"] * tensors["output"]).sum().double(), change, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_gate_drops_the_share_asked_for() -> None:
     options = replace(build(LAYERS["concat"], torch.float32)[1], dropout=0.25)
     rows = torch.ones(60, 14)
