@@ -27,9 +27,6 @@ FAULTS = {
 PLAIN = [name for name, case in CASES.items() if case.plain_steps]
 # Each part of these is in another case.
 TWINS = (
-    "ranking-sgd-table",
-    "ranking-adam-column",
-    "ranking-adam-replicated",
     "ranking-adam-l2-short",
     "ranking-adagrad-clipped",
     "retrieval-adam-uniform",
