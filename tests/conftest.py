@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 
 import pytest
 
@@ -27,3 +29,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in gpu_items:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def leave_job() -> Iterator[None]:
+    """Leave the job that ``hstu.fit`` and ``hstu.open_run`` join for good, for tests that make one of their own."""
+    yield
+    if (mesh := sys.modules.get("hstu.parallel.mesh")) is not None:
+        mesh.KEPT.close()

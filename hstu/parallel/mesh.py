@@ -19,6 +19,9 @@ from torch import Tensor
 from hstu.interrupt import Stopped, requested
 from hstu.parallel.rendezvous import join
 
+#: Leaves the job of :meth:`Mesh.of_process`, when the interpreter ends or somebody closes it.
+KEPT = contextlib.ExitStack()
+atexit.register(KEPT.close)
 _current: Mesh | None = None
 
 
@@ -170,9 +173,7 @@ class Mesh:
         if _current is None:
             if dist.is_initialized():
                 raise ValueError("torch.distributed is in use in this process; call destroy_process_group() first")
-            stack = contextlib.ExitStack()
-            atexit.register(stack.close)
-            return stack.enter_context(cls.create())
+            return KEPT.enter_context(cls.create())
         return _current
 
     def with_degrees(self, context: int, tensor: int) -> Mesh:
