@@ -6,9 +6,8 @@ import csv
 import re
 from codecs import BOM_UTF8
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, BinaryIO, NoReturn, Protocol, TypeVar
+from typing import Any, BinaryIO, NoReturn, Protocol
 
 import numpy as np
 import polars as pl
@@ -18,8 +17,6 @@ from hstu.preprocessing.raw_files import readable
 _CHUNK = 1 << 24  # bytes; blocks of less than 32 MiB are given back to the allocator, not to the system
 _LONGEST_LINE = 1 << 20  # bytes
 _REMEDY = "replace the file by the published one"
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -199,13 +196,3 @@ def whole_lines(stream: BinaryIO, place: str, digest: Digest) -> Iterator[bytes]
         chunk += rest
         digest.update(chunk)
         yield chunk if chunk.endswith(b"\n") else chunk + b"\n"
-
-
-def ahead(items: Iterator[T]) -> Iterator[T]:
-    """The same items, each made in a thread while the one before is in use."""
-    end = object()
-    with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(next, items, end)
-        while (item := coming.result()) is not end:
-            coming = pool.submit(next, items, end)
-            yield item  # type: ignore[misc]

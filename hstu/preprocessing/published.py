@@ -11,11 +11,12 @@ from typing import Any
 
 import polars as pl
 
+from hstu.data.files.source import ahead
 from hstu.data.interactions import InteractionSpec
 from hstu.data.log_encoder import EncodingOptions, encode_log
 from hstu.data.schema import Schema
 from hstu.data.writer import writing
-from hstu.preprocessing.layout import Layout, ahead, whole_lines
+from hstu.preprocessing.layout import Layout, whole_lines
 from hstu.preprocessing.progress import Progress
 from hstu.preprocessing.raw_files import Archive, OpenFile, RawFiles, obtain, readable
 
