@@ -182,14 +182,7 @@ def _is_aligned(x: Tensor) -> bool:
 
 def describable(x: Tensor, padded: int) -> bool:
     """Whether a tensor descriptor may load heads of ``x [T, H, d]``: rows and heads of whole 16 bytes, no padding."""
-    size = x.element_size()
-    return (
-        x.shape[2] == padded
-        and x.stride(1) == x.shape[2]
-        and x.stride(0) * size % 16 == 0
-        and x.data_ptr() % 16 == 0
-        and config.capability(x.device) >= 90
-    )
+    return x.shape[2] == padded and x.stride(1) == x.shape[2] and _is_aligned(x) and config.capability(x.device) >= 90
 
 
 def _described(x: Tensor, rows: int) -> TensorDescriptor:
