@@ -176,15 +176,9 @@ class RunDirectory:
         kept = f"{latest.resolve().name} is the last checkpoint" if latest.exists() else "there is no checkpoint yet"
         return f"{kept}; go on with --run-dir {self.whole}"
 
-    def result(self) -> dict[str, Any] | None:
-        """Return the test record of a run that has ended; None before."""
-        path = self.path / "eval.json"
-        found = _parsed(path.read_bytes()) if path.is_file() else None
-        return found if found is not None and found["step"] >= 0 else None
-
     def has_run(self) -> bool:
         """Return whether a run has been here."""
-        return self.metrics.is_file() or any(self.checkpoints.glob("step_*"))
+        return self.metrics.is_file() or any(self.path.glob("checkpoints/step_*")) or (self.path / WINDOWS).is_dir()
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:

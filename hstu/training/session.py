@@ -107,12 +107,14 @@ def _train_windows(
     mesh.on_main(lambda: run.describe(loaded, record))
     mesh.on_main(run.begin)
     init_from, records = config.trainer.init_from, list[dict[str, Any]]()
+    # Not what stands in the directories of windows: one that is half done may have been scored.
+    done: dict[int, dict[str, Any]] = mesh.on_main(lambda: {record["window"]: record for record in run.records()})
     for window, args in windows.items():
         if isinstance(args, str):
             logger.info("window %d is left out: %s", window, args)
             continue
         own = RunDirectory(window_path(run.path, window))
-        result: dict[str, Any] | None = mesh.on_main(own.result)
+        result = done.get(window)
         if result is None:
             logger.info("window %d of %d to %d", window, min(windows), max(windows))
             trainer = replace(config.trainer, init_from=init_from)

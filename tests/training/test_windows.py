@@ -116,6 +116,9 @@ def test_a_run_that_was_stopped_goes_on_in_the_middle_of_a_window(
     assert find_checkpoint(tmp_path / "run/windows/0001/checkpoints", "latest") is not None
     assert json.loads((tmp_path / "run/eval.json").read_text())["windows"] == [0], "what is done is there"
     monkeypatch.setattr(Trainer, "_after_step", honest)
+    with Mesh.create() as mesh:  # asked for its score, the run answers with the window that is half done
+        session.score(session.Order(task="retrieval", quiet=True), mesh, RunDirectory(tmp_path / "run"))
+    assert [r["window"] for r in windows_of(tmp_path / "run")] == [0, 1]
     train(data, tmp_path / "run")
     assert windows_of(tmp_path / "run") == windows_of(trained)
     assert (tmp_path / "run/windows.csv").read_text() == (trained / "windows.csv").read_text()
