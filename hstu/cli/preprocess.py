@@ -69,6 +69,7 @@ def define_flags() -> None:
                             f"{', '.join(get_args(Kind))}, and control for what is only kept.")  # fmt: skip
     flags.DEFINE_string("set_separator", spec["set_separator"], "custom: between the members of sets, and vectors.")
     flags.DEFINE_string("session_column", None, "custom: column of sessions, each a sequence, in place of users.")
+    flags.DEFINE_string("session_gap", None, "custom: 30m, 12h, 1d: cut users at gaps longer than it; ann#2 is one.")
     flags.DEFINE_enum(
         "consecutive_repeats", spec["consecutive_repeats"], get_args(ConsecutiveRepeats),
         "custom: events of the item that the event before them is of.",

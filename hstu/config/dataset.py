@@ -11,6 +11,12 @@ from hstu.config.base import Args
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}
 
 
+def seconds_of(length: str) -> int | None:
+    """Return the seconds of a length of time such as "30m", "12h", "1d" (of w, d, h, m, s); None if it is none."""
+    given = re.fullmatch(r"([1-9]\d{0,8})([wdhms])", length)
+    return None if given is None else int(given[1]) * _SECONDS[given[2]]
+
+
 @dataclass(frozen=True, kw_only=True)
 class DatasetArgs(Args):
     """Which preprocessed data set, and how much of each sequence.
@@ -129,8 +135,7 @@ class DatasetArgs(Args):
     @property
     def window_seconds(self) -> int | None:
         """The length of a window, in seconds, if it has one."""
-        given = re.fullmatch(r"([1-9]\d{0,8})([wdhms])", str(self.window))
-        return None if given is None else int(given[1]) * _SECONDS[given[2]]
+        return seconds_of(str(self.window))
 
     def _validate_stride(self) -> None:
         if self.train_stride is None:

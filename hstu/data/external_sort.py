@@ -77,6 +77,11 @@ class Runs:
         self._writer.shutdown()
         self._runs.sort(key=lambda run: run.source)
 
+    def remove(self) -> None:
+        """Remove the files; nothing can be read any more."""
+        for run in self._runs:
+            run.path.unlink()
+
     def _flush(self) -> None:
         if self._writing:
             self._writing.result()

@@ -50,7 +50,7 @@ class TableFeatures:
         Args:
             level: Whose table it is.
             table: One row for each of them, or None.
-            known: Ids of those of the log.
+            known: Ids of those of the log, any number of times.
             spec: Names of columns and files, and what is declared.
             absent: Value of categories for those who are not in the table, "" for none; None refuses them.
             judge: See ``FeatureColumn``.
@@ -120,16 +120,16 @@ def _rows_of(
         ids, known = ids.cast(pl.String), known.cast(pl.String)
     row_of = pl.DataFrame({"id": ids, "row": np.arange(len(ids))})
     rows = known.to_frame("id").join(row_of, on="id", how="left", maintain_order="left")["row"]
-    missing = known.filter(rows.is_null())
+    missing = known.filter(rows.is_null()).unique(maintain_order=True)
     if len(missing) and absent is not None:
         given = f"they get {absent!r}" if absent else "they have no features"
         logger.info("%s: %d %ss of %s are missing; %s", file, len(missing), level, spec.file, given)
     elif len(missing):
         raise ValueError(
-            f"{file}: {len(missing)} of {len(known)} {level}s of {spec.file} are missing "
+            f"{file}: {len(missing)} of {known.n_unique()} {level}s of {spec.file} are missing "
             f"(for example {missing[0]!r}); add them or leave the {level}s file out"
         )
-    idle = len(ids) - (len(known) - len(missing))
+    idle = len(ids) - rows.n_unique() + bool(len(missing))
     if idle:
         logger.info("%s: %d %ss without events are left out", file, idle, level)
     return rows

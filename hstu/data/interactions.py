@@ -10,6 +10,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
+from hstu.config.dataset import seconds_of
 from hstu.data.cleaning import MAX_BITS, Missing
 from hstu.data.declarations import Declaration, parse_declarations
 from hstu.data.schema import ActionType, Level, require_plain_name
@@ -39,6 +40,8 @@ class InteractionSpec:
         min_item_events: ... and items with fewer events, repeated until neither is left.
         max_user_events: Of each user the most recent ones are kept (0: all); the catalogue stays that of all.
         session_column: Column of session ids in place of users: each session is a sequence of its own.
+        session_gap: A length of time, as "30m" (of w, d, h, m, s): a user's events are cut wherever more than that lies
+            between two of them, and session 2 of user "ann" becomes a sequence of its own, "ann#2".
         consecutive_repeats: "drop" leaves out events of the item that the event before them is of, after the filters
             have counted; "keep" does not.
         duplicates: What to do with rows equal in all columns: "error", "drop" all but the first, or "keep".
@@ -65,6 +68,7 @@ class InteractionSpec:
     min_item_events: int = 0
     max_user_events: int = 0
     session_column: str | None = None
+    session_gap: str | None = None
     consecutive_repeats: ConsecutiveRepeats = "keep"
     duplicates: Duplicates = "error"
     missing: Missing = "error"
@@ -84,6 +88,8 @@ class InteractionSpec:
             raise ValueError(
                 f"action_column names {len(self.action_columns)} columns, a mask has up to {MAX_BITS} bits"
             )
+        if self.session_gap is not None:
+            self._check_gap(self.session_gap)
         if self.session_column is not None:
             if self.user_column not in (USER, self.session_column):
                 raise ValueError(
@@ -108,6 +114,16 @@ class InteractionSpec:
         if repeated := [column for column in columns if columns.count(column) > 1]:
             raise ValueError(f"column {repeated[0]!r} is named for two roles; each role needs its own")
         self._check_declarations()
+
+    def _check_gap(self, gap: str) -> None:
+        if seconds_of(gap) is None:
+            raise ValueError(f"--session_gap {gap!r} is no length of time; give one such as 30m, 12h or 1d")
+        if self.time_column is None:
+            raise ValueError(f"--session_gap {gap} needs the times of events; name their column with --time_column")
+        if self.session_column is not None:
+            raise ValueError(
+                f"--session_gap {gap} beside --session_column {self.session_column}: leave one of them out"
+            )
 
     def _check_declarations(self) -> None:
         declared = [*self.declared("event"), *self.declared("user"), *self.declared("item")]

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -21,6 +22,7 @@ from hstu.data.interactions import ITEM, TIME, USER, InteractionSpec, most_recen
 from hstu.data.numbering import Numbering
 from hstu.data.repeats import count_repeats
 from hstu.data.schema import Feature, Schema, count_statistics
+from hstu.data.sessions import cut_at_gaps, order_of
 from hstu.data.spill import FEATURE, ROW_HASH, Log, Progress, find_repeats, first_of_equals
 from hstu.data.splits import MIN_EVENTS
 from hstu.data.values import Values, take
@@ -106,6 +108,9 @@ def encode_log(
         ValueError: If the log is empty, nothing passes the filters, or the users or items table is wrong.
     """
     log = _spill(blocks, spec, options, writer)
+    if spec.session_gap:
+        runs = Runs(_folder(writer, "sessions"), options.events_per_run)
+        log = cut_at_gaps(log, spec, options.ticks_per_second, options.events_per_part, runs, progress)
     user_counts, item_counts = log.users.counts(), log.items.counts()
     check_counts({"users": len(user_counts[0]), "items": len(item_counts[0]), "events": log.runs.rows})
     repeats = find_repeats(log.runs, user_counts, item_counts, options.events_per_part, progress)
@@ -123,10 +128,8 @@ def encode_log(
 def _spill(
     blocks: Iterable[tuple[int, pl.DataFrame]], spec: InteractionSpec, options: EncodingOptions, writer: DatasetWriter
 ) -> Log:
-    folder = writer.work / "runs"
-    folder.mkdir()
     features = {told.name: FeatureColumn(told, spec.file, judge=options.judge) for told in spec.declared("event")}
-    log = Log(Runs(folder, options.events_per_run), features=features)
+    log = Log(Runs(_folder(writer, "runs"), options.events_per_run), features=features)
     try:
         for source, block in blocks:
             log.spill(source, block)
@@ -135,6 +138,12 @@ def _spill(
     if not log.runs.rows:
         raise ValueError(f"{spec.file}: has no rows; give a file with at least one")
     return log
+
+
+def _folder(writer: DatasetWriter, name: str) -> Path:
+    folder = writer.work / name
+    folder.mkdir()
+    return folder
 
 
 def _describe(
@@ -148,7 +157,8 @@ def _describe(
     """Write the vocabularies; returns features, values of those of users, and what makes ids of actions' codes."""
     vocabularies = {USER: log.users.originals(kept.users), ITEM: log.items.originals(kept.items)}
     absent_items, judge = "" if options.absent_items else None, options.judge
-    of_users = TableFeatures.read("user", tables[0], vocabularies[USER], spec, options.absent_context, judge=judge)
+    owners = log.users.owners(kept.users)
+    of_users = TableFeatures.read("user", tables[0], owners, spec, options.absent_context, judge=judge)
     of_items = TableFeatures.read("item", tables[1], vocabularies[ITEM], spec, absent_items, judge=judge)
     for table in (of_users, of_items):
         vocabularies |= {name: vocabulary for name, (_, vocabulary) in table.undeclared.items()}
@@ -269,7 +279,7 @@ class _PartEncoder:
             columns = {name: values[stays] for name, values in columns.items()}
         user -= first
         lengths = np.bincount(user, minlength=stop - first)
-        order = _order(user, columns.get("time"))
+        order = order_of(user, columns.get("time"))
         if self._spec.consecutive_repeats == "drop":
             again = (np.diff(item[order], prepend=-1) == 0) & (np.diff(user[order], prepend=-1) == 0)
             order = order[~again]
@@ -286,21 +296,6 @@ class _PartEncoder:
         for name, column in self.features.items():
             events[name] = column.values(columns[FEATURE + name][order])
         return lengths, events
-
-
-def _order(user: np.ndarray, time: np.ndarray | None) -> np.ndarray:
-    """Positions that sort by user, then time, then position."""
-    if time is None or len(time) == 0:
-        return np.argsort(user, kind="stable")
-    if np.issubdtype(time.dtype, np.floating):
-        return np.lexsort((time, user))
-    time = time.astype(np.int64)
-    earliest, latest = int(time.min()), int(time.max())
-    span = latest - earliest + 1
-    if span * (int(user.max()) + 1) >= 2**63:
-        return np.lexsort((time, user))
-    # One key in place of two sorts faster.
-    return np.argsort(user * span + (time - earliest), kind="stable")
 
 
 def _write_parts(

@@ -114,6 +114,10 @@ class Ids:
         counts, self._counts = self._counts, ValueCounts()
         return counts.result()
 
+    def owners(self, codes: np.ndarray) -> pl.Series:
+        """The users that the codes stand for: :meth:`originals`, where a sequence is a user."""
+        return self.originals(codes)
+
     def originals(self, codes: np.ndarray) -> pl.Series:
         """The ids that the codes stand for."""
         if self._known is None:

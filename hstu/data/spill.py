@@ -11,6 +11,7 @@ import polars as pl
 from hstu.data.external_sort import Runs
 from hstu.data.feature_codes import FeatureColumn
 from hstu.data.numbering import Ids, Numbering
+from hstu.data.sessions import Sessions
 from hstu.data.writer import part_bounds
 
 FEATURE = "feature: "  # before the name of a feature of events, a column of a block
@@ -53,13 +54,14 @@ class Log:
     """A log on disk and what was counted on the way."""
 
     runs: Runs
-    users: Ids = field(default_factory=Ids)
+    users: Ids | Sessions = field(default_factory=Ids)
     items: Ids = field(default_factory=Ids)
     actions: Actions = field(default_factory=Actions)
     features: dict[str, FeatureColumn] = field(default_factory=dict)
 
     def spill(self, source: int, block: pl.DataFrame) -> None:
         """Add events of a file; for the columns see :func:`hstu.data.log_encoder.encode_log`."""
+        assert isinstance(self.users, Ids)  # sessions are cut when all is spilled
         columns = {"user": self.users.codes(block["user"]), "item": self.items.codes(block["item"])}
         if "action" in block.columns:
             columns["action"] = self.actions.codes(block["action"])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 
 from hstu.data import EncodedDataset, SequenceDataset
 from hstu.data.files import blocks as module
+from hstu.data.log_encoder import EncodingOptions
 from hstu.data.table import preprocess_interactions
 from tests.samples import read_back
 
@@ -442,3 +444,42 @@ def test_sessions_without_users() -> None:
     assert (renamed.events["item_id"] == encode(frame).events["item_id"]).all()
     with pytest.raises(ValueError, match="--session_column visit beside --user_column who: .*name:control"):
         encode(frame, session_column="visit", user_column="who")
+
+
+@pytest.mark.parametrize("unit", [1, 1000, 0.5])
+def test_sequences_are_cut_at_gaps(unit: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    frame = log(num_users=6).with_columns(t=1_700_000_000 + pl.col("t").pow(2) * 30)
+    users = pl.DataFrame({"user_id": np.arange(7) * 7, "age": np.arange(7) + 20})
+    wanted: dict[str, list[int]] = {}
+    for user in sorted(frame["user_id"].unique()):
+        rows = sorted(frame.filter(user_id=user).iter_rows(named=True), key=lambda row: row["t"])
+        number = 0
+        for before, row in zip([None, *rows], rows, strict=False):
+            number += before is None or row["t"] - before["t"] > 30 * 60
+            wanted.setdefault(f"{user}#{number}", []).append(row["item_id"])
+    scaled = frame.with_columns(t=(pl.col("t") * unit).cast(pl.Int64) if unit > 1 else pl.col("t") / 1)
+    pieces = partial(EncodingOptions, events_per_part=1, events_per_run=200)
+    monkeypatch.setattr("hstu.data.table.EncodingOptions", pieces)
+    options = {"session_gap": "30m", "user_features": "age:numeric", "duplicates": "keep"}
+    found = encode(scaled, users, **options)
+    names = originals(found, "user_id").tolist()
+    assert len(wanted) > 12 and names == list(wanted)
+    assert [originals(found, "item_id")[ids].tolist() for ids in sequences(found, "item_id")] == list(wanted.values())
+    assert found.contexts["age"][:, 0].tolist() == [20 + int(name.split("#")[0]) // 7 for name in names]
+    # Filters and repeats are of sessions.
+    short = encode(scaled, users, min_user_events=3, **options)
+    assert originals(short, "user_id").tolist() == [name for name in names if len(wanted[name]) >= 3]
+
+
+def test_a_gap_is_checked() -> None:
+    frame = log().with_columns(visit=1)
+    for options, message in (
+        ({"session_gap": "half an hour"}, "--session_gap 'half an hour' is no length of time; give one such as 30m"),
+        ({"session_gap": "0m"}, "--session_gap '0m' is no length"),
+        ({"session_gap": "30m", "time_column": None}, "--session_gap 30m needs the times of events; .*--time_column"),
+        ({"session_gap": "30m", "session_column": "visit"}, "--session_gap 30m beside --session_column visit: leave"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            encode(frame, **options)
+    with pytest.raises(ValueError, match=r"users: 30 of 30 users of interactions are missing \(for example 0\)"):
+        encode(frame, pl.DataFrame({"user_id": [1], "age": [3]}), session_gap="1s")
