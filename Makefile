@@ -7,7 +7,7 @@ QUICK  := -m pytest -m "not slow" -n 2 --dist loadscope --no-loadscope-reorder
 LOCKS  := $(wildcard requirements/*.txt requirements/*/pyproject.toml)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-all test-lowest test-latest lint format demo figs lock clean
+.PHONY: help venv test test-all test-lowest test-latest lint format demo figs docs docs-serve lock clean
 
 help:  ## List the targets
 	@sed -nE 's/^([a-z-]+):.*  ## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -43,7 +43,7 @@ test-latest:  ## Run the quick tests with the newest versions that pyproject.tom
 test-lowest test-latest: test-%:
 	$(PYTHON) -m venv --clear $(VENV)-$*
 	@$(if $(filter lowest,$*),$(PYTHON) requirements/lowest.py,true) > $(VENV)-$*/constraints.txt
-	$(VENV)-$*/bin/python -m pip install --quiet -c $(VENV)-$*/constraints.txt ./requirements/fbgemm-gpu-shim -e '.[wandb,faiss,hf,dev]'
+	$(VENV)-$*/bin/python -m pip install --quiet -c $(VENV)-$*/constraints.txt ./requirements/fbgemm-gpu-shim -e '.[wandb,faiss,hf,docs,dev]'
 	@$(VENV)-$*/bin/python -m pip check
 	@$(VENV)-$*/bin/python -m hstu.cli.env
 	$(VENV)-$*/bin/python $(QUICK)
@@ -66,6 +66,12 @@ demo: venv  ## Train ranking and retrieval on planted data; print each score bes
 
 figs: venv  ## Draw figs/*.png again
 	$(BIN)/python figs/draw.py
+
+docs: venv  ## Build the documents into build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+docs-serve: venv  ## Show the documents on this machine, built again at each change
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 lock:  ## Resolve requirements/*.in again into the pinned requirements/*.txt
 	requirements/lock.sh $(PYTHON)

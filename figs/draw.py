@@ -1,4 +1,4 @@
-"""Draw the figures of the README: `make figs`, or `python figs/draw.py [OUTPUT_DIR]`."""
+"""Draw the figures of the documents: `make figs`, or `python figs/draw.py [OUTPUT_DIR]`."""
 
 from __future__ import annotations
 

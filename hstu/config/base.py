@@ -42,11 +42,11 @@ def _coerce(annotation: Any, value: Any) -> Any:
                 return _coerce(option, value)
             except TypeError:
                 continue
-        raise TypeError(_describe(annotation))
+        raise TypeError(describe(annotation))
     if origin is typing.Literal:
         if value in arguments and isinstance(value, str):
             return value
-        raise TypeError(_describe(annotation))
+        raise TypeError(describe(annotation))
     if origin is tuple and isinstance(value, (list, tuple)):
         return tuple(_coerce(arguments[0], item) for item in value)
     if origin is dict and isinstance(value, dict):
@@ -62,7 +62,7 @@ def _coerce(annotation: Any, value: Any) -> Any:
         raise TypeError("a finite number")
     if annotation in (int, str, bool) and type(value) is annotation:
         return value
-    raise TypeError(_describe(annotation))
+    raise TypeError(describe(annotation))
 
 
 def brief(value: Any) -> str:
@@ -90,18 +90,19 @@ def _numbers(value: Any) -> Iterator[float]:
         yield from _numbers(tuple(value.values()))
 
 
-def _describe(annotation: Any) -> str:
+def describe(annotation: Any) -> str:
+    """Return in words what a field with this annotation may hold."""
     names = {int: "an integer", float: "a number", str: "a string", bool: "True or False", type(None): "None"}
     if annotation in names:
         return names[annotation]
     if typing.get_origin(annotation) is typing.Literal:
         return "one of " + ", ".join(repr(choice) for choice in typing.get_args(annotation))
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        return " or ".join(_describe(option) for option in typing.get_args(annotation))
+        return " or ".join(describe(option) for option in typing.get_args(annotation))
     if typing.get_origin(annotation) is tuple:
-        return f"a list, each item {_describe(typing.get_args(annotation)[0])}"
+        return f"a list, each item {describe(typing.get_args(annotation)[0])}"
     key, value = typing.get_args(annotation)
-    return f"a dict of {_describe(key)} to {_describe(value)}"
+    return f"a dict of {describe(key)} to {describe(value)}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

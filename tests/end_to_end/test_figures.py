@@ -1,4 +1,4 @@
-"""What README and the headers of the planted configs say of a run is what a run gives."""
+"""What the documents and the headers of the planted configs say of a run is what a run gives."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ ERROR = 4 * 0.0065 * 2**0.5
 
 def stated() -> Iterator[tuple[str, str, str, float, float]]:
     """Yield where a figure stands, its task and metric, the score and the best possible one."""
-    readme = (ROOT / "README.md").read_text()
+    readme, results = ((ROOT / name).read_text() for name in ("README.md", "docs/results.md"))
     for task, metric, score, best in re.findall(r"^runs/demo/(\w+) +(\S+) +(0\.\d+) +(0\.\d+) ", readme, re.M):
         yield "README.md, demo", task, metric, float(score), float(best)
     for task in METRICS:
-        (row,) = re.findall(rf"^\| `synthetic_{task}\.gin` \|.*$", readme, re.M)
+        (row,) = re.findall(rf"^\| `synthetic_{task}\.gin` \|.*$", results, re.M)
         for metric, score, best in re.findall(r"(\S+) (0\.\d+) of (0\.\d+)", row):
-            yield "README.md, results", task, metric, float(score), float(best)
+            yield "docs/results.md", task, metric, float(score), float(best)
         config = ROOT / "configs" / f"synthetic_{task}.gin"
         (header,) = re.findall(r"^# [\d-]+: test (.*?)\.?$", config.read_text(), re.M)
         scores, best_ones = header.split("; best possible ")
@@ -34,7 +34,7 @@ def stated() -> Iterator[tuple[str, str, str, float, float]]:
 
 def test_every_place_states_every_metric() -> None:
     found = sorted((where, metric) for where, _, metric, _, _ in stated())
-    places = ("README.md, demo", "README.md, results")
+    places = ("README.md, demo", "docs/results.md")
     wanted = [(place, metric) for place in places for metrics in METRICS.values() for metric in metrics]
     wanted += [(f"synthetic_{task}.gin", metric) for task, metrics in METRICS.items() for metric in metrics]
     assert found == sorted(wanted)
