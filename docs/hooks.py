@@ -88,7 +88,8 @@ def on_page_content(content: str, *, page: Page, config: MkDocsConfig, files: Fi
 
     def field(match: re.Match[str]) -> str:
         owner, name, _ = match.groups()
-        if name not in getattr(config_classes().get(owner), "__dataclass_fields__", {}):
+        known = config_classes()
+        if owner not in known or name not in {field.name for field in dataclasses.fields(known[owner])}:
             raise PluginError(f"{page.file.src_uri}: there is no field {owner}.{name}")
         return f'<a href="{reference}#{owner}.{name}">{match[0]}</a>'
 

@@ -7,7 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pytest
@@ -152,7 +152,8 @@ def test_prose_names_flags_fields_and_scripts_that_there_are() -> None:
     for path in DOCUMENTS:
         prose = FENCE.sub("", path.read_text())
         for owner, name in re.findall(r"\b([A-Z]\w+Args)\.(\w+)", prose):
-            assert name in getattr(hstu.config, owner).__dataclass_fields__, f"{path.name}: {owner}.{name}"
+            known_fields = {field.name for field in fields(getattr(hstu.config, owner))}
+            assert name in known_fields, f"{path.name}: {owner}.{name}"
         for code in re.findall(r"`([^`\n]+(?:\n[^`\n]+)?)`", prose):
             for flag in re.findall(r"(?:^|\s)(--[a-z][\w-]*)", code):
                 assert flag in FOREIGN or flag[2:].replace("-", "_") in known, f"{path.name}: {flag}"
