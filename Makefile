@@ -1,13 +1,14 @@
-# Every target but help, clean and lock creates .venv with the pinned versions when it is missing.
+# Every target but help, clean, lock and test-gpu creates .venv with the pinned versions when it is missing.
 PYTHON ?= python3.11
 VENV   := .venv
 BIN    := $(VENV)/bin
 RUN    := runs/demo
+WORKERS ?= 12
 QUICK  := -m pytest -m "not slow" -n 2 --dist loadscope --no-loadscope-reorder
 LOCKS  := $(wildcard requirements/*.txt requirements/*/pyproject.toml)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-all test-lowest test-latest lint format demo figs docs docs-serve lock clean
+.PHONY: help venv test test-all test-gpu test-lowest test-latest lint format demo figs docs docs-serve lock clean
 
 help:  ## List the targets
 	@sed -nE 's/^([a-z-]+):.*  ## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -36,6 +37,9 @@ test: venv  ## Run the quick tests and the import contract
 
 test-all: venv  ## Run every test
 	$(BIN)/python -m pytest
+
+test-gpu:  ## Run every test that needs a GPU, by WORKERS processes of PYTHON, whose packages stay as they are
+	$(PYTHON) -m pytest tests/gpu --tb=short -rs -n $(WORKERS) --dist loadgroup --durations 5
 
 test-lowest:  ## Run the quick tests with the oldest versions that pyproject.toml allows, in .venv-lowest
 test-latest:  ## Run the quick tests with the newest versions that pyproject.toml allows, in .venv-latest

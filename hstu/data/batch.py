@@ -42,6 +42,7 @@ class Batch(Pipelineable):
         numbers: Numeric feature or vector -> float32, [E, width] of events or [B, width] of users, NaN where missing.
         set_lengths: Feature whose value is a set, one for each event -> ids of each event's, [E] int64.
         targets: Feature that is predicted -> its values of all events, ids [E] int64 or numbers [E, width].
+        pool: [P] int64, distinct labels of all ranks, where they are to be told apart from each other; else None.
     """
 
     features: KeyedJaggedTensor
@@ -57,6 +58,7 @@ class Batch(Pipelineable):
     numbers: dict[str, Tensor] = field(default_factory=dict)
     set_lengths: dict[str, Tensor] = field(default_factory=dict)
     targets: dict[str, Tensor] = field(default_factory=dict)
+    pool: Tensor | None = None
 
     @property
     def num_samples(self) -> int:

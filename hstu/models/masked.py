@@ -30,7 +30,7 @@ class MaskedRetrievalModel(RetrievalModel):
     def training_batch(self, batch: Batch) -> Batch:
         """Hide each event with ``mask_probability``, or the last one of its sample alone."""
         hidden = self._hidden(batch).nonzero().squeeze(1)
-        return batch.with_labels(hidden, batch.ids(self.item)[hidden])
+        return self.with_shared_pool(batch.with_labels(hidden, batch.ids(self.item)[hidden]))
 
     def scoring_request(self, batch: Batch) -> RetrievalLookup:
         """Hide the event after the one labelled one of each sample."""

@@ -16,6 +16,7 @@ from hstu.data.splits import Split
 POOL_SIZE = 8192
 """Negatives of a larger catalogue are drawn from a pool of at most this many items, new for each step."""
 _UNDER_WAY = 8  # steps that a pipeline has begun at once, at most
+_NOTHING = 1 << 60  # more than any sample and item together
 _CACHED = 1 << 15  # numbers scrambled at once, so that they stay in cache
 
 
@@ -95,9 +96,9 @@ class NegativeSampler:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         if self.strategy == "log_uniform":
             uniform = torch.rand(POOL_SIZE, generator=generator, dtype=torch.float64)
-            return self._log_uniform(uniform.to(labels.device))
+            return self._log_uniform(_copied(uniform, labels.device))
         drawn = torch.randint(self.num_items, (POOL_SIZE,), generator=generator)
-        return drawn.unique().to(labels.device)
+        return _copied(drawn.unique(), labels.device)
 
     def drawable(self, pool: Tensor, step: int) -> int | Tensor:
         """Return how many of the ``pool`` of ``step``, from the first on, may be drawn from."""
@@ -113,8 +114,8 @@ class NegativeSampler:
             rows = torch.arange(self.num_rows)
             if self.num_rows > POOL_SIZE:
                 rows = torch.randint(self.num_rows, (POOL_SIZE,), generator=generator).unique()
-            others = torch.randint(self.num_items, rows.shape, generator=generator).to(device)
-            ids, number = self.holders(rows.to(device))
+            others = _copied(torch.randint(self.num_items, rows.shape, generator=generator), device)
+            ids, number = self.holders(_copied(rows, device))
             ids = ids[torch.arange(len(ids), device=device) % number.clamp(min=1)]
             pool = torch.where(number > 0, ids, others), torch.where(number > 0, number, len(ids))
             self._pools = {s: p for s, p in self._pools.items() if step - _UNDER_WAY < s < step} | {step: pool}
@@ -151,6 +152,17 @@ class NegativeSampler:
         return self.by_popularity[rank.clamp(0, self.num_items - 1)]
 
 
+def _distinct_first(values: Tensor) -> Tensor:
+    """Return the distinct ``values`` [n] in order, and ``_NOTHING`` behind them up to [n], so that no size is asked."""
+    ordered = values.sort().values
+    return torch.where(ordered.diff(prepend=ordered[:1] - 1) != 0, ordered, _NOTHING).sort().values
+
+
+def _copied(values: Tensor, device: torch.device) -> Tensor:
+    """Return ``values`` from host memory on ``device``, which is not waited for."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
+
+
 def count_items(dataset: Histories, split: Split) -> Tensor:
     """Return how often each item is one of the events of ``split`` that carry a loss, [items] int64."""
     counts = np.zeros(dataset.schema.item.vocab_size or 0, np.int64)
@@ -178,11 +190,12 @@ def other_item(
     Returns:
         Ids [L] int64, and whether there is such an item [L] bool.
     """
-    held = (owner * num_items + items).unique()
+    held = _distinct_first(owner * num_items + items)
     owner, items = held // num_items, held % num_items
     starts = torch.searchsorted(owner, samples)
     # Free items below the i-th held one, x_i: x_i - i. The u-th free item comes after all held ones with that <= u.
     free_below = items - (torch.arange(owner.numel(), device=owner.device) - torch.searchsorted(owner, owner))
+    free_below = free_below.masked_fill(held == _NOTHING, 0)
     num_held = torch.searchsorted(owner, samples, right=True) - starts
     free = num_items - num_held
     drawn = random_bits(keys, 1, seed).squeeze(1) % free.clamp(min=1)

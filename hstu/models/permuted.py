@@ -66,6 +66,7 @@ class PermutedRetrievalModel(MaskedRetrievalModel):
         taken = self._taken(batch, source, lengths + (number - 1).clamp(min=0))
         taken = replace(taken, num_candidates=(2 * number - 1).clamp(min=0))
         taken = taken.with_labels(asked, batch.ids(self.item)[source[asked]])
+        taken = self.with_shared_pool(taken)
         return PermutedBatch(**vars(taken), from_end=(lengths[owner] - 1 - place)[source])
 
     def scoring_request(self, batch: Batch) -> RetrievalLookup:

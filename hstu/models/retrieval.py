@@ -45,16 +45,24 @@ class RetrievalModel(Encoder):
             self.row_weights["item_bias.weight"] = self.item
         self.sampler = NegativeSampler(self.args.negatives, self.num_items, self.args.num_negatives, self.seed)
 
+    def training_batch(self, batch: Batch) -> Batch:
+        return self.with_shared_pool(batch)
+
+    def with_shared_pool(self, batch: Batch) -> Batch:
+        """Return ``batch`` with the labels of all ranks as pool, where that is so: a device would be waited for."""
+        if self.args.loss == "bce" or self.sampler.strategy != "in_batch":
+            return batch
+        return replace(batch, pool=self.sampler.pool(batch.labels, batch.step))
+
     def request(self, batch: Batch) -> RetrievalLookup:
         stream = self.lay_out(batch)
         labelled, rows = self.local_labels(batch, stream, self.predicting(batch))
         keys, live = self.keys(labelled), None
         if self.args.loss == "bce":
-            drawn, live = self._other_item(labelled, keys)
-            pool_ids, places = drawn.unique(return_inverse=True)
-            columns: Tensor | None = places[:, None]
+            pool_ids, live = self._other_item(labelled, keys)
+            columns: Tensor | None = torch.arange(len(pool_ids), device=pool_ids.device)[:, None]
         else:
-            pool_ids = self.sampler.pool(labelled.labels, batch.step)
+            pool_ids = self.sampler.pool(labelled.labels, batch.step) if batch.pool is None else batch.pool
             columns = self.sampler.columns(keys, self.sampler.drawable(pool_ids, batch.step))
         # A label is an item of the batch, whose embedding is at hand, unless it is in the row of another rank.
         looked_up = pool_ids if stream.local is None else torch.cat([labelled.labels, pool_ids])

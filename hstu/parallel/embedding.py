@@ -36,6 +36,30 @@ _OPTIMIZERS = {
 _CLASSES = {"sgd": optim.SGD, "adam": optim.Adam, "adagrad": optim.Adagrad, "rowwise_adagrad": optim.RowWiseAdagrad}
 
 
+class HeldRows:
+    """Rows of sharded tables, which step when the backward pass has come to the rows and its result is accepted.
+
+    Args:
+        rows: What was found of each feature, [n, width].
+        held: Features whose tables are to wait.
+    """
+
+    def __init__(self, rows: dict[str, Tensor], held: list[str]) -> None:
+        self._found = [rows[name] for name in held]
+        self._leaves = [found.detach().requires_grad_() for found in self._found]
+        #: What the loss is to be made of.
+        self.rows = rows | dict(zip(held, self._leaves, strict=True))
+
+    def step(self) -> None:
+        """Let the tables step, with the gradients that the rows have by now."""
+        reached = [
+            (own, leaf.grad) for own, leaf in zip(self._found, self._leaves, strict=True) if leaf.grad is not None
+        ]
+        if reached:
+            found, gradients = zip(*reached, strict=True)
+            torch.autograd.backward(found, gradients)
+
+
 class ShardedTables(Embeddings):
     """Looks up what ``EmbeddingTables`` looks up, over tables spread across all ranks.
 
@@ -128,6 +152,11 @@ class ShardedTables(Embeddings):
             chosen[width] = features if wanted == list(range(len(place))) else features.permute(wanted)
         return chosen
 
+    def hold(self, rows: dict[str, Tensor]) -> HeldRows:
+        """Return ``rows``, as they were found, cut off from the sharded tables until these are to step."""
+        names = [name for names in self._features.values() for name in names if name in rows]
+        return HeldRows(rows, [name for name in names if rows[name].requires_grad])
+
     def begin(self) -> None:
         """Make the tables ready for the rows of the oldest request that was not begun."""
 
@@ -200,7 +229,10 @@ def place(
             max_gradient=optimizer.sparse_max_gradient,
         ),
         # Which sums the gradients of a row before they could be clipped one by one.
-        use_index_dedup=topology.compute_device == "cuda" and not optimizer.sparse_max_gradient,
+        # A rank alone exchanges nothing, and finding equal ids would have its host wait for their number.
+        use_index_dedup=(
+            topology.compute_device == "cuda" and topology.world_size > 1 and not optimizer.sparse_max_gradient
+        ),
     )
     planner = EmbeddingShardingPlanner(
         topology=topology,

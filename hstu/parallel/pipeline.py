@@ -67,7 +67,7 @@ class LookupPipeline(TrainPipelineSparseDist):
         self.model, self.tables = model, tables
         self._source: Iterator[Batch] = iter(())
         self._expected = (0, 0, 0)
-        self._compute: Callable[[Rows, Any], tuple[Tensor | None, Any]] | None = None
+        self._compute: Callable[[Rows, Any], tuple[Tensor, Any]] | None = None
         nothing: Any = SimpleNamespace(zero_grad=lambda: None, step=lambda: None)  # steps are taken outside
         lookups = _Lookups(tables)
         super().__init__(lookups, nothing, device, execute_all_batches=True, custom_model_fwd=self._forward)
@@ -82,13 +82,13 @@ class LookupPipeline(TrainPipelineSparseDist):
         assert self.is_empty
         self._source = source
 
-    def run(self, batch: Batch, compute: Callable[[Rows, Any], tuple[Tensor | None, Any]]) -> Any:
+    def run(self, batch: Batch, compute: Callable[[Rows, Any], tuple[Tensor, Any]]) -> Any:
         """Run the next batch forward and backward.
 
         Args:
             batch: The one that is to be next.
-            compute: From the rows of the tables and the request on the device to the scalar to differentiate, or None
-                for no backward pass, and a result.
+            compute: From the rows of the tables and the request on the device to the scalar to differentiate, and a
+                result.
 
         Returns:
             The result.
@@ -116,9 +116,8 @@ class LookupPipeline(TrainPipelineSparseDist):
         assert self._compute is not None
         return self._compute(self.tables.found(request.features, answers), request)
 
-    def _backward(self, losses: Tensor | None) -> None:
-        if losses is not None:
-            losses.backward()
+    def _backward(self, losses: Tensor) -> None:
+        losses.backward()
 
 
 def _size(batch: Batch) -> tuple[int, int, int]:

@@ -53,7 +53,7 @@ class Meter:
         self.labels = self.sequences = self.tokens = self.batches = self.skipped = 0
         self.flops = self.waited = 0.0
         #: Of the dense weights, before clipping, in the last step since the last line that was not skipped.
-        self.gradient_norm: float | None = None
+        self.gradient_norm: torch.Tensor | None = None
         self.start()
 
     def start(self) -> None:
@@ -127,7 +127,7 @@ class Meter:
             "memory_gib": self._memory() / 2**30,
         }
         if self.gradient_norm is not None:
-            record["gradient_norm"] = self.gradient_norm
+            record["gradient_norm"] = float(self.gradient_norm)
         if self.peak:
             record["mfu"] = flops / seconds / self.mesh.world_size / self.peak
         if self.skipped:

@@ -69,6 +69,8 @@ class Optimizer:
             self.megatron = get_megatron_optimizer(config, [parallel.dense.ddp], config_overrides=overrides)
         self.engine = self.megatron.chained_optimizers[0]
         self.dense = self.engine.optimizer
+        for group in self.dense.param_groups:
+            group["fused"] = True  # one kernel for all weights
         self.parts = self._find_parts()
 
     def prepare(self, step: int) -> float:
@@ -83,12 +85,30 @@ class Optimizer:
         self.parallel.tables.step = step + 1
         return self.args.learning_rate * dense
 
-    def step(self) -> float:
-        """Average gradients over ranks, clip them and step the dense weights; return their norm before clipping."""
+    @torch.no_grad()
+    def step(self) -> Tensor:
+        """Average gradients over ranks, clip them and step the dense weights; return their norm before clipping, [].
+
+        Megatron's own step would have the host wait for the norm.
+        """
         self.parallel.dense.reduce_gradients()
         with cuda_means_cpu():
-            _, norm, _ = self.megatron.step()  # which takes it in any case
-        return float(norm)
+            self.megatron.prepare_grads()
+            norm = self._gradient_norm()
+            if self.args.clip_grad > 0:
+                torch.nn.utils.clip_grads_with_norm_(self.engine.get_parameters(), self.args.clip_grad, norm)
+            self.megatron.step_with_ready_grads()
+        return norm
+
+    def _gradient_norm(self) -> Tensor:
+        """Return the norm of the gradients of all dense weights, whichever ranks step them, []."""
+        gradients = self.engine.get_main_grads_for_grad_norm()
+        norm = torch.nn.utils.get_total_norm(gradients).to(self.parallel.mesh.device)
+        if self.parallel.mesh.world_size == 1:
+            return norm
+        square = norm.square()
+        torch.distributed.all_reduce(square, group=self.engine.get_grad_stats_parallel_group())
+        return square.sqrt()
 
     def state(self) -> dict[str, Tensor]:
         """Return the dense optimizer's tensors as ``<parameter>.<name>``, whole, whatever the number of ranks.
@@ -144,6 +164,6 @@ class Optimizer:
                 continue
             if not isinstance(self.dense, torch.optim.SGD):
                 zeros = {name: torch.zeros_like(part.stepped) for name in ("exp_avg", "exp_avg_sq")}
-                moments.update(step=torch.tensor(0.0), **zeros)
+                moments.update(step=torch.zeros((), device=part.stepped.device), **zeros)
             elif self.args.sgd_momentum:
                 moments["momentum_buffer"] = torch.zeros_like(part.stepped)

@@ -13,7 +13,8 @@ from hstu.config import Config
 from hstu.data.batch import Batch
 from hstu.data.reader import SequenceDataset
 from hstu.models.losses import LossSum
-from hstu.parallel import Parallelized
+from hstu.parallel import Mesh, Parallelized
+from hstu.parallel.embedding import HeldRows
 from hstu.parallel.pipeline import LookupPipeline, Rows
 from hstu.training.batch_flops import batch_flops
 from hstu.training.checkpoint_files import Progress
@@ -60,14 +61,19 @@ class Stepper:
             TrainingError: if the loss is not finite; no weight has moved on account of it.
         """
         rate = self.optimizer.prepare(progress.step)
-        # Counted before the first backward pass, in which the tables step.
-        labels = float(sum(batch.labels.numel() for batch in batches))
+        scale = self._scale(batches)
         for number, batch in enumerate(batches, 1):
             with self.parallel.dense.accumulate(last=number == len(batches)):
-                loss, broken = self._run(batch, labels)
-                if broken is not None:
-                    self._refuse(batch, broken, progress)
-                    break
+                loss, check, held = self._run(batch, scale)
+                # The device has the backward pass of the dense weights before it while the host asks for the loss.
+                broken = check.read()
+                if broken is None:
+                    held.step()
+            if broken is not None:
+                if number == len(batches):
+                    self.parallel.dense.reduce_gradients()  # an exchange that has begun has to end
+                self._refuse(batch, broken, progress)
+                break
             progress.table_steps += 1
             work = batch_flops(self.model, self.config, batch)
             # A rank without a sample got a stand-in, whose user is -1.
@@ -82,7 +88,7 @@ class Stepper:
     def steps(self, batches: Iterator[Batch], progress: Progress) -> Iterator[tuple[Batch, ...]]:
         """Group the batches of an epoch into those of a step, each to be taken before the next is asked for."""
         size, trainer = self.config.trainer.gradient_accumulation_steps, self.config.trainer
-        batches = map(self.model.training_batch, batches)
+        batches = map(self._training_batch, batches)
         if self.pipeline is None:
             yield from zip(*[batches] * size, strict=True)
             return
@@ -94,33 +100,38 @@ class Stepper:
                 self.pipeline.feed(itertools.islice(ahead, number * size))
             yield step
 
-    def _run(self, batch: Batch, labels: float) -> tuple[LossSum, bool | None]:
-        """Run ``batch`` forward and, unless its loss is not finite on some rank, backward.
+    def _training_batch(self, batch: Batch) -> Batch:
+        """Return ``batch`` with what training predicts, in page-locked memory where it is copied from there."""
+        prepared = self.model.training_batch(batch)
+        return prepared.pin_memory() if prepared is not batch and self.mesh.device.type == "cuda" else prepared
+
+    def _scale(self, batches: Sequence[Batch]) -> float | torch.Tensor:
+        """Return what turns the sums of losses of this rank into the mean over the labels of all ranks."""
+        # Ranks average gradients, hence their number; those of a context group all count the same samples.
+        labels, ranks = float(sum(batch.labels.numel() for batch in batches)), self.mesh.tokens.size
+        if ranks == 1:
+            return 1.0 / max(1.0, labels)
+        total = torch.full((), labels, dtype=torch.float64, device=self.mesh.device)
+        return ranks / (self.mesh.tokens.sum(total) / self.mesh.context.size).clamp(min=1.0)
+
+    def _run(self, batch: Batch, scale: float | torch.Tensor) -> tuple[LossSum, _Check, HeldRows]:
+        """Run ``batch`` forward, and backward to the rows of sharded tables.
 
         Returns:
-            The loss, and whether this rank's is the one that is not finite; None if all are.
+            The loss, whether it is finite, and the rows.
         """
 
-        def compute(found: Rows, own: Any) -> tuple[torch.Tensor | None, tuple[LossSum, bool | None]]:
-            loss = self.model.loss(found, own)
-            broken = ~loss.total.detach().isfinite()
-            facts = torch.stack([torch.full_like(broken, labels, dtype=torch.float64), broken.double()])
-            total, ranks_broken = self.mesh.tokens.sum(facts).tolist()
-            if self.mesh.tensor.size > 1:  # of which each sums for itself
-                ranks_broken = self.mesh.world.any(bool(ranks_broken))
-            if ranks_broken:
-                return None, (loss, bool(broken))
-            total /= self.mesh.context.size  # whose ranks all counted the labels of the same samples
-            # Ranks average gradients, hence their number.
-            return loss.total * (self.mesh.tokens.size / max(1.0, total)), (loss, None)
+        def compute(found: Rows, own: Any) -> tuple[torch.Tensor, tuple[LossSum, _Check, HeldRows]]:
+            held = self.parallel.tables.hold(found)
+            loss = self.model.loss(held.rows, own)
+            return loss.total * scale, (loss, _Check(self.mesh, loss.total), held)
 
         if self.pipeline is not None:
-            result: tuple[LossSum, bool | None] = self.pipeline.run(batch, compute)
+            result: tuple[LossSum, _Check, HeldRows] = self.pipeline.run(batch, compute)
             return result
         request = self.model.request(batch.to(self.mesh.device, non_blocking=True))
         scaled, result = compute(self.model.embeddings(request.features), request)
-        if scaled is not None:
-            scaled.backward()
+        scaled.backward()
         return result
 
     def _refuse(self, batch: Batch, broken: bool, progress: Progress) -> None:
@@ -140,3 +151,28 @@ class Stepper:
     def _original_users(self, rows: torch.Tensor) -> list[str]:
         originals = self.dataset.vocabulary(self.dataset.schema.user.name)
         return [str(originals[row]) for row in dict.fromkeys(rows.tolist()) if row >= 0]
+
+
+class _Check:
+    """Whether the losses of all ranks are finite, on its way to the host.
+
+    Args:
+        mesh: The ranks, each of which makes one at once.
+        loss: Of this rank, a scalar.
+    """
+
+    def __init__(self, mesh: Mesh, loss: torch.Tensor) -> None:
+        own = (~loss.detach().isfinite()).double()
+        facts = torch.stack([mesh.world.sum(own.clone()), own])
+        self.facts, self.arrived = facts, None
+        if facts.is_cuda:
+            self.facts = torch.empty(2, dtype=facts.dtype, pin_memory=True).copy_(facts, non_blocking=True)
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
+
+    def read(self) -> bool | None:
+        """Return None if all losses are finite, else whether this rank's is not."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        every, own = self.facts.tolist()
+        return bool(own) if every else None

@@ -334,13 +334,3 @@ def test_batches_are_pinned_when_asked_for(dataset: SequenceDataset, monkeypatch
     (loader,) = loaders(dataset, 1, 8, num_workers=1)
     assert len(list(loader.epoch(0))) == 3 and pinned == []
     assert len(list(replace(loader, pin_memory=True).epoch(0))) == 3 and pinned == [0, 1, 2]
-
-
-@pytest.mark.gpu
-def test_pinned_batches_reach_a_gpu_unchanged(dataset: SequenceDataset) -> None:
-    (loader,) = loaders(dataset, 1, 8, num_workers=2)
-    for a, b in zip(loader.epoch(0), replace(loader, pin_memory=True).epoch(0), strict=True):
-        assert b.labels.is_pinned() and b.features.values().is_pinned()
-        moved = b.to(torch.device("cuda"), non_blocking=True)
-        torch.cuda.synchronize()
-        assert moved.features.values().tolist() == a.features.values().tolist()

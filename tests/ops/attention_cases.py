@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from hstu.ops import Layout, Mask, RelativeBias, hstu_attention, lengths_to_offsets
+from hstu.ops import Layout, Mask, RelativeBias, hstu_attention, lengths_to_offsets, softmax_attention
+from tests.ops.moved import moved
 
 
 @dataclass(frozen=True)
@@ -164,8 +165,32 @@ def outputs_and_gradients(
         arguments["bias"] = bias
     out = attention(inputs["q"], inputs["k"], inputs["v"], **arguments, backend=backend)
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    (out * weights.to(dtype)).sum().backward()
+    (out * weights.to(out)).sum().backward()
     results = {"out": out.detach()}
     for name, x in inputs.items():
         results[f"d_{name}"] = torch.zeros_like(x) if x.grad is None else x.grad
     return results
+
+
+def check(
+    case: Case,
+    dtype: torch.dtype,
+    run: Callable[..., torch.Tensor] = hstu_attention,
+    groups: int = 1,
+    device: str = "cpu",
+) -> None:
+    """The error of the kernels is at most twice (forward) or three times (backward) that of the plain computation."""
+    tensors, arguments = moved(build(case, dtype), device)
+    if run is softmax_attention:
+        arguments = {name: x for name, x in arguments.items() if name not in ("bias", "scaling_seqlen")}
+        tensors = [tensors[0].repeat_interleave(groups, 1), *tensors[1:]]
+    exact, plain, kernel = (
+        outputs_and_gradients(tensors, arguments, backend, precision, run)
+        for backend, precision in (("reference", torch.float64), ("reference", dtype), ("triton", dtype))
+    )
+    for key, truth in exact.items():
+        assert kernel[key].shape == truth.shape and kernel[key].dtype == dtype
+        if truth.numel():
+            factor = 2 if key == "out" else 3
+            allowed = factor * (plain[key].double() - truth).abs().max() + 1e-6 * truth.abs().max()
+            assert (kernel[key].double() - truth).abs().max() <= allowed, key

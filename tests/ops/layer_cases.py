@@ -9,6 +9,7 @@ import torch
 
 from hstu.ops import Layout, RelativeBias, lengths_to_offsets
 from hstu.ops.layer import LayerOptions, LayerWeights, hstu_layer
+from tests.ops.moved import moved
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,19 @@ def results(
         arguments["bias"] = RelativeBias(position=own.pop("position"), time=own.pop("time"))
     out = hstu_layer(x, weights=LayerWeights(**own), options=options, backend=backend, **arguments)
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    (out * weights.to(out.dtype)).sum().backward()
+    (out * weights.to(out)).sum().backward()
     grads = {f"d_{name}": torch.zeros_like(x) if x.grad is None else x.grad for name, x in inputs.items()}
     return {"out": out.detach()} | grads
+
+
+def check(case: LayerCase, dtype: torch.dtype, device: str = "cpu") -> None:
+    """The error of the kernels is at most three times that of the plain computation."""
+    tensors, options, arguments = moved(build(case, dtype), device)
+    expected = results(tensors, options, arguments, "reference", torch.float64)
+    plain = results(tensors, options, arguments, "reference", dtype)
+    ours = results(tensors, options, arguments, "triton", dtype)
+    for key, truth in expected.items():
+        assert ours[key].shape == truth.shape
+        if truth.numel():
+            allowed = 3 * (plain[key].double() - truth).abs().max() + 3e-6 * truth.abs().max()
+            assert (ours[key].double() - truth).abs().max() <= allowed, key

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from hstu.ops.softmax import pool_cross_entropy
+from tests.ops.moved import moved
 
 # tokens, pool, width, sampled columns (None: all of the pool), temperature
 CASES: dict[str, tuple[int, int, int, int | None, float]] = {
@@ -51,5 +52,19 @@ def results(problem: dict[str, Any], backend: str) -> dict[str, torch.Tensor]:
     inputs = {name: problem[name].detach().clone().requires_grad_() for name in names}
     loss, live = pool_cross_entropy(**(problem | inputs), backend=backend)
     weights = torch.randn(loss.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    (loss * weights.to(loss.dtype)).sum().backward()
+    (loss * weights.to(loss)).sum().backward()
     return {"loss": loss.detach(), "live": live} | {f"d_{name}": inputs[name].grad for name in names}
+
+
+def check(name: str, dtype: torch.dtype, device: str = "cpu") -> None:
+    """The error of the kernels is at most three times that of the plain computation."""
+    problem: dict[str, Any] = moved(build(CASES[name], dtype), device)
+    exact = {key: x.double() if x.is_floating_point() else x for key, x in problem.items() if torch.is_tensor(x)}
+    expected = results(problem | exact, "reference")
+    plain, kernel = results(problem, "reference"), results(problem, "triton")
+    assert torch.equal(kernel["live"], expected["live"])
+    for key in expected:
+        if key == "live" or not expected[key].numel():
+            continue
+        error, allowed = ((x[key].double() - expected[key]).abs().max() for x in (kernel, plain))
+        assert error <= 3 * allowed + 2e-6 * expected[key].abs().max(), key

@@ -11,7 +11,7 @@ import hstu.ops.attention.triton.launch as attention
 from hstu.ops import Layout, Mask, RelativeBias, hstu_attention, softmax_attention
 from hstu.ops.attention.triton.config import TileConfig
 from hstu.ops.attention.triton.hstu import TritonAttention
-from tests.ops.attention_cases import CASES, Case, build, outputs_and_gradients
+from tests.ops.attention_cases import CASES, Case, build, check, outputs_and_gradients
 
 SHORT = {
     (5, 0, 1, 70, 3, 130, 2): (5, 0, 1, 20, 3, 35, 2),
@@ -30,24 +30,6 @@ def shorter(case: Case) -> Case:
 
 def small_tiles(monkeypatch: pytest.MonkeyPatch, tile: tuple[int, int] = (16, 32), *, split: bool = False) -> None:
     monkeypatch.setattr(attention, "tile_config", lambda *_, **__: TileConfig(*tile, warps=4, stages=1, split=split))
-
-
-def check(case: Case, dtype: torch.dtype, run: Attention = hstu_attention, groups: int = 1) -> None:
-    """The error is at most twice (forward) or three times (backward) that of the plain computation."""
-    tensors, arguments = build(case, dtype)
-    if run is softmax_attention:
-        arguments = {name: x for name, x in arguments.items() if name not in ("bias", "scaling_seqlen")}
-        tensors = [tensors[0].repeat_interleave(groups, 1), *tensors[1:]]
-    exact, plain, kernel = (
-        outputs_and_gradients(tensors, arguments, backend, precision, run)
-        for backend, precision in (("reference", torch.float64), ("reference", dtype), ("triton", dtype))
-    )
-    for key, truth in exact.items():
-        assert kernel[key].shape == truth.shape and kernel[key].dtype == dtype
-        if truth.numel():
-            factor = 2 if key == "out" else 3
-            allowed = factor * (plain[key].double() - truth).abs().max() + 1e-6 * truth.abs().max()
-            assert (kernel[key].double() - truth).abs().max() <= allowed, key
 
 
 @pytest.mark.parametrize("name", QUICK)

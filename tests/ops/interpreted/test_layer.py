@@ -11,7 +11,7 @@ import torch
 import hstu.ops.attention.triton.launch as attention
 import hstu.ops.layer.triton as layer
 from hstu.ops.attention.triton.config import TileConfig
-from tests.ops.layer_cases import KEEP, LAYERS, LayerCase, build, results
+from tests.ops.layer_cases import KEEP, LAYERS, LayerCase, build, check, results
 
 
 @pytest.fixture(autouse=True)
@@ -22,18 +22,6 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def short(case: LayerCase, longest: int) -> LayerCase:
     return replace(case, lengths=tuple(min(n, longest) for n in case.lengths))
-
-
-def check(case: LayerCase, dtype: torch.dtype) -> None:
-    tensors, options, arguments = build(case, dtype)
-    expected = results(tensors, options, arguments, "reference", torch.float64)
-    plain = results(tensors, options, arguments, "reference", dtype)
-    ours = results(tensors, options, arguments, "triton", dtype)
-    for key, truth in expected.items():
-        assert ours[key].shape == truth.shape
-        if truth.numel():
-            allowed = 3 * (plain[key].double() - truth).abs().max() + 3e-6 * truth.abs().max()
-            assert (ours[key].double() - truth).abs().max() <= allowed, key
 
 
 @pytest.mark.parametrize("name", ["production", "kept_concat_u", "empty"])

@@ -1,0 +1,207 @@
+"""Steps of the trainer on a GPU: the losses of plain PyTorch on a CPU, nothing that waits, and two devices."""
+
+from __future__ import annotations
+
+import json
+import traceback
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hstu.config import Config
+from hstu.data import SequenceDataset
+from hstu.data.loader import BatchLoader
+from hstu.data.splits import leave_one_out
+from hstu.models import build_model, make_collator
+from hstu.models.negatives import count_items
+from hstu.parallel import Mesh
+from hstu.training.step import Stepper
+from tests.launch import ROOT, run, torchrun_command
+from tests.parallel.cases import CASES, DECLARED, IN_BATCH, MEMORY, PIPELINED, SPLITS, TASKS, Case, config_of, dynamic
+from tests.parallel.worker import train, train_plain
+from tests.samples import declared_features, make_dataset
+from tests.tiny import write_tiny
+from tests.training.runs import trainer
+
+
+def has_tables() -> bool:
+    """Whether FBGEMM's CUDA kernels are installed."""
+    import fbgemm_gpu  # noqa: F401
+
+    try:
+        torch.ops.fbgemm.asynchronous_complete_cumsum(torch.ones(2, dtype=torch.int64, device="cuda"))
+    except (NotImplementedError, RuntimeError):
+        return False
+    return True
+
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.is_available() and not has_tables(), reason="FBGEMM has no CUDA kernels here"),
+]
+STEPS = 4
+FEATURES = (
+    "context-ranking-candidates",
+    "context-retrieval-research",
+    "context-retrieval-llama-memory",
+    "context-retrieval-declared",
+    "context-retrieval-permuted",
+    "context-retrieval-bert",
+    "tensor-ranking-concat",
+)
+CHOSEN = {name: CASES[name] for name in CASES} | {name: SPLITS[name] for name in FEATURES}
+RANDOM = ("tensor-ranking-concat",)  # dropout draws other numbers on another device
+RESEARCH = ("NetworkArgs.preset='research'",)
+BFLOAT16 = ("NetworkArgs.dtype_str='bfloat16'", "NetworkArgs.residual_dtype_str='bfloat16'")
+#: Sets of items are left out: how many ids they hold only the device knows.
+NO_SETS = ("FeatureArgs.item_features=('brand', 'weight', 'image')",)
+WAITLESS: dict[str, Case] = {
+    name: Case(name, task, bindings, data)  # type: ignore[arg-type]
+    for name, task, bindings, data in (
+        ("ranking", "ranking", BFLOAT16, "even"),
+        ("retrieval", "retrieval", (*BFLOAT16, *RESEARCH), "even"),
+        ("pipelined", "retrieval", (*PIPELINED, *BFLOAT16), "even"),
+        ("clipped", "ranking", ("OptimizerArgs.clip_grad=0.05",), "even"),
+        ("in batch", "retrieval", IN_BATCH, "even"),
+        ("one negative", "retrieval", ("RetrievalArgs.loss='bce'", "RetrievalArgs.num_negatives=1"), "even"),
+        ("mixture", "retrieval", ("RetrievalArgs.similarity='mol'",), "even"),
+        ("masked", "retrieval", ("NetworkArgs.backbone='bert'", "NetworkArgs.kv_channels=8"), "even"),
+        ("memory", "ranking", (*MEMORY, *RESEARCH), "even"),
+        ("declared", "ranking", (*DECLARED, *TASKS, *NO_SETS), "declared"),
+        ("dynamic", "ranking", dynamic(item_id=67), "even"),
+        ("dynamic pipelined", "retrieval", (*dynamic("lfu", item_id=100), *PIPELINED), "even"),
+    )
+}
+
+
+def spread(names: Any, what: str, parts: int) -> list[Any]:
+    """Return parameters that some workers of pytest-xdist share."""
+    return [pytest.param(name, marks=pytest.mark.xdist_group(f"{what}{i % parts}")) for i, name in enumerate(names)]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("gpu")
+    write_tiny(root / "even" / "synthetic", num_users=200)
+    write_tiny(root / "short" / "synthetic", num_users=65)
+    lengths = np.random.default_rng(0).integers(2, 16, size=80)
+    make_dataset(root / "declared" / "synthetic", lengths.tolist(), num_actions=2, declared=declared_features())
+    return {name: root / name / "synthetic" for name in ("even", "short", "declared")}
+
+
+def first_loss(config: Config, dataset: SequenceDataset, mesh: Mesh) -> float:
+    """Return the loss of the plain model on the CPU, of the first batch of the trainer's."""
+    from hstu.training.assembly import Assembly
+
+    assembly = Assembly(config, dataset, mesh)
+    model = build_model(config, dataset.schema, allocate_tables=True)
+    if model.item_encoder is not None and assembly.model.item_encoder is not None:
+        for name, values in assembly.model.item_encoder.named_buffers():
+            model.item_encoder.get_buffer(name).copy_(values.cpu())
+    if config.retrieval is not None:
+        split = assembly.loaders["train"].split
+        model.sampler.set_counts(count_items(dataset, split))  # type: ignore[union-attr]
+    batch = next(iter(assembly.loaders["train"].epoch(0, 0)))
+    loss = model(batch)
+    return float(loss.total) / loss.count
+
+
+@pytest.mark.parametrize("name", spread(CHOSEN, "losses", 9))
+def test_losses_of_the_first_steps(name: str, data: dict[str, Path]) -> None:
+    case = replace(CHOSEN[name], steps=STEPS)
+    config, dataset = config_of(case, 1), SequenceDataset.open(data[case.data])
+    with Mesh.create() as mesh:
+        assert mesh.device.type == "cuda"
+        found = train(config, dataset, mesh)["losses"]
+        if case.plain_steps and case.name not in FEATURES:
+            wanted = train_plain(config, dataset, STEPS)
+        else:
+            wanted = [] if "dynamic" in name or name in RANDOM else [first_loss(config, dataset, mesh)]
+    assert len(found) == STEPS and all(np.isfinite(found))
+    assert found[: len(wanted)] == pytest.approx(wanted, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", spread(WAITLESS, "waits", 6))
+def test_no_step_waits_for_the_device(
+    name: str, data: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the fourth step on, when every kernel is compiled; all places that wait are named at once."""
+    case, waits, take = WAITLESS[name], [], Stepper.take
+
+    def tell(message: Any, *_: Any) -> None:
+        if "synchronizing CUDA operation" in str(message):
+            stack = traceback.extract_stack()[:-1]
+            waits.append(" < ".join(f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in stack[:-9:-1]))
+
+    def watched(self: Stepper, batches: Any, progress: Any) -> float:
+        if progress.step < 3:
+            return take(self, batches, progress)
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            warnings.showwarning = tell
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                return take(self, batches, progress)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(Stepper, "take", watched)
+    limits = ("TrainerArgs.max_train_iters=6", "TrainerArgs.log_interval=50", "TrainerArgs.eval_interval=50")
+    with trainer(data[case.data], tmp_path, case.task, *case.bindings, *limits) as run_:
+        run_.train()
+        assert run_.progress.dense_steps == 6
+    assert not waits, "\n".join(dict.fromkeys(waits))
+
+
+@pytest.mark.xdist_group("losses0")
+def test_pinned_batches_arrive_unchanged(data: dict[str, Path]) -> None:
+    dataset, case = SequenceDataset.open(data["declared"]), CHOSEN["ranking-adam-declared"]
+    config = config_of(case, 1)
+    loader = BatchLoader(
+        dataset=dataset,
+        split=leave_one_out(dataset.lengths)["train"],
+        collate=make_collator(config, dataset.schema),
+        batch_size=8,
+        seed=1,
+        shuffle=True,
+        num_workers=2,
+    )
+    for plain, pinned in zip(loader.epoch(0), replace(loader, pin_memory=True).epoch(0), strict=True):
+        assert pinned.labels.is_pinned() and pinned.features.values().is_pinned()
+        arrived = pinned.to(torch.device("cuda"), non_blocking=True)
+        torch.cuda.synchronize()
+        assert torch.equal(arrived.features.values().cpu(), plain.features.values())
+        assert all(
+            torch.equal(arrived.numbers[name].cpu().nan_to_num(), x.nan_to_num()) for name, x in plain.numbers.items()
+        )
+
+
+@pytest.fixture
+def two_devices() -> Iterator[None]:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("there are not two CUDA devices")
+    yield
+
+
+@pytest.mark.usefixtures("two_devices")
+@pytest.mark.xdist_group("ranks")
+def test_two_devices_have_the_losses_of_one(data: dict[str, Path], tmp_path: Path) -> None:
+    names = ["ranking-adam-row", "retrieval-adam-in-batch", "ranking-adam-dynamic", "context-retrieval-research"]
+    found = {}
+    for ranks in (1, 2):
+        paths = tmp_path / f"request{ranks}.json", tmp_path / f"result{ranks}.json"
+        request = {"cases": [(name, None) for name in names], "data": str(data["even"].parents[1])}
+        paths[0].write_text(json.dumps(request))
+        script = ROOT / "tests" / "parallel" / "worker.py"
+        done = run(torchrun_command(ranks, script, *map(str, paths)), cwd=tmp_path)
+        assert done.code == 0, done.err[-3000:]
+        found[ranks] = json.loads(paths[1].read_text())
+    for name in names:
+        one, two = (found[ranks][name]["losses"] for ranks in (1, 2))
+        assert two == pytest.approx(one, rel=2e-2), name
