@@ -13,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
+COMPILED_LOOPS = r"hstu\.ops\.(\w+\.)*numba\w*$"
 # library: the modules that may import it, as a regular expression over full module names.
 MAY_IMPORT = {
     "torchrec": r"hstu\.(data\.batch|parallel|metrics\.topk|training)(\.|$)",
@@ -21,8 +22,11 @@ MAY_IMPORT = {
     "triton": r"hstu\.ops\.(\w+\.)*triton\w*(\.|$)",
     "gin": r"hstu\.config(\.|$)",
     "transformers": r"hstu\.layers\.huggingface$",
+    "numba": COMPILED_LOOPS,
+    "llvmlite": COMPILED_LOOPS,
 }
 OPS_MAY_IMPORT = {"torch", "triton"}
+COMPILED_LOOPS_MAY_IMPORT = {"numba", "llvmlite", "numpy"}
 
 
 def library_violations(package_root: Path) -> list[str]:
@@ -41,9 +45,10 @@ def library_violations(package_root: Path) -> list[str]:
         for target in imported:
             library = target.split(".")[0]
             in_ops = re.match(r"hstu\.ops(\.|$)", module)
+            ops_may = COMPILED_LOOPS_MAY_IMPORT if re.match(COMPILED_LOOPS, module) else OPS_MAY_IMPORT
             foreign = library not in sys.stdlib_module_names and library != "hstu"
             allowed = MAY_IMPORT.get(library)
-            if (allowed and not re.match(allowed, module)) or (in_ops and foreign and library not in OPS_MAY_IMPORT):
+            if (allowed and not re.match(allowed, module)) or (in_ops and foreign and library not in ops_may):
                 violations.append(f"{module} imports {library}")
     return violations
 
@@ -113,6 +118,8 @@ def test_libraries():
         ("hstu.training.planted", "from megatron.core import parallel_state", "megatron"),
         ("hstu.ops.attention.planted", "import triton.language as tl", "triton"),
         ("hstu.ops.attention.planted", "import numpy", "numpy"),
+        ("hstu.ops.attention.planted", "from numba import njit", "numba"),
+        ("hstu.ops.attention.numba_planted", "import torch", "torch"),
         ("hstu.cli.planted", "import gin", "gin"),
     ],
 )
@@ -146,7 +153,7 @@ def test_preprocessing_does_not_import_torch():
 
 
 def test_ops_import_without_torchrec_and_megatron():
-    absent = ("torchrec", "fbgemm_gpu", "megatron", "gin", "polars", "pandas")
+    absent = ("numba", "torchrec", "fbgemm_gpu", "megatron", "gin", "polars", "pandas")
     code = f"""
 import sys
 for name in {absent!r}:

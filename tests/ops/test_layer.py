@@ -110,14 +110,17 @@ def test_wrong_weights_and_options() -> None:
         LayerOptions(num_heads=1, qk_width=1, v_width=1, dropout=1.0)
 
 
-def test_layers_of_a_batch_plan_once() -> None:
-    """Tiles and places in the time table are kept on the layout, which nothing kept refers to: no cycle."""
-    tensors, options, arguments = build(LAYERS["candidates"], torch.float32)
+@pytest.mark.parametrize(
+    ("dtype", "names"), [(torch.float32, {"cpu runs", "cpu buckets"}), (torch.float64, {"cpu", "cpu times"})]
+)
+def test_layers_of_a_batch_plan_once(dtype: torch.dtype, names: set[str]) -> None:
+    """What follows from the batch alone is kept on the layout, which nothing kept refers to: no cycle."""
+    tensors, options, arguments = build(LAYERS["candidates"], dtype)
     layout = arguments["layout"]
-    results(tensors, options, arguments, "cpu", torch.float32)
+    results(tensors, options, arguments, "cpu", dtype)
     kept = {key: value for key, value in layout._kept.items() if isinstance(key, tuple) and "cpu" in key[0]}
-    assert {key[0] for key in kept} == {"cpu", "cpu times"}
-    results(tensors, options, arguments, "cpu", torch.float32)
+    assert {key[0] for key in kept} == names
+    results(tensors, options, arguments, "cpu", dtype)
     for key, value in layout._kept.items():
         assert key not in kept or kept[key] is value
     gone = weakref.ref(layout)

@@ -1,6 +1,7 @@
-"""HSTU attention on a CPU: sequences of similar length together, in tiles that stay in cache.
+"""HSTU attention on a CPU: in compiled loops where there are any, else in tiles that stay in cache.
 
-No score outlives its tile: the backward computes it again, so memory grows with the number of tokens.
+The tiles take sequences of similar length together. No score outlives its tile: the backward computes it again, so
+memory grows with the number of tokens.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ from torch.autograd.function import once_differentiable
 
 from hstu.ops.attention.bias import RelativeBias
 from hstu.ops.attention.cpu.bias import ScoreBias, TimeIndex
+from hstu.ops.attention.cpu.compiled import CompiledAttention
 from hstu.ops.attention.cpu.padded import PaddedTokens
 from hstu.ops.attention.cpu.plan import Chunk, Plan, Tile
 from hstu.ops.attention.cpu.scratch import scratch
 from hstu.ops.attention.layout import Layout
 from hstu.ops.attention.mask import Mask
+from hstu.ops.loops import compiled_loops_for
 
 aten = torch.ops.aten
 Padded = list[Tensor]  # ``[g * H, n, d]`` of each group
@@ -44,7 +47,7 @@ def hstu_attention_cpu(
 
 
 class CpuAttention:
-    """Forward and backward for one batch: how it is cut into tiles is kept on the layout, for all layers."""
+    """Forward and backward for one batch: how it is cut up is kept on the layout, for all layers."""
 
     def __init__(
         self,
@@ -57,18 +60,13 @@ class CpuAttention:
         bias: RelativeBias,
         keys: Layout,
     ) -> None:
-        # Nothing that is kept on a layout refers to it: its memory goes with the batch, not with the next collection.
-        case = (mask, heads, None if keys is layout else keys)
-        plan = layout.keep(("cpu", *case), lambda: Plan(layout, mask, heads, keys))
-        self.times: TimeIndex | None = None
-        if bias.time is not None:
-            buckets, which = bias.time.numel() - 1, bias.query_time
-            kept = ("cpu times", *case, buckets, which)
-            self.times = layout.keep(kept, lambda: TimeIndex(plan, keys, which, buckets))
-        self.plan, self.alpha, self.scale = plan, alpha, 1.0 / scaling_seqlen
+        self._layout, self._mask, self._keys, self._heads, self._bias = layout, mask, keys, heads, bias
+        self.alpha, self.scale = alpha, 1.0 / scaling_seqlen
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, position: Tensor | None, time: Tensor | None) -> Tensor:
         """Return the output ``[T, H, d_v]``."""
+        if compiled_loops_for(q, position, time):
+            return self._compiled().forward(q, k, v, position, time)
         return _Pass(self, q.dtype, position, time).forward(q, k, v)
 
     def gradients(
@@ -81,6 +79,9 @@ class CpuAttention:
     ) -> list[Tensor | None]:
         """Gradients of q, k, v and both tables; ``needs``: of q and k, of v, of each table."""
         need_qk, need_v, need_position, need_time = needs
+        if compiled_loops_for(grad, position, time):
+            q, k, v = (torch.empty(x.shape) for x in inputs)
+            return [q, k, v, *self._compiled().backward(grad, inputs, (position, time), (q, k, v), needs[2:])]
         run = _Pass(self, grad.dtype, position, time)
         run.bias.want_gradients(need_position, need_time)
         grads = run.backward((*inputs, grad), (need_qk, need_v), need_position or need_time)
@@ -100,25 +101,45 @@ class CpuAttention:
         needs: tuple[bool, bool],
     ) -> tuple[Tensor | None, Tensor | None]:
         """Write the gradients of q, k and v to ``into``; return those of the tables."""
+        if compiled_loops_for(grad, *tables):
+            return self._compiled().backward(grad, inputs, tables, into, needs)
         *grads, d_position, d_time = self.gradients(grad, inputs, *tables, (True, True, *needs))
         for target, own in zip(into, grads, strict=True):
             assert own is not None
             target.copy_(own)
         return d_position, d_time
 
+    def tiles(self) -> tuple[Plan, TimeIndex | None]:
+        """The plan of the tiles, and where their scores find the bias over time."""
+        # Nothing that is kept on a layout refers to it: its memory goes with the batch, not with the next collection.
+        layout, mask, keys, heads, bias = self._layout, self._mask, self._keys, self._heads, self._bias
+        case = (mask, heads, None if keys is layout else keys)
+        plan = layout.keep(("cpu", *case), lambda: Plan(layout, mask, heads, keys))
+        if bias.time is None:
+            return plan, None
+        buckets, which = bias.time.numel() - 1, bias.query_time
+        kept = ("cpu times", *case, buckets, which)
+        return plan, layout.keep(kept, lambda: TimeIndex(plan, keys, which, buckets))
+
+    def _compiled(self) -> CompiledAttention:
+        return CompiledAttention(
+            self._layout, self._mask, self._keys, self._bias.query_time, alpha=self.alpha, scale=self.scale
+        )
+
 
 class _Pass:
     """One forward or backward pass, chunk by chunk."""
 
     def __init__(self, call: CpuAttention, dtype: torch.dtype, position: Tensor | None, time: Tensor | None) -> None:
-        self.call, self.plan, self.dtype = call, call.plan, dtype
+        self.call, self.dtype = call, dtype
+        self.plan, times = call.tiles()
         # Scores take the wider type of q and the tables; sums of low-precision products are kept in float32.
         self.score_dtype = dtype
         for table in (position, time):
             if table is not None:
                 self.score_dtype = torch.promote_types(self.score_dtype, table.dtype)
         self.sum_dtype = torch.promote_types(dtype, torch.float32)
-        self.bias = ScoreBias(self.plan, position, time, call.times, self.score_dtype)
+        self.bias = ScoreBias(self.plan, position, time, times, self.score_dtype)
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """Return the output ``[T, H, d_v]`` of q, k and v."""
