@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "megatron": r"hstu\.(parallel|training\.optimizer)(\.|$)",
     "triton": r"hstu\.ops\.(\w+\.)*triton\w*(\.|$)",
     "gin": r"hstu\.config(\.|$)",
-    "transformers": r"hstu\.layers\.huggingface$",
+    "transformers": r"hstu\.layers\.(huggingface|text_model)$",
     "numba": COMPILED_LOOPS,
     "llvmlite": COMPILED_LOOPS,
 }

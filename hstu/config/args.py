@@ -10,6 +10,7 @@ from hstu.config.base import UNSET, Args, ConfigError
 from hstu.config.dataset import DatasetArgs
 from hstu.config.embedding import DynamicEmbeddingArgs, EmbeddingArgs
 from hstu.config.features import FeatureArgs
+from hstu.config.item_text import ItemTextArgs
 from hstu.config.memory import MemoryArgs
 from hstu.config.ranking import RankingArgs
 from hstu.config.retrieval import RetrievalArgs
@@ -79,7 +80,7 @@ class NetworkArgs(Args):
     time_bucket_of: Literal["age", "gap"] = "age"
     time_bucket_fn: Literal["sqrt", "log"] = "sqrt"
     #: What an item's vector is made of: "local", a row of its own; "categorical", its features (the other columns of
-    #: the items file); "both". None: "both" where items have features.
+    #: the items file) and its text (ItemTextArgs); "both". None: "both" where items have features or text.
     item_embedding: Literal["local", "categorical", "both"] = UNSET
     #: Widths of embeddings; -1: hidden_size.
     item_embedding_dim: int = -1
@@ -191,6 +192,7 @@ class Config:
     embedding: EmbeddingArgs = field(default_factory=EmbeddingArgs)
     dynamic_embedding: DynamicEmbeddingArgs = field(default_factory=DynamicEmbeddingArgs)
     feature: FeatureArgs = field(default_factory=FeatureArgs)
+    item_text: ItemTextArgs = field(default_factory=ItemTextArgs)
     memory: MemoryArgs = field(default_factory=MemoryArgs)
     context_parallel: ContextParallelArgs = field(default_factory=ContextParallelArgs)
     tensor_model_parallel: TensorModelParallelArgs = field(default_factory=TensorModelParallelArgs)
@@ -207,6 +209,12 @@ class Config:
         object.__setattr__(self, "network", network)
         object.__setattr__(self, "memory", self.memory.fitted(self.dataset, network))
         self.dynamic_embedding.check(self.embedding)
+        if self.item_text.is_vector and network.item_embedding == "local":
+            raise network.error("item_embedding", "gives items rows alone; with ItemTextArgs.model use 'both' or "
+                                "'categorical', or ItemTextArgs.use = 'start'")  # fmt: skip
+        if self.item_text.use == "start" and network.item_embedding == "categorical":
+            raise network.error("item_embedding", "gives items no rows, which are to start from their texts; use "
+                                "'both', or ItemTextArgs.use = 'vector'")  # fmt: skip
         check_degrees(
             network,
             self.context_parallel.context_parallel_size,
@@ -274,6 +282,7 @@ __all__ = [
     "DynamicEmbeddingArgs",
     "EmbeddingArgs",
     "FeatureArgs",
+    "ItemTextArgs",
     "MemoryArgs",
     "NetworkArgs",
     "OptimizerArgs",

@@ -78,6 +78,13 @@ class SummedFile:
         return {"bytes": self._size, "blocks": self._sums}
 
 
+def block_sums(path: Path) -> dict[str, Any]:
+    """Return what ``find_damage`` compares a file with, made of one that is there."""
+    with open(path, "rb") as file:
+        sums = [hashlib.sha256(block).hexdigest()[:_DIGITS] for block in iter(lambda: file.read(BLOCK), b"")]
+    return {"bytes": path.stat().st_size, "blocks": sums}
+
+
 def find_damage(path: Path, known: dict[str, Any], *, whole: bool) -> str | None:
     """Return what is wrong with a file, if anything is: its size and all of its blocks, or a random sample of them."""
     try:

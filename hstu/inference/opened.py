@@ -14,7 +14,7 @@ from hstu.data.reader import SequenceDataset
 from hstu.models import RankingModel, RetrievalModel
 from hstu.parallel import Mesh
 from hstu.training.assembly import Assembly
-from hstu.training.checkpoint import Checkpointer, model_identity
+from hstu.training.checkpoint import Checkpointer
 from hstu.training.checkpoint_files import find_checkpoint, no_checkpoint
 from hstu.training.run_data import find_dataset, open_dataset, recorded_task, require_vocabularies, trained_on
 from hstu.training.run_directory import RunDirectory
@@ -99,8 +99,8 @@ def open_trained(run_dir: str | Path, choice: str, bindings: list[str], mesh: Me
     require_vocabularies(checkpoint, dataset, mesh, resume=False)
     with torch.random.fork_rng():  # a checkpoint holds a random state, which the caller's is not to become
         assembly = Assembly(config, dataset, mesh)
-        identity = model_identity(assembly.config)
-        reader = Checkpointer(run.checkpoints, assembly.parallel, None, identity, assembly.vocabularies, 1)
+        own = assembly.identity, assembly.vocabularies
+        reader = Checkpointer(run.checkpoints, assembly.parallel, None, *own, 1)
         step = reader.load(checkpoint, optimizer=False).step
         reader.close()
     logger.info("%s of %s, step %d", task, run.path, step)

@@ -1,9 +1,10 @@
-"""HuggingFace encoders and decoders as backbones: token vectors in, hidden states out, under the one mask."""
+"""HuggingFace encoders and decoders: token vectors in, hidden states out, under the one mask."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from hstu.layers.positions import token_positions
 from hstu.layers.tokens import Tokens
-from hstu.ops import Mask
+from hstu.ops import Layout, Mask
 from hstu.ops.attention.softmax import attention_buckets
 
 # What the library's configs call the widths that NetworkArgs gives.
@@ -32,6 +33,7 @@ _DROPOUTS = (
 _OWN_PARTS = {"attn_config", "ffn_config", "esmfold_config"}  # of one model, unlike a vision or audio config
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
+_INSTALL = "pip install 'hstu[hf]'"
 _PROBED = 4  # tokens of the check that the mask is obeyed
 _NOTICED = 1e-5  # share of the largest output that is a change and not rounding
 
@@ -44,7 +46,97 @@ _FORMS: tuple[Callable[[Tensor, Tensor], dict[str, Tensor]], ...] = (
 )
 
 
-class HuggingFaceStack(nn.Module):
+class MaskedModel(nn.Module):
+    """Runs a model of the transformers library over vectors of jagged sequences, under a mask that it obeys.
+
+    Args:
+        model: From :func:`load_model`.
+        width: Of the vectors that it takes.
+        mask: Who attends to whom.
+
+    Raises:
+        ValueError: the model takes no vectors, or does not obey the mask.
+    """
+
+    def __init__(self, model: Any, width: int, mask: Mask) -> None:
+        super().__init__()
+        self.model, self.mask = model, mask
+        taken = inspect.signature(model.forward).parameters
+        if "inputs_embeds" not in taken:
+            raise ValueError("takes no inputs_embeds; use another architecture")
+        self.takes_positions = "position_ids" in taken
+        self.options = {name: False for name in ("use_cache", "use_mems") if name in taken}
+        self.form = self._find_form(width)
+
+    def forward(self, x: Tensor, layout: Layout, positions: Tensor) -> Tensor:
+        """Map vectors [T, width] to hidden states [T, D].
+
+        Args:
+            x: Vectors of all sequences.
+            layout: Where they lie.
+            positions: Of each, [T] int64; of no use to a model that counts by itself.
+        """
+        # So that the graph reaches every weight: without tokens, or one that no token is routed to.
+        nothing = 0.0 * x.sum() + 0.0 * sum(p.sum() for p in self.parameters())
+        out = nothing.expand(x.shape[0], self.model.config.hidden_size)
+        for bucket in attention_buckets(layout, self.mask, layout):
+            rows = bucket.queries
+            hidden = self.run(rows.pad(x), bucket.visible, rows.pad(positions)).flatten(0, 1)
+            out = out.index_add(0, rows.tokens, hidden[rows.places].to(out.dtype))
+        return out
+
+    def run(self, x: Tensor, seen: Tensor, positions: Tensor) -> Tensor:
+        """Return the hidden states of padded sequences [b, n, width], where ``seen`` [b, n, n] says who attends."""
+        arguments = dict(self.form(seen, x), inputs_embeds=x, **self.options)
+        if self.takes_positions:
+            arguments["position_ids"] = positions
+        out: Tensor = self.model(**arguments).last_hidden_state
+        return out
+
+    def _find_form(self, width: int) -> Callable[[Tensor, Tensor], dict[str, Tensor]]:
+        """Return the form of mask that the model obeys."""
+        if next(self.model.parameters()).is_meta:  # its weights are only counted
+            return _FORMS[0]
+        failed: Exception | None = None
+        ran = False
+        for form in _FORMS:
+            self.form = form
+            try:
+                if self._obeys(width):
+                    return form
+                ran = True
+            except Exception as error:  # whatever the code of a model makes of a mask that it does not know
+                failed = failed or error
+        if ran or failed is None:
+            raise ValueError("does not obey the attention mask of this model; use another architecture")
+        with one_line("cannot be run"):
+            raise failed
+
+    @torch.no_grad()
+    def _obeys(self, width: int) -> bool:
+        """Hide token 2 of 4 from all others, and see who attends to it, to the first and to the last."""
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(1, _PROBED, width, generator=generator)
+        visible = torch.ones(1, _PROBED, _PROBED, dtype=torch.bool)
+        visible = visible.tril() if self.mask.causal else visible
+        visible[0, [0, 1, 3], 2] = False
+        was_training = self.training
+        self.eval()
+        try:
+            positions = torch.arange(_PROBED)[None]
+            before, attending = self.run(x, visible, positions), []
+            for j in range(_PROBED):
+                changed = x.clone()
+                changed[0, j] = torch.randn(width, generator=generator)
+                change = (self.run(changed, visible, positions) - before)[0].abs().amax(-1)
+                attending.append((change > _NOTICED * before.abs().max()).tolist())
+        finally:
+            self.train(was_training)
+        shaped = before.shape == (1, _PROBED, self.model.config.hidden_size)
+        return shaped and [list(row) for row in zip(*attending, strict=True)] == visible[0].tolist()
+
+
+class HuggingFaceStack(MaskedModel):
     """A model of the transformers library, with its own weights and positions but without its word embeddings.
 
     Args:
@@ -58,6 +150,7 @@ class HuggingFaceStack(nn.Module):
         dropout: Of a model type.
         mask: Who attends to whom.
         with_candidates: Whether samples may have candidates, which stand at one position.
+        pretrained: Start with the weights in the directory.
 
     Raises:
         ValueError: transformers is missing, the model does not fit, or it does not obey the mask.
@@ -75,94 +168,34 @@ class HuggingFaceStack(nn.Module):
         dropout: float,
         mask: Mask,
         with_candidates: bool = True,
+        pretrained: bool = False,
     ) -> None:
-        super().__init__()
         shape = dict.fromkeys(_HIDDEN, hidden_size) | dict.fromkeys(_HEADS, num_heads) | dict.fromkeys(_FFN, ffn_size)
         shape |= dict.fromkeys(_HEAD_WIDTH, hidden_size // num_heads)
         shape |= dict(num_hidden_layers=num_layers, max_position_embeddings=max(max_tokens, _PROBED))
-        with _one_line("cannot be built"):
-            self.model = _build(name, shape, dropout)
-        self.mask = mask
-        config, taken = self.model.config, inspect.signature(self.model.forward).parameters
-        if "inputs_embeds" not in taken:
-            raise ValueError("takes no inputs_embeds; use another architecture")
-        self.takes_positions = "position_ids" in taken
+        with one_line("cannot be built"):
+            model = load_model(name, shape, dropout, pretrained=pretrained)
+            model.set_input_embeddings(nn.Identity())  # never called: tokens come as vectors
+        if model.config.hidden_size != hidden_size:
+            raise ValueError(f"has hidden_size {model.config.hidden_size}; set NetworkArgs.hidden_size to that")
+        super().__init__(model, hidden_size, mask)
         if with_candidates and not self.takes_positions:
             raise ValueError("takes no position_ids, so that candidates cannot stand at one position; use another "
                              "architecture, or DatasetArgs.max_num_candidates = 0")  # fmt: skip
-        if config.hidden_size != hidden_size:
-            raise ValueError(f"has hidden_size {config.hidden_size}; set NetworkArgs.hidden_size to that")
-        positions = getattr(config, "max_position_embeddings", None)
+        positions = getattr(model.config, "max_position_embeddings", None)
         if isinstance(positions, int) and 0 < positions < max_tokens:
             raise ValueError(f"has {positions} positions; a sample can have {max_tokens}")
-        self.options = {name: False for name in ("use_cache", "use_mems") if name in taken}
-        self.form = self._find_form(hidden_size)
 
-    def forward(self, tokens: Tokens) -> Tensor:
+    def forward(self, tokens: Tokens) -> Tensor:  # type: ignore[override]
         """Map the stream's values [T, D] to hidden states [T, D]."""
-        x, positions = tokens.values, token_positions(tokens)
-        # So that the graph reaches every weight: without tokens, or one that no token is routed to.
-        out = 0.0 * x + 0.0 * sum(p.sum() for p in self.parameters())
-        for bucket in attention_buckets(tokens.layout, self.mask, tokens.layout):
-            rows = bucket.queries
-            hidden = self._run(rows.pad(x), bucket.visible, rows.pad(positions)).flatten(0, 1)
-            out = out.index_add(0, rows.tokens, hidden[rows.places].to(out.dtype))
-        return out
-
-    def _run(self, x: Tensor, seen: Tensor, positions: Tensor) -> Tensor:
-        arguments = dict(self.form(seen, x), inputs_embeds=x, **self.options)
-        if self.takes_positions:
-            arguments["position_ids"] = positions
-        out: Tensor = self.model(**arguments).last_hidden_state
-        return out
-
-    def _find_form(self, hidden_size: int) -> Callable[[Tensor, Tensor], dict[str, Tensor]]:
-        """Return the form of mask that the model obeys."""
-        if next(self.parameters()).is_meta:  # its weights are only counted
-            return _FORMS[0]
-        failed: Exception | None = None
-        ran = False
-        for form in _FORMS:
-            self.form = form
-            try:
-                if self._obeys(hidden_size):
-                    return form
-                ran = True
-            except Exception as error:  # whatever the code of a model makes of a mask that it does not know
-                failed = failed or error
-        if ran or failed is None:
-            raise ValueError("does not obey the attention mask of this model; use another architecture")
-        with _one_line("cannot be run"):
-            raise failed
-
-    @torch.no_grad()
-    def _obeys(self, hidden_size: int) -> bool:
-        """Hide token 2 of 4 from all others, and see who attends to it, to the first and to the last."""
-        generator = torch.Generator().manual_seed(0)
-        x = torch.randn(1, _PROBED, hidden_size, generator=generator)
-        visible = torch.ones(1, _PROBED, _PROBED, dtype=torch.bool)
-        visible = visible.tril() if self.mask.causal else visible
-        visible[0, [0, 1, 3], 2] = False
-        was_training = self.training
-        self.eval()
-        try:
-            positions = torch.arange(_PROBED)[None]
-            before, attending = self._run(x, visible, positions), []
-            for j in range(_PROBED):
-                changed = x.clone()
-                changed[0, j] = torch.randn(hidden_size, generator=generator)
-                change = (self._run(changed, visible, positions) - before)[0].abs().amax(-1)
-                attending.append((change > _NOTICED * before.abs().max()).tolist())
-        finally:
-            self.train(was_training)
-        return before.shape == x.shape and [list(row) for row in zip(*attending, strict=True)] == visible[0].tolist()
+        return super().forward(tokens.values, tokens.layout, token_positions(tokens))
 
 
 def _least(x: Tensor) -> float:
     return torch.finfo(x.dtype).min
 
 
-class _one_line:  # noqa: N801 (a context manager)
+class one_line:  # noqa: N801 (a context manager)
     """Turns whatever a model's code raises inside into a ``ValueError`` of one line."""
 
     def __init__(self, what: str) -> None:
@@ -178,17 +211,42 @@ class _one_line:  # noqa: N801 (a context manager)
             raise ValueError(f"{self.what}: {reason}") from None
 
 
-def _build(name: str, shape: dict[str, int], dropout: float) -> Any:
+@contextmanager
+def _without_bar() -> Iterator[None]:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def load_model(name: str, shape: dict[str, int], dropout: float, *, pretrained: bool = False) -> Any:
+    """Return an encoder or a decoder of the transformers library, in float32 and without a pooler.
+
+    Args:
+        name: A model type, whose shape is then ``shape``, a ``config.json``, or a directory with one.
+        shape: What the library's configs call widths and depths -> how much.
+        dropout: Of a model type.
+        pretrained: Take the weights in the directory ``name`` instead of random ones.
+
+    Raises:
+        ValueError: transformers is missing, there is no such model, or it attends in ways that no mask governs.
+    """
     try:
         from transformers import CONFIG_MAPPING, AutoConfig, AutoModel
     except ImportError:
-        raise ValueError("it needs the transformers library: pip install 'hstu[hf]'") from None
-    if Path(name).is_dir():
+        raise ValueError(f"it needs the transformers library: {_INSTALL}") from None
+    if Path(name).exists():
         config = AutoConfig.from_pretrained(name, local_files_only=True)
-    elif name in CONFIG_MAPPING:
+    elif name in CONFIG_MAPPING and shape:
         config = _shaped(CONFIG_MAPPING[name], shape, dropout)
     else:
-        raise ValueError(f"the library has no model type {name!r}, and there is no such directory")
+        kinds = f"the library has no model type {name!r}, and " if shape else ""
+        raise ValueError(f"{kinds}there is no such directory")
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError("it is an encoder and a decoder; use a model that is one of them")
     if set(config.sub_configs) - _OWN_PARTS:
@@ -201,8 +259,14 @@ def _build(name: str, shape: dict[str, int], dropout: float) -> Any:
         config.attention_type = "original_full"
     if getattr(AutoModel._model_mapping[type(config)], "_is_stateful", False):
         raise ValueError("it keeps a state from token to token, which no mask cuts")
-    model = AutoModel.from_config(config)
-    model.set_input_embeddings(nn.Identity())  # never called: tokens come as vectors
+    if pretrained and torch.get_default_device().type != "meta":  # which only counts
+        if not any(Path(name).glob("*.safetensors*")):
+            raise ValueError("there are no weights (*.safetensors) in that directory; save them there, or start with "
+                             "random ones")  # fmt: skip
+        with _without_bar():
+            model = AutoModel.from_pretrained(name, config=config, dtype=torch.float32, local_files_only=True)
+    else:
+        model = AutoModel.from_config(config, dtype=torch.float32)
     if getattr(model, "pooler", None) is not None:
         model.pooler = None
     return model

@@ -49,7 +49,7 @@ def fit_to_data(config: Config, schema: Schema) -> Config:
         network = replace(network, scaling_seqlen=inputs.max_tokens)
     if has_position_table(network):
         network = replace(network, num_position_buckets=network.num_position_buckets or inputs.max_tokens)
-    if not inputs.declared.items:
+    if not inputs.declared.items and not config.item_text.is_vector:
         network = replace(network, item_embedding="local")
     elif inputs.items_have_rows:
         network = replace(network, item_embedding="both")

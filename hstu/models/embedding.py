@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,7 +29,10 @@ def table_named(weight: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """One table: ``rows`` x ``width``, shared by ``features``; the last row may be for ``unknown`` values."""
+    """One table: ``rows`` x ``width``, shared by ``features``; the last row may be for ``unknown`` values.
+
+    Its rows start at random, or with the numbers of ``start`` [n, w] in their first columns, n and w at most these.
+    """
 
     name: str
     rows: int
@@ -38,6 +41,7 @@ class Table:
     std: float
     seed: int
     unknown: bool = False
+    start: Tensor | None = field(default=None, compare=False)
 
     @property
     def key(self) -> str:
@@ -56,7 +60,11 @@ class Table:
             weights = torch.empty(size, self.width)
             nn.init.trunc_normal_(weights, std=self.std, a=-2 * self.std, b=2 * self.std, generator=generator)
             blocks.append(weights[max(start - first, 0) : stop - first])
-        return torch.cat(blocks) if blocks else torch.empty(0, self.width)
+        rows = torch.cat(blocks) if blocks else torch.empty(0, self.width)
+        if self.start is not None:
+            given = self.start[start:stop]
+            rows[: given.shape[0], : given.shape[1]] = given
+        return rows
 
 
 class Embeddings(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from torch import Tensor, nn
 
@@ -56,7 +57,7 @@ def declared_features(config: Config, schema: Schema) -> Declared:
     items = _chosen(schema, "item", args.item_features, "FeatureArgs.item_features")
     if network.item_embedding == "local":
         items = ()
-    elif network.item_embedding is not None and not items:
+    elif network.item_embedding is not None and not items and not config.item_text.is_vector:
         raise network.error("item_embedding", f"data set {schema.name!r} has no features of items to read; give the "
                             "preprocessor an --items file, or use 'local'")  # fmt: skip
     has_action = network.token_layout != "item" and schema.action is not None
@@ -185,10 +186,15 @@ def _number_encoder(feature: Feature, width: int, args: FeatureArgs, std: float)
 
 
 def make_merge(
-    kind: Merging, encoders: FeatureEncoders, base: tuple[str, int] | None, width: int, args: FeatureArgs
+    kind: Merging,
+    encoders: FeatureEncoders,
+    base: tuple[str, int] | None,
+    width: int,
+    args: FeatureArgs,
+    others: Mapping[str, int] = MappingProxyType({}),
 ) -> FeatureMerge:
-    """Return what joins the vectors of ``encoders``, and a ``base`` (name, width) if there is one, in ``width``."""
-    widths = ({base[0]: base[1]} if base else {}) | encoders.widths
+    """Return what joins vectors in ``width``: those of ``encoders``, a ``base`` (name, width) and ``others``."""
+    widths = ({base[0]: base[1]} if base else {}) | encoders.widths | dict(others)
     return FeatureMerge(
         kind,
         widths,

@@ -1,4 +1,4 @@
-"""Items as one vector each, from a row of their own and their features, wherever an item stands."""
+"""Items as one vector each, from a row of their own, their features and their text, wherever an item stands."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from hstu.data.schema import Schema
 from hstu.layers.feature_encoders import FeatureMerge
 from hstu.models.binding import Inputs
 from hstu.models.features import FeatureEncoders, make_merge, part_widths
+from hstu.models.item_text import ItemText, make_item_text
 from hstu.models.negatives import random_columns, random_uniform
 from hstu.ops import lengths_to_offsets, positions_in_sequence, sequence_ids
 
@@ -26,13 +27,17 @@ if TYPE_CHECKING:
 _UNKNOWN, _SWAPPED, _SOURCE = (purpose * 2**40 for purpose in (3, 4, 5))  # beside the seeds of other draws
 
 
+TEXT = "__text__"
+"""The part of an item that is made of its text."""
+
+
 def item_feature(source: str, name: str) -> str:
     """Return what feature ``name`` of the items of ``source``, the item feature or ``POOL``, is looked up as."""
     return f"{source}:{name}"
 
 
 class ItemEncoder(nn.Module):
-    """Embeds items by their features, alone or beside a row of their own.
+    """Embeds items by their features and texts, alone or beside a row of their own.
 
     In history, among candidates, in pools of negatives and in the catalogue alike, so that an item without a trained
     row is ranked by its features. With categories that are added up this is the categorical embedding in the public
@@ -42,10 +47,11 @@ class ItemEncoder(nn.Module):
         item: Item feature.
         num_items: Size of the catalogue.
         encoders: Of the features.
-        merge: Of their vectors, and of the row if there is one.
+        merge: Of their vectors, and of the row and the text if there are any.
         args: Rates of what training loses and swaps.
         seed: Of these draws.
         has_row: Whether items have rows of their own.
+        text: What reads the texts; None: items have none.
     """
 
     def __init__(
@@ -58,9 +64,11 @@ class ItemEncoder(nn.Module):
         seed: int,
         *,
         has_row: bool,
+        text: ItemText | None = None,
     ) -> None:
         super().__init__()
         self.item, self.num_items, self.seed, self.has_row = item, num_items, seed, has_row
+        self.text = text
         self.encoders, self.merge, self.unknown_rate, self.swap_rate = (
             encoders,
             merge,
@@ -85,7 +93,7 @@ class ItemEncoder(nn.Module):
         self.register_buffer(name, values, persistent=False)
 
     def read(self, dataset: SequenceDataset, met: dict[str, np.ndarray] | None = None) -> None:
-        """Take the features of the items of ``dataset``.
+        """Take the features and the texts of the items of ``dataset``.
 
         Args:
             dataset: The data set.
@@ -93,8 +101,10 @@ class ItemEncoder(nn.Module):
                 leave their sets.
 
         Raises:
-            ConfigError: for items without a value where none is known as unknown.
+            ConfigError: for items without a value where none is known as unknown, and texts that cannot be read.
         """
+        if self.text is not None:
+            self.text.read(dataset)
         met = met or {}
         for ids, feature, unknown in zip(self.ids, self.categories, self.unknown, strict=True):
             ids.copy_(torch.tensor(np.asarray(dataset.item_features(feature.name))))
@@ -168,8 +178,13 @@ class ItemEncoder(nn.Module):
             found: [n, width] of each key.
             features: What was looked up.
         """
-        out = dict(found)
-        for source in self._sources(features):
+        out, sources = dict(found), self._sources(features)
+        of_texts: dict[str, Tensor] = {}
+        if self.text is not None:  # of all sources at once, so that no item is read twice
+            every = [features[source].values() for source in sources]
+            parts_of = self.text(torch.cat(every)).split([ids.numel() for ids in every])
+            of_texts = dict(zip(sources, parts_of, strict=True))
+        for source in sources:
             items = features[source].values()
             rows = {f.name: out.pop(item_feature(source, f.name)) for f in (*self.categories, *self.sets)}
             lengths = {
@@ -179,6 +194,8 @@ class ItemEncoder(nn.Module):
             }
             numbers = {f.name: getattr(self, f"numbers_{place}")[items] for place, f in enumerate(self.numbers)}
             parts = self.encoders(rows, lengths, numbers)
+            if source in of_texts:
+                parts[TEXT] = of_texts[source]
             out[source] = self.merge({self.item: out[source], **parts} if self.has_row else parts)
         return out
 
@@ -196,7 +213,8 @@ def make_item_encoder(config: Config, schema: Schema, inputs: Inputs, widths: Ma
         ConfigError: for features that are to scale a row that items do not have.
     """
     args, width, features = config.feature, config.network.item_embedding_dim, inputs.declared.items
-    if not features:
+    text = make_item_text(config, schema) if config.item_text.is_vector else None
+    if not features and text is None:
         return None
     if args.item_merge == "multiply" and not inputs.items_have_rows:
         raise args.error(
@@ -206,7 +224,7 @@ def make_item_encoder(config: Config, schema: Schema, inputs: Inputs, widths: Ma
     own = {name: widths.get(item_feature(inputs.item, name), of_rule) for name, of_rule in own.items()}
     encoders = FeatureEncoders(features, own, args, config.network.embedding_initializer_std)
     base = (inputs.item, width) if inputs.items_have_rows else None
-    merge = make_merge(args.item_merge, encoders, base, width, args)
+    merge = make_merge(args.item_merge, encoders, base, width, args, {} if text is None else {TEXT: width})
     return ItemEncoder(
         inputs.item,
         schema.item.vocab_size or 0,
@@ -215,4 +233,5 @@ def make_item_encoder(config: Config, schema: Schema, inputs: Inputs, widths: Ma
         args,
         config.trainer.seed,
         has_row=inputs.items_have_rows,
+        text=text,
     )

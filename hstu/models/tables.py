@@ -113,6 +113,9 @@ def _check_names(config: Config, tables: tuple[str, ...]) -> None:
 def _check_dynamic(config: Config, item: str) -> None:
     """Raise ``ConfigError`` where negatives would be drawn from items of which most have no row."""
     args, retrieval = config.dynamic_embedding, config.retrieval
+    if item in args.capacity and config.item_text.use == "start":
+        raise args.error("capacity", f"table {item!r}: rows begin when an item is met and cannot start from texts; "
+                         "use ItemTextArgs.use = 'vector'")  # fmt: skip
     if item in args.capacity and retrieval and retrieval.loss == "bce":
         raise args.error("capacity", f"table {item!r}: bce draws its negatives from all items, of which those not met "
                          "yet have no row; use RetrievalArgs.loss = 'sampled_softmax'")  # fmt: skip

@@ -162,8 +162,10 @@ class ShardedTables(Embeddings):
 
     @torch.no_grad()
     def fill(self) -> None:
-        """Write the initial weights into this rank's shards."""
+        """Write the initial weights into this rank's shards, and into the tables that every rank has."""
         tables = {table.name: table for table in self.tables}
+        for table in (t for t in self.tables if t.key in self.replicated.weights):
+            self.replicated.weights[table.key].copy_(table.initial_rows(0, table.rows))
         for collection in self.collections.values():
             for name, weight in collection.state_dict().items():
                 table = tables[table_named(name)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 from torch import nn
 
@@ -13,6 +14,7 @@ from hstu.parallel.dense import DenseParallel
 from hstu.parallel.dynamic import DynamicTables
 from hstu.parallel.embedding import ShardedTables
 from hstu.parallel.mesh import Mesh
+from hstu.parallel.spread import each_on_one_rank
 from hstu.parallel.tensor import TensorParallel
 
 
@@ -57,6 +59,8 @@ def parallelize(model: RankingModel | RetrievalModel, mesh: Mesh, config: Config
         for table, rows in tables.maps.items() if isinstance(tables, DynamicTables) else ():
             if table.name == model.item:
                 model.sampler.num_rows, model.sampler.holders = rows.map.usable, rows.holders
+    if model.item_encoder is not None and model.item_encoder.text is not None:
+        model.item_encoder.text.spread = partial(each_on_one_rank, mesh.tokens)
     if mesh.context.size > 1:
         context = ContextParallel(mesh.context)
         model.shard = context.shard

@@ -15,11 +15,14 @@ from hstu.data.reader import SequenceDataset
 from hstu.data.seen import met_categories, met_contexts, trained_items
 from hstu.data.splits import Split, make_splits
 from hstu.models import RetrievalModel, build_model, fit_to_data, make_collator
+from hstu.models.item_text import make_item_text
 from hstu.models.negatives import count_items
 from hstu.parallel import Mesh, parallelize
 from hstu.parallel.balance import balance, sample_costs
+from hstu.training.checkpoint import model_identity
 from hstu.training.evaluate import Scorer, best_possible, decide_filter_seen, evaluate
 from hstu.training.hardware import on_device
+from hstu.training.item_text import make_vectors, starting_rows
 from hstu.training.memory import require_memory
 from hstu.training.vocabularies import describe_vocabularies, embedded_features
 from hstu.training.watchdog import beat
@@ -42,6 +45,7 @@ class Assembly:
         met: Of contexts and categories that have a row for unknown values, which ids training meets.
         vocabularies: What the ids of the model stand for, see ``describe_vocabularies``.
         parallel: The model on the mesh.
+        text_content: What tells the language model of items from others; None without one.
 
     Raises:
         ConfigError: if config and data do not fit together.
@@ -55,6 +59,7 @@ class Assembly:
         splits = make_splits(config.dataset, dataset, config.recent_targets)
         self.config, self.filtering = _resolved(config, dataset, mesh, splits["valid"])
         self.dataset, self.mesh = dataset, mesh
+        self.text_content: str | None = None
         self._load(splits)
         self._build()
 
@@ -92,6 +97,11 @@ class Assembly:
             if config.feature.unknown_rate:
                 self.met |= met_categories(dataset, self.trained_items)
             model.item_encoder.read(dataset, self.met or None)
+            if (text := model.item_encoder.text) is not None:
+                text.tick = beat
+                self.text_content = mesh.on_main(lambda: text.content(of_run=True))
+                if config.item_text.freeze:
+                    make_vectors(text, dataset.path, mesh)
         if config.retrieval is not None and config.retrieval.needs_item_counts:
             assert isinstance(model, RetrievalModel)
             model.sampler.set_counts(count_items(dataset, self.loaders["train"].split).to(mesh.device))
@@ -99,6 +109,31 @@ class Assembly:
         self.vocabularies = mesh.on_main(lambda: describe_vocabularies(dataset.vocabularies, names))
         self.parallel = parallelize(model, mesh, config)
         self.model = self.parallel.model
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What must agree between a checkpoint and this model beside the ids, as JSON values."""
+        identity = model_identity(self.config)
+        return (
+            identity if self.text_content is None else identity | {"ItemTextArgs.model (contents)": self.text_content}
+        )
+
+    def start_rows(self) -> None:
+        """Let the rows of items start from their texts, if that is asked for; before the first step."""
+        config, mesh = self.config, self.mesh
+        if config.item_text.use != "start":
+            return
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.trainer.seed)
+            text = make_item_text(config, self.dataset.schema)
+        text.read(self.dataset)
+        make_vectors(text, self.dataset.path, mesh)
+        rows = starting_rows(text, config.network.item_embedding_dim, config.network.embedding_initializer_std, mesh)
+        item, tables = self.dataset.schema.item.name, self.parallel.tables
+        tables.tables = tuple(replace(t, start=rows) if t.name == item else t for t in tables.tables)
+        tables.fill()
+        tables.forget_cached_rows()
+        tables.tables = tuple(replace(t, start=None) for t in tables.tables)
 
     @cached_property
     def trained_items(self) -> torch.Tensor:

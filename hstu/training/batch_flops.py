@@ -18,8 +18,8 @@ def batch_flops(model: RankingModel | RetrievalModel, config: Config, batch: Bat
 
     Matrix products alone: of every weight with its tokens, of attention with the pairs that the mask lets see each
     other, and of the scores. Not counted: attention of a HuggingFace or registered backbone, a mixture of logits,
-    encoders of declared features, and lookups. The pool of in-batch negatives counts as far as this rank's labels fill
-    it.
+    encoders of declared features, lookups, and texts of items that are only negatives. The pool of in-batch negatives
+    counts as far as this rank's labels fill it.
     """
     layout, labels = model.whole_stream(batch).layout, batch.labels.numel()
     heads = model.head if isinstance(model, RankingModel) else model.similarity
@@ -27,6 +27,9 @@ def batch_flops(model: RankingModel | RetrievalModel, config: Config, batch: Bat
     weights = passes * matrix_elements(model.backbone) * int(layout.offsets[-1]) + matrix_elements(heads) * labels
     # One product forward, two backward.
     work = 6.0 * weights + passes * config.network.num_layers * _attention(config, layout)
+    text = model.item_encoder.text if model.item_encoder is not None else None
+    if text is not None and text.model is not None:
+        work += 6.0 * matrix_elements(text.model) * text.num_tokens(batch.ids(batch.item))
     if isinstance(model, RetrievalModel):
         work += 6.0 * matrix_elements(model.to_items) * labels
         work += cross_entropy_flops(labels, _pool_size(model, batch), config.network.item_embedding_dim).total

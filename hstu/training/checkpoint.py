@@ -78,6 +78,9 @@ def model_identity(config: Config) -> dict[str, Any]:
     if config.memory.num_memory_tokens:
         blocks = ("num_memory_tokens", "insert_method", "pretrain_item_num")
         identity |= {f"MemoryArgs.{name}": getattr(config.memory, name) for name in blocks}
+    if config.item_text.is_vector:
+        read = ("columns", "prompt", "max_tokens", "pooling", "freeze")
+        identity |= {f"ItemTextArgs.{name}": getattr(config.item_text, name) for name in read}
     if config.ranking is not None:
         head = ("prediction_head_arch", "prediction_head_act_type", "num_tasks")
         identity |= {f"RankingArgs.{name}": getattr(config.ranking, name) for name in head}

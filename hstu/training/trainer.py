@@ -15,7 +15,7 @@ from hstu.interrupt import Stopped, patience
 from hstu.parallel import Mesh
 from hstu.quiet import warn_only
 from hstu.training.assembly import Assembly
-from hstu.training.checkpoint import Checkpointer, model_identity
+from hstu.training.checkpoint import Checkpointer
 from hstu.training.checkpoint_files import Progress, find_checkpoint, read_marker, supersede
 from hstu.training.evaluate import improves
 from hstu.training.file_errors import describe, is_foreseeable
@@ -66,7 +66,7 @@ class Trainer:
             run.checkpoints,
             self.parallel,
             self.optimizer,
-            model_identity(config),
+            assembly.identity,
             assembly.vocabularies,
             config.trainer.keep_last_checkpoints,
         )
@@ -123,6 +123,8 @@ class Trainer:
             logger.info("RetrievalArgs.filter_seen = %s: %s", self.config.retrieval.filter_seen, self.filtering)
         self._rewind()
         started_from = self.started_from
+        if self.progress.step == 0 and started_from is None:
+            self.assembly.start_rows()
         if started_from is not None:
             logger.info(in_words(started_from))
             self.mesh.on_main(lambda: self.run.append({"kind": "init", "step": 0, **started_from}))

@@ -16,7 +16,8 @@ class Case:
         name: Of the test.
         task: ``"ranking"`` or ``"retrieval"``.
         bindings: On top of ``BINDINGS``.
-        data: Data set: ``"even"``, ``"short"`` whose last global batch is one sample, ``"declared"`` with features.
+        data: Data set: ``"even"``, ``"short"`` whose last global batch is one sample, ``"declared"`` with features,
+            ``"text"`` whose items have texts.
         global_batch: Samples of a step over all ranks.
         plain_steps: Steps over which plain PyTorch gives the same losses; 0: it lacks the tables' optimizer.
         steps: Steps.
@@ -70,6 +71,14 @@ DECLARED = (
     "FeatureArgs.swap_rate=0.2",
     "FeatureArgs.widths={'likes': 6}",
 )
+FROZEN_TEXT = (
+    "DatasetArgs.dataset_name='small'",
+    "NetworkArgs.item_embedding='both'",
+    "ItemTextArgs.model='bert'",
+    "ItemTextArgs.max_tokens=16",
+)
+TEXT_ALONE = "NetworkArgs.item_embedding='categorical'"
+TEXT = (*FROZEN_TEXT, "ItemTextArgs.freeze=False", "ItemTextArgs.micro_batch_tokens=100")
 TASKS = (
     "RankingArgs.tasks=(('did', 'binary', 'action'), ('watch', 'regression', 'watched'))",
     "RankingArgs.prediction_head_arch=[16, 2]",
@@ -203,6 +212,9 @@ CASES = {
             (*SGD, *FULL, *sharding("row_wise", segment="data_parallel")),
             data="short",
         ),
+        Case("retrieval-adam-text", "retrieval", (*TEXT, *IN_BATCH), data="text", plain_steps=0),
+        Case("retrieval-sgd-text-alone", "retrieval", (*SGD, *TEXT, *IN_BATCH, TEXT_ALONE), data="text"),
+        Case("ranking-adam-frozen-text", "ranking", FROZEN_TEXT, data="text", plain_steps=0),
         Case("retrieval-sgd-llama-bce", "retrieval", (*SGD, *LLAMA_BCE), plain_steps=0),
         Case("retrieval-sgd-replaced-short", "retrieval", (*SGD, *BERT, *REPLACED), "short", plain_steps=0),
         Case("retrieval-sgd-bpr-short", "retrieval", (*SGD, *BPR, *IN_BATCH), data="short"),
@@ -282,6 +294,8 @@ SPLITS = {
             tensor=2,
             steps=12,
         ),
+        Case("context-retrieval-text", "retrieval", (*SGD, *TEXT, *IN_BATCH, TEXT_ALONE), "text", context=2, steps=12),
+        Case("tensor-retrieval-text", "retrieval", (*SGD, *TEXT, *IN_BATCH), "text", tensor=2, steps=12),
         Case("context-retrieval-permuted", "retrieval", (*SGD, *BERT, *PERMUTED), "short", context=2, steps=12),
         Case("context-retrieval-replaced", "retrieval", (*SGD, *BERT, *REPLACED), "short", context=2, steps=12),
         Case("sequence-retrieval-replaced", "retrieval", (*SGD, *BERT, *REPLACED, *SEQUENCE), tensor=2, steps=12),

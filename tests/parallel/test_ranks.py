@@ -14,6 +14,7 @@ from tests.launch import forked
 from tests.parallel.cases import CASES, GRIDS, SAVED_STEP, SPLITS, THREES
 from tests.samples import declared_features, make_dataset
 from tests.tiny import write_tiny
+from tests.toy_text import WORDS, save_model, text_dataset
 
 WORKER = Path(__file__).with_name("worker.py")
 FAULTS = {
@@ -40,6 +41,9 @@ TWINS = (
     "retrieval-sgd-replaced-short",
     "retrieval-sgd-sasrec-mol-short",
     "retrieval-rowwise-adagrad",
+    "retrieval-adam-text",
+    "retrieval-sgd-text-alone",
+    "ranking-adam-frozen-text",
 )
 FIRST = [name for name in CASES if name not in TWINS]
 QUICK = (
@@ -86,9 +90,12 @@ class Results(dict[int, dict[str, Any]]):
         write_tiny(root / "short" / "synthetic", num_users=65)
         lengths = np.random.default_rng(0).integers(2, 16, size=80)
         make_dataset(root / "declared" / "synthetic", lengths.tolist(), num_actions=2, declared=declared_features())
+        text_dataset(root / "text" / "synthetic", lengths.tolist(), num_actions=2)
 
     def __missing__(self, ranks: int) -> dict[str, Any]:
         folder = {"save": str(self.root / f"saved{-ranks}")} if ranks < 0 else {}
+        if not (self.root / "bert").exists() and any("text" in name for name, _ in self.REQUESTS[ranks]["cases"]):
+            save_model(self.root / "bert", WORDS)
         self[ranks] = self.launch(abs(ranks), self.REQUESTS[ranks] | folder)
         return self[ranks]
 
@@ -216,6 +223,12 @@ def test_tables_are_really_sharded(results: Results) -> None:
     }  # a row for unknown values
 
 
+def spread_rows(ranks: int) -> list[Any]:
+    """Return how often each of 7 items is made on all ranks, and the gradient of each, three asked for by each rank."""
+    asked = [item for rank in range(ranks) for item in range(rank, rank + 3)]
+    return [[float(item in asked) for item in range(7)], [float(asked.count(item)) for item in range(7)]]
+
+
 @pytest.mark.parametrize("ranks", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_mesh(results: Results, ranks: int) -> None:
     rows = [[10.0 * r + 2 * i, 10.0 * r + 2 * i + 1] for r in range(ranks) for i in range(r)]
@@ -225,6 +238,7 @@ def test_mesh(results: Results, ranks: int) -> None:
             "gather nothing": [0, 3],
             "gather flags": [True] + [False] * (ranks - 1),
             "sum": [ranks, sum(range(ranks))],
+            "each on one rank": spread_rows(ranks),
             "broadcast": {"from": 0},
             "on main": "done by 0",
             "raised": "TrainerArgs.seed_of_rank_0 = 1: said",

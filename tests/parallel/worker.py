@@ -31,6 +31,7 @@ from hstu.ops import hstu_attention
 from hstu.parallel import Mesh
 from hstu.parallel.context import ContextParallel
 from hstu.parallel.mesh import Group
+from hstu.parallel.spread import each_on_one_rank
 from hstu.training.checkpoint_files import find_checkpoint
 from hstu.training.run_directory import RunDirectory
 from hstu.training.schedule import schedule_factor
@@ -205,12 +206,29 @@ def mesh_facts(mesh: Mesh) -> dict[str, Any]:
         "gather nothing": list(mesh.tokens.gather(torch.zeros(0, 3)).shape),
         "gather flags": mesh.tokens.gather(torch.tensor([mesh.rank == 0])).tolist(),
         "sum": mesh.tokens.sum(torch.tensor([1.0, mesh.rank])).tolist(),
+        "each on one rank": spread_rows(mesh),
         "broadcast": mesh.world.broadcast({"from": mesh.rank}),
         "on main": mesh.on_main(lambda: f"done by {mesh.rank}"),
         "raised": raised,
         "any": [mesh.world.any(mesh.rank == 1), mesh.world.any(False)],
         "is main": mesh.is_main,
     }
+
+
+def spread_rows(mesh: Mesh) -> list[Any]:
+    """Return how often each of 7 items is made on all ranks, and the gradient of each, three asked for by each rank."""
+    weight, made = torch.arange(7.0, dtype=torch.float64).requires_grad_(), torch.zeros(7)
+
+    def make(items: Tensor) -> Tensor:
+        made[items] += 1
+        return weight[items, None]
+
+    items = torch.tensor([2, 0, 1]) + mesh.rank
+    rows = each_on_one_rank(mesh.tokens, items, make)
+    assert rows[:, 0].tolist() == items.tolist()
+    rows.sum().backward()
+    assert weight.grad is not None
+    return [mesh.tokens.sum(made).tolist(), mesh.tokens.sum(weight.grad).tolist()]
 
 
 def ring_errors(mesh: Mesh) -> dict[str, float]:
@@ -243,7 +261,7 @@ def main() -> None:
     """Do what the request says."""
     request, result = json.loads(Path(sys.argv[1]).read_text()), {}
     torch.set_num_threads(1)
-    names = ("even", "short", "declared")
+    names = ("even", "short", "declared", "text")
     data = {name: SequenceDataset.open(Path(request["data"], name, "synthetic")) for name in names}
     cases = CASES | THREES | SPLITS | GRIDS
     with Mesh.create() as mesh:
