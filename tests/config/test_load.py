@@ -458,6 +458,7 @@ NOTHING = {
     "FeatureArgs": {"event_features", "item_features", "merge_hidden_size", "layer_norm"},
     "RetrievalArgs": {"num_negatives", "filter_seen"},
     "DynamicEmbeddingArgs": {"ttl"},
+    "ItemTextArgs": {"model", "columns", "pooling"},
     "MemoryArgs": {"insert_method", "pretrain_item_num", "recent_item_num"},
 }  # fmt: skip
 
