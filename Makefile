@@ -47,7 +47,7 @@ test-latest:  ## Run the quick tests with the newest versions that pyproject.tom
 test-lowest test-latest: test-%:
 	$(PYTHON) -m venv --clear $(VENV)-$*
 	@$(if $(filter lowest,$*),$(PYTHON) requirements/lowest.py,true) > $(VENV)-$*/constraints.txt
-	$(VENV)-$*/bin/python -m pip install --quiet -c $(VENV)-$*/constraints.txt ./requirements/fbgemm-gpu-shim -e '.[wandb,faiss,hf,fast,docs,dev]'
+	$(VENV)-$*/bin/python -m pip install --quiet -c $(VENV)-$*/constraints.txt ./requirements/fbgemm-gpu-shim -e '.[wandb,faiss,hf,fast,serve,docs,dev]'
 	@$(VENV)-$*/bin/python -m pip check
 	@$(VENV)-$*/bin/python -m hstu.cli.env
 	$(VENV)-$*/bin/python $(QUICK)

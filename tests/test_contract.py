@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "transformers": r"hstu\.layers\.(huggingface|text_model)$",
     "numba": COMPILED_LOOPS,
     "llvmlite": COMPILED_LOOPS,
+    **dict.fromkeys(("fastapi", "starlette", "uvicorn", "pydantic", "prometheus_client"), r"hstu\.serving(\.|$)"),
 }
 OPS_MAY_IMPORT = {"torch", "triton"}
 COMPILED_LOOPS_MAY_IMPORT = {"numba", "llvmlite", "numpy"}
@@ -121,6 +122,7 @@ def test_libraries():
         ("hstu.ops.attention.planted", "from numba import njit", "numba"),
         ("hstu.ops.attention.numba_planted", "import torch", "torch"),
         ("hstu.cli.planted", "import gin", "gin"),
+        ("hstu.cli.planted", "def f():\n    import fastapi", "fastapi"),
     ],
 )
 def test_libraries_catch(planted: Path, module: str, code: str, library: str):

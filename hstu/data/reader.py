@@ -10,8 +10,8 @@ import numpy as np
 
 from hstu.data.column_cache import OFFSETS, Check, DamageError, map_columns, set_offsets
 from hstu.data.schema import Feature, Schema
-from hstu.data.values import Sets, Values, runs
-from hstu.data.vocabulary import Vocabularies
+from hstu.data.values import Sets, Values, concatenate, runs
+from hstu.data.vocabulary import Index, Vocabularies
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +64,7 @@ class SequenceDataset:
         self.schema = schema
         self._offsets = columns[OFFSETS]
         self._columns = columns
+        self._indices: dict[str, Index] = {}
         #: Number of events of each user, int64 [U].
         self.lengths = np.diff(self._offsets)
 
@@ -83,6 +84,21 @@ class SequenceDataset:
         path = Path(path)
         schema = Schema.load(path)
         return cls(path, schema, map_columns(path, schema, check))
+
+    @classmethod
+    def joined(cls, parts: list[SequenceDataset]) -> SequenceDataset:
+        """Return the users of all ``parts``, one after the other; at least one part, all of the same columns."""
+        first = parts[0]
+        sets = {name for name in first._columns if set_offsets(name) in first._columns}
+        lengths = np.concatenate([part.lengths for part in parts])
+        columns = {OFFSETS: np.append(0, np.cumsum(lengths))}
+        for name in first._columns.keys() - {OFFSETS, *map(set_offsets, sets)}:
+            if name in sets:
+                every = [Sets(part._columns[set_offsets(name)], part._columns[name]) for part in parts]
+                columns[set_offsets(name)], columns[name] = concatenate(list(every))
+            else:
+                columns[name] = np.concatenate([part._columns[name] for part in parts])
+        return cls(first.path, first.schema, columns)
 
     @property
     def num_users(self) -> int:
@@ -239,6 +255,16 @@ class SequenceDataset:
             ValueError: If the feature has no vocabulary (times and bit masks stand for themselves), or it is damaged.
         """
         return self.vocabularies.originals(feature).to_numpy(zero_copy_only=False)
+
+    def index(self, feature: str) -> Index:
+        """Where original values of a feature stand in its vocabulary; read once, and kept.
+
+        Raises:
+            ValueError: If the feature has no vocabulary, or it is damaged.
+        """
+        if feature not in self._indices:
+            self._indices[feature] = Index(self.vocabularies.originals(feature))
+        return self._indices[feature]
 
     def item_features(self, name: str) -> Values:
         """Values of a feature of items in the order of the items' ids: ids [items] int64, numbers [items, w] or sets.

@@ -15,7 +15,6 @@ from hstu.data.files import printable
 from hstu.data.reader import SequenceDataset
 from hstu.data.schema import Feature
 from hstu.data.values import Sets, Values, missing, take
-from hstu.data.vocabulary import places_of
 
 logger = logging.getLogger(__name__)
 
@@ -69,14 +68,14 @@ def _read(column: pl.Series, feature: Feature, known: SequenceDataset, file: str
     clean = clean_feature(column, declared, file, look, separator)
     if not feature.has_ids:
         return numbers_of(clean)
-    vocabulary = pl.Series(known.vocabulary(feature.name).tolist())
+    vocabulary = known.index(feature.name)
     if feature.kind != "multi":
-        ids = places_of(clean, vocabulary)
+        ids = vocabulary.places(clean)
         _tell(clean.filter(ids.is_null() & clean.is_not_null()), file, feature)
         return ids.fill_null(feature.vocab_size).to_numpy()
     sets = clean.fill_null("").str.split(MEMBER).list.unique(maintain_order=True)
     members, owners = sets.explode(), np.repeat(np.arange(len(clean)), sets.list.len().to_numpy())
-    ids = places_of(members, vocabulary)
+    ids = vocabulary.places(members)
     _tell(members.filter(ids.is_null() & (members != "")), file, feature)
     kept = ids.is_not_null().to_numpy()
     lengths = np.bincount(owners[kept], minlength=len(clean))

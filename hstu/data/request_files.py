@@ -26,8 +26,7 @@ from hstu.data.files import FileFormat, in_memory, one_event_a_row, open_table
 from hstu.data.reader import SequenceDataset
 from hstu.data.request_features import MissingFeatures, one_per_user, read_features
 from hstu.data.schema import Feature, Level, unknown_id
-from hstu.data.values import Sets, Values, take
-from hstu.data.vocabulary import places_of
+from hstu.data.values import Sets, Values, missing, take
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +121,7 @@ def read_histories(
     require_columns(frame, wanted, file)
     parts = [clean_ids(frame[columns.user], file, missing=columns.missing).alias("user")]
     items = clean_ids(frame[columns.item], file, missing=columns.missing)
-    parts.append(find_ids(items, known.vocabulary(schema.item.name)).alias("item"))
+    parts.append(known.index(schema.item.name).places(items).alias("item"))
     if schema.time:
         exact, ticks = clean_times(frame[columns.time], file, time_format=columns.time_format)
         parts += [exact.alias("exact"), whole_seconds(exact, ticks).alias("seconds")]
@@ -177,16 +176,11 @@ def find_users(file: str, frame: pl.DataFrame, known: SequenceDataset, columns: 
     """
     require_columns(frame, [columns.user], file)
     users = clean_ids(frame[columns.user], file, missing=columns.missing).unique(maintain_order=True)
-    return _require(users, find_ids(users, known.vocabulary(known.schema.user.name)), file).to_numpy()
-
-
-def find_ids(column: pl.Series, originals: np.ndarray | pl.Series) -> pl.Series:
-    """Return the position of each value among ``originals``, Int64; null where it is not there."""
-    return places_of(column, originals if isinstance(originals, pl.Series) else pl.Series(originals.tolist()))
+    return _require(users, known.index(known.schema.user.name).places(users), file).to_numpy()
 
 
 def _find(column: pl.Series, known: SequenceDataset, feature: str, file: str) -> pl.Series:
-    return find_ids(clean_values(column, file), known.vocabulary(feature))
+    return known.index(feature).places(clean_values(column, file))
 
 
 def _contexts(frame: pl.DataFrame, name: str, known: SequenceDataset, columns: HistoryColumns, file: str) -> pl.Series:
@@ -273,6 +267,9 @@ def _flat(
             values = one_per_user(ids, row, feature.name, events["user"].unique(maintain_order=True), file)
             assert isinstance(values, np.ndarray)
             flat[feature.name] = values
-        elif feature.level == "user" and feature.kind == "categorical" and feature.role == "feature":
-            flat[feature.name] = np.zeros(len(lengths), np.int64)
+        elif feature.level == "user" and feature.role == "feature":
+            unread = missing(feature, len(lengths))
+            if isinstance(unread, Sets):
+                flat[set_offsets(feature.name)], unread = unread
+            flat[feature.name] = np.zeros(len(lengths), np.int64) if feature.kind == "categorical" else unread
     return flat

@@ -10,6 +10,8 @@ from hstu.data.reader import Histories, Sequences
 from hstu.data.splits import Split
 from hstu.data.values import Values, insert, missing, take
 
+LAST = -(2**63)  # of a time of a request: that of the last event
+
 
 @dataclass(frozen=True, kw_only=True)
 class Slates:
@@ -51,7 +53,8 @@ class Requests:
         dataset: The histories.
         users: Rows of ``dataset``, int64 [R]; repeats allowed.
         items: Item asked about, int64 [R]; None where the item is what is asked for.
-        time: Time of the request in seconds; None: the time of each user's last event.
+        time: Time of the request in seconds, of all or of each, int64 [R]; None, or ``LAST``: the time of the last
+            event of the history.
         features: Features of events -> their R values for what is asked about; of others they are missing.
         asked: Items that row r asks about, int64 [R]; ``items`` then has those of all rows, one after the other. None:
             one each.
@@ -65,7 +68,7 @@ class Requests:
         dataset: Histories,
         users: np.ndarray,
         items: np.ndarray | None = None,
-        time: int | None = None,
+        time: int | np.ndarray | None = None,
         features: dict[str, Values] | None = None,
         asked: np.ndarray | None = None,
     ) -> None:
@@ -81,13 +84,16 @@ class Requests:
             last = dataset.gather(users, np.maximum(self._history - 1, 0), self._history)
             assert last.times is not None
             self._times[self._history > 0] = last.times
-            if time is not None and len(last.times) and last.times.max() > time:
+            asked_at = np.full_like(users, LAST) if time is None else np.broadcast_to(time, users.shape)
+            given = asked_at != LAST
+            early = given & (self._history > 0) & (self._times > asked_at)
+            if early.any():
                 raise ValueError(
-                    f"the request time {time} lies before the last event of some users, the latest is of "
-                    f"{last.times.max()}; give a later one (seconds), or none to ask right after each user's last event"
+                    f"the request time {asked_at[early][0]} lies before the last event of some users, the latest is of "
+                    f"{self._times[early].max()}; give a later one (seconds), or none to ask right after each user's "
+                    "last event"
                 )
-            if time is not None:
-                self._times[:] = time
+            self._times[given] = asked_at[given]
 
     @property
     def split(self) -> Split:
@@ -102,11 +108,12 @@ class Requests:
         number = -(-counts // size)
         place = np.arange(number.sum()) - np.repeat(np.cumsum(number) - number, number)
         asked = np.minimum(np.repeat(counts, number) - place * size, size)
+        times = None if self._time is None else np.broadcast_to(self._time, self._users.shape)[asking]
         requests = Requests(
             self._dataset,
             np.concatenate([np.repeat(users, number), users]),
             self._items[order],
-            self._time,
+            None if times is None else np.concatenate([np.repeat(times, number), times]),
             {name: take(values, order) for name, values in self._features.items()},
             asked=np.concatenate([asked, np.zeros_like(users)]),
         )

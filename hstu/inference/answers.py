@@ -12,7 +12,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from hstu.inference.memory import StoredMemory, update_memory
+from hstu.inference.memory import MemoryStore, StoredMemory, update_memory
 from hstu.inference.opened import Opened
 from hstu.inference.output import ParquetOutput
 from hstu.inference.prediction_requests import PredictionRequests, RequestSpec, make_prediction_requests
@@ -86,7 +86,7 @@ def predict(opened: Opened, spec: RequestSpec, options: AnswerOptions, path: Pat
             "trained_only": options.trained_only,
             "ties": "lower item id first",
         }
-    memory = _memory(opened, requests, spec.split, options)
+    memory = stored_memory(opened, requests, spec.split, options)
     about |= {} if memory is None else {"memory": str(options.memory), "stale_users": memory.counts.stale}
     with ParquetOutput(path, mesh, about) as output:
         best = Recommended(opened, requests, options, memory=memory) if config.retrieval is not None else None
@@ -105,12 +105,19 @@ def _filters(opened: Opened, options: AnswerOptions) -> bool:
     return bool(chosen)
 
 
-def _memory(opened: Opened, requests: PredictionRequests, split: str, options: AnswerOptions) -> StoredMemory | None:
+def stored_memory(
+    opened: Opened, requests: PredictionRequests, split: str, options: AnswerOptions
+) -> StoredMemory | None:
+    """Return the memory that ``options`` name, of all who ask; None if they name none.
+
+    Raises:
+        ValueError: if it is of something else, or of too few.
+    """
     if options.memory is None:
         return None
     if options.refresh:
         update_memory(opened, requests, split, options.memory, refresh=True)
-    memory = StoredMemory(opened, requests, split, options.memory)
+    memory = StoredMemory(MemoryStore(opened, split, options.memory), requests)
     memory.require_all()
     return memory
 
@@ -126,7 +133,7 @@ def scored(
     if isinstance(opened.model, RetrievalModel):
         assert requests.pairs is not None
         pairs = torch.tensor(requests.pairs).to(mesh.device)
-        rows_scores = score_pairs(opened.model, loader, mesh, pairs, catalogue)
+        rows_scores = score_pairs(opened.model, loader, mesh, pairs, catalogue, memory)
     else:
         rows_scores = score_candidates(opened.model, loader, mesh, memory)
     for rows, scores in rows_scores:

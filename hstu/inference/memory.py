@@ -17,6 +17,7 @@ from hstu.bar import progress_bar
 from hstu.data.batch import Batch
 from hstu.data.loader import BatchLoader
 from hstu.data.splits import Split
+from hstu.data.vocabulary import Index
 from hstu.inference.memory_files import (
     INDEX,
     RECORD,
@@ -61,12 +62,11 @@ class MemoryCounts:
     most_events: int
 
 
-class StoredMemory:
-    """The memory in a directory, of those who ask.
+class MemoryStore:
+    """The memory in a directory, of everybody; read once, and asked often.
 
     Args:
         opened: The run.
-        requests: Who asks.
         split: Before which events.
         directory: Where the memory is.
 
@@ -74,26 +74,55 @@ class StoredMemory:
         ValueError: if there is none, it is of another run, checkpoint or split, or damaged.
     """
 
-    def __init__(self, opened: Opened, requests: PredictionRequests, split: str, directory: Path) -> None:
-        self.opened, self.requests, self.directory = opened, requests, directory
+    def __init__(self, opened: Opened, split: str, directory: Path) -> None:
+        self.opened, self.directory = opened, directory
         self.blocks = _blocks(opened)
         self.record = read_record(directory)
         require_same(directory, self.record, _record(opened, self.blocks, split))
+        self.files = part_files(directory)
+        self.part = lru_cache(_OPEN_PARTS)(lambda number: open_part(self.files[number]))
+        every = [read_index(file, number) for number, file in enumerate(self.files)]
+        found = pl.concat([pl.DataFrame(schema=INDEX), *every]).unique("user", keep="last", maintain_order=True)
+        self._users = Index(found.get_column("user").to_arrow())
+        nobody = pl.DataFrame({name: [-1] for name in INDEX if name != "user"})
+        self._found = pl.concat([found.drop("user"), nobody])
+
+    def find(self, users: list[str]) -> pl.DataFrame:
+        """Return part, row, stop, item and time of the memory of each of ``users``; -1 where there is none."""
+        places = self._users.places(pl.Series(users, dtype=pl.String))
+        return self._found[places.fill_null(self._found.height - 1)]
+
+
+class StoredMemory:
+    """The memory in a directory, of those who ask.
+
+    Args:
+        store: The directory.
+        requests: Who asks.
+
+    Raises:
+        ValueError: if a user asks after several histories.
+    """
+
+    def __init__(self, store: MemoryStore, requests: PredictionRequests) -> None:
+        self.store, self.requests = store, requests
+        self.opened, self.directory, self.blocks, self.record = (
+            store.opened,
+            store.directory,
+            store.blocks,
+            store.record,
+        )
         names = np.array([str(user) for user in requests.users.to_pylist()], dtype=np.str_)
         self.users, self.rows, self.user_of = np.unique(names, return_index=True, return_inverse=True)
         history = requests.split.stop - 1
         if (history != history[self.rows][self.user_of]).any():
-            raise ValueError(f"{directory}: memory is of one history a user, and DatasetArgs.protocol = "
-                             f"{opened.config.dataset.protocol!r} asks after several; use --split future")  # fmt: skip
+            protocol = self.opened.config.dataset.protocol
+            raise ValueError(f"{self.directory}: memory is of one history a user, and DatasetArgs.protocol = "
+                             f"{protocol!r} asks after several; use --split future")  # fmt: skip
         self.recent = self.blocks.history - self.blocks.compressed
         #: Events that the memory of each user should stand for.
         self.wanted = np.maximum(history[self.rows] - self.recent, 0)
-        self.files = part_files(directory)
-        self._part = lru_cache(_OPEN_PARTS)(lambda number: open_part(self.files[number]))
-        every = [read_index(file, number) for number, file in enumerate(self.files)]
-        found = pl.concat([pl.DataFrame(schema=INDEX), *every]).unique("user", keep="last", maintain_order=True)
-        asked = pl.DataFrame({"user": self.users.tolist()}, schema={"user": pl.String})
-        self.index = asked.join(found, on="user", how="left", maintain_order="left").fill_null(-1)
+        self.index = store.find(self.users.tolist())
         #: Events of each user that neither memory nor recent events cover; -1: there is no memory of its history.
         self.gaps = self._gaps()
 
@@ -147,7 +176,7 @@ class StoredMemory:
         part, row = (self.index[name].to_numpy()[users] for name in ("part", "row"))
         for number in np.unique(part[requests >= 0]):
             chosen = np.flatnonzero((part == number) & (requests >= 0))
-            for name, values in self._part(int(number)).items():
+            for name, values in self.store.part(int(number)).items():
                 found[name][torch.from_numpy(chosen)] = values[torch.from_numpy(row[chosen])]
         found = {name: values.to(self.opened.assembly.mesh.device) for name, values in found.items()}
         layers = (layer.flatten(0, 1).split(widths, 1) for layer in found["keys_values"].unbind(1))
@@ -184,7 +213,7 @@ def update_memory(
     if not (directory / RECORD).is_file() and part_files(directory):
         raise ValueError(f"{directory}: holds files of users without {RECORD}; choose another directory")
     mesh.on_main(lambda: _begin(opened, blocks, split, directory))
-    memory = StoredMemory(opened, requests, split, directory)
+    memory = StoredMemory(MemoryStore(opened, split, directory), requests)
     chosen = np.flatnonzero((memory.gaps < 0) | ((memory.gaps > 0) & refresh))
     first = mesh.on_main(lambda: next_part(directory))
     parts = [chosen[start : start + PART_USERS] for start in range(0, len(chosen), PART_USERS)]

@@ -19,11 +19,12 @@ from hstu.data.cleaning import Missing, clean_ids, require_columns
 from hstu.data.files import FileFormat
 from hstu.data.reader import Histories, SequenceDataset, Sequences
 from hstu.data.request_features import MissingFeatures
-from hstu.data.request_files import HistoryColumns, features_of, find_ids, find_users, read_frame, read_histories
+from hstu.data.request_files import HistoryColumns, features_of, find_users, read_frame, read_histories
 from hstu.data.requests import Requests
 from hstu.data.schema import Level
 from hstu.data.splits import Split
 from hstu.data.values import Values
+from hstu.data.vocabulary import Index
 from hstu.inference.opened import Opened
 from hstu.metrics.topk import TopK
 from hstu.models import RankingModel
@@ -182,7 +183,7 @@ def make_prediction_requests(spec: RequestSpec, opened: Opened) -> PredictionReq
     known = opened.dataset
     columns = history_columns(spec, opened)
     histories, chosen = known, None
-    originals = _array(known.vocabulary(known.schema.user.name))
+    named = known.index(known.schema.user.name)
     if spec.users is not None:
         name = _name(spec.users, "users")
         frame = read_frame(spec.users, columns, spec.users_format, name=name)
@@ -190,7 +191,7 @@ def make_prediction_requests(spec: RequestSpec, opened: Opened) -> PredictionReq
             if spec.split != "future":
                 raise ValueError(f"--split = {spec.split!r}: a file of histories has no held-out events; use future")
             histories, users = read_histories(name, frame, known, columns, spec.unknown_items)
-            originals = users.to_arrow(compat_level=pl.CompatLevel.oldest())
+            named = Index(users.to_arrow())
         else:
             chosen = find_users(name, frame, known, columns)
     if spec.split == "future":
@@ -198,7 +199,7 @@ def make_prediction_requests(spec: RequestSpec, opened: Opened) -> PredictionReq
         features: dict[str, Values] = {}
         rows = np.arange(histories.num_users) if chosen is None else chosen
         if spec.candidates is not None:
-            rows, items, features = read_candidates(spec.candidates, columns, originals, known, spec.candidates_format)
+            rows, items, features = read_candidates(spec.candidates, columns, named, known, spec.candidates_format)
         asked = Requests(histories, rows, items, parse_time(spec.request_time), features)
         dataset: Histories = asked
         split, users_of = asked.split, rows
@@ -215,8 +216,8 @@ def make_prediction_requests(spec: RequestSpec, opened: Opened) -> PredictionReq
     return PredictionRequests(
         dataset=dataset,
         split=split,
-        users=originals.take(pa.array(users_of)),
-        vocabulary=_array(known.vocabulary(known.schema.item.name)),
+        users=named.originals.take(pa.array(users_of)),
+        vocabulary=known.index(known.schema.item.name).originals,
         held_out=spec.split != "future",
         pairs=items,
         score_names=score_names(opened),
@@ -268,7 +269,7 @@ def history_columns(spec: RequestSpec, opened: Opened) -> HistoryColumns:
 
 
 def read_candidates(
-    table: Path | pl.DataFrame, columns: HistoryColumns, users: pa.Array, known: SequenceDataset, fmt: FileFormat
+    table: Path | pl.DataFrame, columns: HistoryColumns, users: Index, known: SequenceDataset, fmt: FileFormat
 ) -> tuple[np.ndarray, np.ndarray, dict[str, Values]]:
     """Return the user row and the item id of each pair, int64 [S] both, and the features that are known of them.
 
@@ -279,8 +280,7 @@ def read_candidates(
     frame = read_frame(table, columns, fmt, ("user", "item"), name=file)
     require_columns(frame, [columns.user, columns.item], file)
     user, item = (clean_ids(frame[name], file, missing=columns.missing) for name in (columns.user, columns.item))
-    rows = find_ids(user, pl.Series(users.to_pylist()))
-    items = find_ids(item, known.vocabulary(known.schema.item.name))
+    rows, items = users.places(user), known.index(known.schema.item.name).places(item)
     for name, ids, lack in ((columns.user, rows, "has no history"), (columns.item, items, "is not in the catalogue")):
         if ids.null_count():
             row = int(ids.is_null().arg_max() or 0)
@@ -329,7 +329,3 @@ def parse_time(given: str | int | datetime | None) -> int | None:
         return operator.index(moment)  # type: ignore[arg-type]
     except (ValueError, TypeError, OverflowError):
         raise ValueError(f"--request_time = {given!r}: is no time; use seconds, an ISO date, or now") from None
-
-
-def _array(originals: np.ndarray) -> pa.Array:
-    return pa.array(originals.tolist())

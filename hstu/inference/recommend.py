@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hstu.data.batch import Batch
@@ -58,24 +59,57 @@ def recommend(
         catalogue: What :func:`catalogue_part` returned, for who asks more than once; None: it is looked up.
         memory: What stands for old events; None: the whole history is run.
     """
-    first, vectors = catalogue or catalogue_part(model, loader, mesh)
-    gather = mesh.tokens.gather if mesh.tokens.size > 1 else None
-    mixture = model.similarity if num_candidates is not None else None
-    assert mixture is None or isinstance(mixture, MixtureOfLogits), "other similarities are exact at this price"
-    coarse = vectors if mixture is None else mixture.coarse_items(vectors)
+    part = catalogue or catalogue_part(model, loader, mesh)
+    coarse = coarse_vectors(model, part) if num_candidates is not None else None
     for rows, queries in user_vectors(model, loader, mesh, memory):
         if rows.numel() == 0:
             continue
         seen = seen_before(loader.dataset, loader.split, rows) if filter_seen else None
-        if mixture is None or num_candidates is None:
-            yield (
-                rows,
-                top_k(queries, _split(first, vectors), k, seen=seen, keep=keep, score=model.scores, gather=gather),
-            )
-            continue
-        parts, guides = _split(first, coarse), mixture.coarse_queries(queries)
-        some = top_k(guides, parts, num_candidates, seen=seen, keep=keep, gather=gather).items
-        yield rows, best_of(queries, some, (first, vectors), k, score=mixture.own_scores, gather=gather)
+        few = None if coarse is None or num_candidates is None else (coarse, num_candidates)
+        yield rows, best_items(model, mesh, queries, part, k, seen=seen, keep=keep, few=few)
+
+
+@torch.no_grad()
+def best_items(
+    model: RetrievalModel,
+    mesh: Mesh,
+    queries: Tensor,
+    part: CataloguePart,
+    k: int,
+    *,
+    seen: tuple[Tensor, Tensor] | None = None,
+    keep: Tensor | None = None,
+    few: tuple[Tensor, int] | None = None,
+) -> TopK:
+    """Return the ``k`` best items of each of ``queries`` [Q, ..], the same on every rank.
+
+    Args:
+        model: The model.
+        mesh: The ranks.
+        queries: What :func:`user_vectors` yields.
+        part: What :func:`catalogue_part` returned.
+        k: Items per query.
+        seen: Rows and item ids [S] of what may not be returned.
+        keep: Which items may be returned, by id [items] bool; None: all.
+        few: What :func:`coarse_vectors` returned, and how many items are scored; None: all, exactly.
+    """
+    gather, (first, vectors) = mesh.tokens.gather if mesh.tokens.size > 1 else None, part
+    if few is None:
+        return top_k(queries, _split(first, vectors), k, seen=seen, keep=keep, score=model.scores, gather=gather)
+    (coarse, count), mixture = few, _mixture(model)
+    guides = mixture.coarse_queries(queries)
+    some = top_k(guides, _split(first, coarse), count, seen=seen, keep=keep, gather=gather).items
+    return best_of(queries, some, part, k, score=mixture.own_scores, gather=gather)
+
+
+def coarse_vectors(model: RetrievalModel, part: CataloguePart) -> Tensor:
+    """Return what stands for the items of ``part`` in a dot product that comes close to a mixture of logits."""
+    return _mixture(model).coarse_items(part[1])
+
+
+def _mixture(model: RetrievalModel) -> MixtureOfLogits:
+    assert isinstance(model.similarity, MixtureOfLogits), "other similarities are exact at this price"
+    return model.similarity
 
 
 @torch.no_grad()
@@ -159,7 +193,12 @@ def item_vectors(model: RetrievalModel, loader: BatchLoader, mesh: Mesh) -> Iter
 
 @torch.no_grad()
 def score_pairs(
-    model: RetrievalModel, loader: BatchLoader, mesh: Mesh, items: Tensor, catalogue: CataloguePart | None = None
+    model: RetrievalModel,
+    loader: BatchLoader,
+    mesh: Mesh,
+    items: Tensor,
+    catalogue: CataloguePart | None = None,
+    memory: StoredMemory | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield, batch by batch, rows of ``loader.split`` [Q] in ascending order and the score of one item each, [Q, 1].
 
@@ -169,8 +208,28 @@ def score_pairs(
         mesh: The ranks.
         items: Item id that each row asks about, [S] int64 on the device.
         catalogue: As in :func:`recommend`.
+        memory: As in :func:`recommend`.
     """
     part = catalogue or catalogue_part(model, loader, mesh)
+    for rows, queries in user_vectors(model, loader, mesh, memory):
+        if rows.numel():
+            yield rows, item_scores(model, mesh, queries, items[rows], part)
+
+
+@torch.no_grad()
+def item_scores(model: RetrievalModel, mesh: Mesh, queries: Tensor, items: Tensor, part: CataloguePart) -> Tensor:
+    """Return the score of one item for each of ``queries`` [Q, ..], the same on every rank.
+
+    Args:
+        model: The model.
+        mesh: The ranks.
+        queries: What :func:`user_vectors` yields.
+        items: Item ids [Q] int64.
+        part: What :func:`catalogue_part` returned.
+
+    Returns:
+        [Q, 1] float32.
+    """
     gather = mesh.tokens.gather if mesh.tokens.size > 1 else None
 
     def own(queries: Tensor, vectors: Tensor) -> Tensor:
@@ -178,9 +237,33 @@ def score_pairs(
             return model.similarity.own_scores(queries, vectors)
         return torch.einsum("qd,qcd->qc", queries, vectors)
 
-    for rows, queries in user_vectors(model, loader, mesh):
-        if rows.numel():
-            yield rows, best_of(queries, items[rows][:, None], part, 1, score=own, gather=gather).scores
+    return best_of(queries, items[:, None], part, 1, score=own, gather=gather).scores
+
+
+@torch.no_grad()
+def similar_items(model: RetrievalModel, mesh: Mesh, items: Tensor, part: CataloguePart, k: int) -> TopK:
+    """Return the ``k`` other items whose vectors are closest by cosine to those of ``items`` [Q] int64, on every rank.
+
+    What is added to the scores of items is left out.
+    """
+    first, vectors = part
+    gather = mesh.tokens.gather if mesh.tokens.size > 1 else None
+
+    def directions(vectors: Tensor) -> Tensor:
+        return F.normalize((vectors if model.item_bias is None else vectors[:, :-1]).float(), dim=1)
+
+    here = (items >= first) & (items < first + vectors.shape[0])
+    own = vectors.new_zeros(items.shape[0], *vectors.shape[1:])
+    own[here] = vectors[items[here] - first]
+    itself = torch.arange(items.shape[0], device=items.device), items
+    return top_k(
+        directions(mesh.tokens.sum(own)),
+        _split(first, vectors),
+        k,
+        seen=itself,
+        score=lambda queries, some: queries @ directions(some).T,
+        gather=gather,
+    )
 
 
 CataloguePart: TypeAlias = tuple[int, Tensor]

@@ -12,20 +12,18 @@ from typing import TYPE_CHECKING, Any, Literal
 import polars as pl
 import pyarrow as pa
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hstu.config import Config
-from hstu.data.request_files import find_ids
-from hstu.inference.answers import AnswerOptions, Recommended, scored
+from hstu.data.vocabulary import Index
+from hstu.inference.answers import AnswerOptions, Recommended, scored, stored_memory
 from hstu.inference.baselines import compare_with_baselines
 from hstu.inference.export import ExportOptions, export
 from hstu.inference.frames import Kind, kind_of, to_frame, to_polars
 from hstu.inference.opened import Opened, open_trained
 from hstu.inference.output import vector_column
 from hstu.inference.prediction_requests import RequestSpec, history_columns, make_prediction_requests
-from hstu.inference.recommend import CataloguePart, catalogue_part, user_vectors
-from hstu.metrics.topk import top_k
+from hstu.inference.recommend import CataloguePart, catalogue_part, similar_items, user_vectors
 from hstu.models import RetrievalModel
 from hstu.parallel import Mesh
 
@@ -114,6 +112,8 @@ class Run:
         trained_only: bool = False,
         approximate: int | None = None,
         split: Literal["future", "test", "valid"] = "future",
+        memory: str | Path | None = None,
+        refresh: bool = False,
         **asked: Any,
     ) -> Frame:
         """Return the best items of each user: a table with columns user, rank (from 1), item, score.
@@ -130,24 +130,42 @@ class Run:
             trained_only: Leave out items that no training sample shows.
             approximate: Of a mixture of logits: score only the items that a dot product puts first, so many.
             split: "test" and "valid" ask before the event that evaluation holds out, which stands in ``target``.
+            memory: Directory of ``python -m hstu.cli.memory``: old events are answered from it and not run again.
+            refresh: First make memory that is missing or stale.
             **asked: ``request_time`` (seconds, an ISO date, a datetime or "now"), ``unknown_items`` ("error", "drop"),
                 ``user_column`` and the like, ``time_format``, ``missing``: see ``RequestSpec``.
 
         Raises:
-            ValueError: for a user or item that is not known, a malformed table, and a ranking run.
+            ValueError: for a user or item that is not known, a malformed table, memory of something else, and a ranking
+            run.
         """
         self._require_retrieval("recommend", "score")
         chosen = None if items is None else self._item_ids(items)
         options = AnswerOptions(
-            top_k=k, approximate=approximate, trained_only=trained_only, filter_seen=filter_seen, candidates=chosen
+            top_k=k,
+            approximate=approximate,
+            trained_only=trained_only,
+            filter_seen=filter_seen,
+            candidates=chosen,
+            memory=None if memory is None else Path(memory),
+            refresh=refresh,
         )
         options.check(self._opened)
         requests = make_prediction_requests(self._spec(users, histories, split=split, **asked), self._opened)
-        answers = Recommended(self._opened, requests, options, self._catalogue)
+        stored = stored_memory(self._opened, requests, split, options)
+        answers = Recommended(self._opened, requests, options, self._catalogue, stored)
         columns = {"user": pa.null(), "rank": pa.int32(), "item": pa.null(), "score": pa.float32()}
         return to_frame(list(answers), columns, self._kind(histories))
 
-    def score(self, pairs: Frame, *, histories: Frame | None = None, **asked: Any) -> Frame:
+    def score(
+        self,
+        pairs: Frame,
+        *,
+        histories: Frame | None = None,
+        memory: str | Path | None = None,
+        refresh: bool = False,
+        **asked: Any,
+    ) -> Frame:
         """Score pairs of user and item, in their order: a table with columns user, item, score.
 
         Of a ranking run the probabilities of the actions, ``score_<name>`` each where there are several; of a retrieval
@@ -156,17 +174,22 @@ class Run:
         Args:
             pairs: One a row, in the columns that the data set was made of.
             histories: As in :meth:`recommend`.
+            memory: As in :meth:`recommend`.
+            refresh: As in :meth:`recommend`.
             **asked: As in :meth:`recommend`.
 
         Raises:
             ValueError: for a user or item that is not known, and for a malformed table.
         """
+        options = AnswerOptions(memory=None if memory is None else Path(memory), refresh=refresh)
+        options.check(self._opened)
         spec = self._spec(None, histories, **asked)
         spec = replace(spec, candidates=to_polars(pairs, "pairs"))
         requests = make_prediction_requests(spec, self._opened)
         catalogue = self._catalogue if isinstance(self._opened.model, RetrievalModel) else None
         columns = {"user": pa.null(), "item": pa.null(), "score": pa.float32()}
-        return to_frame(list(scored(self._opened, requests, catalogue)), columns, self._kind(pairs))
+        stored = stored_memory(self._opened, requests, "future", options)
+        return to_frame(list(scored(self._opened, requests, catalogue, stored)), columns, self._kind(pairs))
 
     def held_out(self, users: Iterable[Any], k: int = 10) -> pl.DataFrame:
         """Return what the model said of the test events of ``users``, with their number in ``event``.
@@ -205,7 +228,7 @@ class Run:
         self._require_retrieval("item_vectors", "score")
         first, vectors = self._catalogue
         vectors = self._opened.assembly.mesh.tokens.gather(vectors)
-        columns = {"item": pa.array(self._item_names.to_list()), "vector": vector_column(vectors)}
+        columns = {"item": self._item_names.originals, "vector": vector_column(vectors)}
         return to_frame([columns], {}, self.frames)
 
     def user_vectors(
@@ -236,10 +259,11 @@ class Run:
         self._require_retrieval("similar_items", "score")
         if k < 1:
             raise ValueError(f"k = {k}: must be at least 1")
-        ids, names, parts = self._item_ids(items), pa.array(self._item_names.to_list()), []
+        ids, names, parts = self._item_ids(items), self._item_names.originals, []
+        model, mesh = self._opened.model, self._opened.assembly.mesh
+        assert isinstance(model, RetrievalModel)
         for some in ids.split(_QUERIES):
-            own = torch.arange(len(some)), some
-            best = top_k(self._directions[some], [(0, self._directions)], k, seen=own)
+            best = similar_items(model, mesh, some.to(mesh.device), self._catalogue, k).cpu()
             row, place = (best.items >= 0).nonzero(as_tuple=True)
             parts.append(
                 {
@@ -296,18 +320,9 @@ class Run:
         assert isinstance(model, RetrievalModel)
         return catalogue_part(model, self._opened.loader, self._opened.assembly.mesh)
 
-    @cached_property
-    def _item_names(self) -> pl.Series:
-        dataset = self._opened.dataset
-        return pl.Series(dataset.vocabulary(dataset.schema.item.name).tolist())
-
-    @cached_property
-    def _directions(self) -> Tensor:
-        """The vectors of all items, of length one, without what is added to scores, [items, D] in host memory."""
-        model = self._opened.model
-        assert isinstance(model, RetrievalModel)
-        vectors = self._opened.assembly.mesh.tokens.gather(self._catalogue[1]).float().cpu()
-        return F.normalize(vectors if model.item_bias is None else vectors[:, :-1], dim=1)
+    @property
+    def _item_names(self) -> Index:
+        return self._opened.dataset.index(self._opened.dataset.schema.item.name)
 
     def _item_ids(self, items: Iterable[Any]) -> Tensor:
         """Return the ids of items, [n] int64.
@@ -316,7 +331,7 @@ class Run:
             ValueError: for one that is not known.
         """
         given = _listed(items, "items")
-        ids = find_ids(given, self._item_names)
+        ids = self._item_names.places(given)
         if ids.null_count():
             raise ValueError(f"items: {given[int(ids.is_null().arg_max() or 0)]!r} is not in the catalogue")
         return torch.from_numpy(ids.to_numpy().copy())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -40,6 +40,67 @@ class Cache:
     def num_samples(self) -> int:
         """B."""
         return self.layout.num_samples
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the keys and values."""
+        return sum(x.numel() * x.element_size() for layer in self.layers for x in layer)
+
+    @staticmethod
+    def joined(caches: Sequence[Cache]) -> Cache:
+        """Return the caches of all samples of ``caches``, one after the other; at least one, all of one model."""
+        layouts = [cache.layout for cache in caches]
+
+        def joined(name: str) -> Tensor | None:
+            values = [getattr(layout, name) for layout in layouts]
+            return None if values[0] is None else torch.cat(values)
+
+        lengths = torch.cat([layout.lengths for layout in layouts])
+        return Cache(
+            layout=Layout(
+                lengths_to_offsets(lengths),
+                max_seqlen=None if lengths.device.type == "cpu" else max(layout.longest for layout in layouts),
+                num_context=torch.cat([layout.context for layout in layouts]),
+                segments=joined("segments"),
+                is_memory=joined("is_memory"),
+                timestamps=joined("timestamps"),
+            ),
+            places=torch.cat([cache.places for cache in caches]),
+            lengths=torch.cat([cache.lengths for cache in caches]),
+            timeless=torch.cat([cache.timeless for cache in caches]),
+            layers=tuple(
+                (torch.cat([k for k, _ in layer]), torch.cat([v for _, v in layer]))
+                for layer in zip(*(cache.layers for cache in caches), strict=True)
+            ),
+            given={name: torch.cat([cache.given[name] for cache in caches]) for name in caches[0].given},
+        )
+
+    def split(self) -> list[Cache]:
+        """Return the cache of each sample, in memory of its own: the reverse of ``joined``."""
+        starts = self.layout.offsets.tolist()
+        return [self._sample(b, slice(*starts[b : b + 2])) for b in range(self.num_samples)]
+
+    def _sample(self, number: int, rows: slice) -> Cache:
+        layout, one = self.layout, slice(number, number + 1)
+
+        def own(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values[rows].clone()
+
+        return Cache(
+            layout=Layout(
+                lengths_to_offsets(layout.lengths[one]),
+                max_seqlen=None if self.places.device.type == "cpu" else layout.longest,
+                num_context=layout.context[one].clone(),
+                segments=own(layout.segments),
+                is_memory=own(layout.is_memory),
+                timestamps=own(layout.timestamps),
+            ),
+            places=self.places[rows].clone(),
+            lengths=self.lengths[one].clone(),
+            timeless=self.timeless[one].clone(),
+            layers=tuple((k[rows].clone(), v[rows].clone()) for k, v in self.layers),
+            given={name: values[one].clone() for name, values in self.given.items()},
+        )
 
     def compressed(self) -> Cache:
         """Return what is left when all memory of the segments so far is there: no more tokens of them will come."""

@@ -27,6 +27,10 @@ class TopK:
     items: Tensor
     scores: Tensor
 
+    def cpu(self) -> TopK:
+        """Return the same in host memory."""
+        return TopK(items=self.items.cpu(), scores=self.scores.cpu())
+
 
 def dot_product(queries: Tensor, vectors: Tensor) -> Tensor:
     """Score [Q, D] against [n, D]: [Q, n]."""

@@ -32,6 +32,16 @@ def scores_slates(model: Encoder) -> bool:
     return not (_mask(model).context == "full" and _asks_next(model) and model.preprocess.blocks is None)
 
 
+def can_go_on(model: Encoder) -> bool:
+    """Whether :func:`extend` takes in events after those in its cache, whatever these are."""
+    if not can_cache(model) or model.preprocess.blocks is not None:
+        return False
+    positions = model.preprocess.positions
+    if positions.time is not None and positions.time_bucket_of == "age":
+        return False
+    return not (_mask(model).context == "full" and model.preprocess.contexts)
+
+
 @torch.no_grad()
 def extend(model: Encoder, cache: Cache | None, batch: Batch, *, history_alone: bool = False) -> tuple[Tensor, Cache]:
     """Run over the tokens of ``batch`` that stand behind those of ``cache``.

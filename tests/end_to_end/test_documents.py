@@ -34,6 +34,9 @@ NOT_RUN = {
     "docs/install.md: python3.12 -m venv": "needs Python 3.12 and what the block above it downloads",
     "docs/features.md: python preprocessing": "log.csv stands for a reader's own files",
     "docs/scaling.md: torchrun --nproc_per_node 4": "four ranks; tests/parallel trains on this grid",
+    "docs/serving.md: pip install": "needs a network; test_package installs a wheel",
+    "docs/serving.md: python -m hstu.cli.serve": "a server does not end; tests/serving starts it",
+    "docs/serving.md: curl": "asks that server",
     "docs/long_histories.md: python -m hstu.cli.memory": "runs/long stands for a reader's own run",
 }
 #: Flags of other programs that documents name.

@@ -12,10 +12,13 @@ import numpy as np
 import polars as pl
 import pytest
 
+import hstu
 from hstu.cli import memory, predict
 from hstu.data.table import preprocess_interactions
 from hstu.inference import memory as stored
 from hstu.layers.hstu import HSTUStack
+from hstu.serving.bodies import Recommend
+from hstu.serving.model import ModelOptions, ServedModel
 from tests import launch
 from tests.inference.test_predict import COLUMNS, planted_log
 from tests.tiny import BINDINGS
@@ -219,3 +222,33 @@ def test_memory_of_something_else_is_refused(
     (folder / "memory.json").unlink()
     assert memory.main(["--run-dir", "retrieval", "--output", str(folder)]) == 2
     assert "holds files of users without memory.json" in capsys.readouterr().err
+
+
+def test_python_and_the_server_answer_from_memory(directory: Path, tmp_path: Path) -> None:
+    run = hstu.open_run("retrieval", frames="polars")
+    wanted = answers(tmp_path / "cached.parquet", "--memory", str(directory), "--top-k", "60")
+    assert run.recommend(k=60, memory=directory).equals(wanted)
+    pairs = wanted.group_by("user", maintain_order=True).first().select(user_id="user", item_id="item")
+    best = wanted.filter(pl.col("rank") == 1)["score"]
+    assert np.allclose(run.score(pairs, memory=directory)["score"], best, atol=1e-6)
+    with pytest.raises(ValueError, match="--refresh: makes memory again"):
+        run.recommend(refresh=True)
+    with pytest.raises(ValueError, match="is the memory of run 'retrieval'|no memory tokens|was made with"):
+        hstu.open_run("ranking").score(pairs, memory=directory)
+    served = ServedModel(run._opened, ModelOptions(memory=directory))
+    users = served.questions.users.originals.to_pylist()
+    asked = [served.questions.recommend(Recommend(user=user, k=60)) for user in [*users[:40], users[3]]]
+    item, time = served.questions.columns.item, served.questions.columns.time
+    history = [{item: "sku 7", time: 5}, {item: "sku 9", time: 6}]
+    new = Recommend(history=history, features={"plan": "free"}, k=60)
+    *found, other = served.answer([*asked, served.questions.recommend(new)])
+    assert served.ways == {"memory": 41, "whole": 1} and other
+    every = {name[0]: part for name, part in wanted.group_by("user")}
+    for user, answer in zip([*users[:40], users[3]], found, strict=True):
+        mine = every[user].sort("rank")
+        assert np.mean([each["item"] for each in answer] == mine["item"].to_numpy()) > 0.95
+        assert np.allclose([each["score"] for each in answer], mine["score"], atol=2e-6)
+    later = [{item: f"sku {n}", time: 2 * 10**9 + n} for n in range(3)]
+    going_on = [served.questions.recommend(Recommend(user=users[3], events=later[:n], k=5)) for n in (1, 3)]
+    first, second = served.answer(going_on)
+    assert served.ways["memory"] == 43 and first != second
