@@ -33,7 +33,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 LINK = re.compile(r"(!?\[(?:[^\[\]]|\[[^\[\]]*\])*\])\(([^)\s#]+)(#[^)\s]*)?\)")
 MATH = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
-FIELD = re.compile(r"(?<!>)<code>(\w+Args)\.(\w+)( = [^<]*)?</code>")
+ROLE = re.compile(r":(?:meth|func|class|attr|mod):(?=<code>)")
+FIELD = re.compile(r'(?<!">)<code>(\w+Args)\.(\w+)( = [^<]*)?</code>')
 
 
 def on_config(config: MkDocsConfig) -> None:
@@ -93,7 +94,7 @@ def on_page_content(content: str, *, page: Page, config: MkDocsConfig, files: Fi
             raise PluginError(f"{page.file.src_uri}: there is no field {owner}.{name}")
         return f'<a href="{reference}#{owner}.{name}">{match[0]}</a>'
 
-    return FIELD.sub(field, MATH.sub(formula, content))
+    return FIELD.sub(field, ROLE.sub("", MATH.sub(formula, content)))
 
 
 def _target(page: str, link: str) -> Path | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import os
 import re
 import subprocess
@@ -49,6 +50,18 @@ def test_every_page_is_in_the_nav() -> None:
     own = {page for page in nav if not page.startswith("source/")}
     assert own == generated | {str(page.relative_to(ROOT / "docs")) for page in PAGES}
     assert len(nav) == len(set(nav))
+
+
+def test_every_config_field_says_what_it_is() -> None:
+    found = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
+    assert found is not None and found.loader is not None
+    hooks = importlib.util.module_from_spec(found)
+    found.loader.exec_module(hooks)
+    classes = hooks.config_classes()
+    assert set(classes) == {name for name in hstu.config.__all__ if name.endswith("Args") and name != "Args"}
+    for name, cls in classes.items():
+        silent = [field.name for field in dataclasses.fields(cls) if not hooks.comments(cls).get(field.name)]
+        assert not silent, f"{name}: fields without a #: comment above them: {silent}"
 
 
 class Site(HTMLParser):

@@ -26,9 +26,13 @@ class NetworkArgs(Args):
     ``production`` is the one of the industrial systems (https://arxiv.org/abs/2402.17152).
     """
 
+    #: Layers of the backbone.
     num_layers: int
+    #: Width D of the token stream.
     hidden_size: int
+    #: Heads H of attention.
     num_attention_heads: int
+    #: Width of a query and key head, and unless value_channels says otherwise of a value head.
     kv_channels: int
     #: "hstu", "sasrec", "llama", "gru", "lstm", "mean" (of the sequence so far), or "bert", which predicts
     #: masked items from both sides (retrieval), or any HuggingFace model under our mask: "hf:gpt2" (a type, shaped by
@@ -36,15 +40,19 @@ class NetworkArgs(Args):
     backbone: str = "hstu"
     #: What a registered backbone is called with, by name.
     backbone_options: dict[str, bool | int | float | str] = field(default_factory=dict)
+    #: Published parametrisation of hstu, see above.
     preset: Literal["research", "production"] = "production"
     #: Width of the values of a head; None: kv_channels.
     value_channels: int = UNSET
-    #: None: as ``preset`` has it, likewise ``gate``.
+    #: Add a learned bias by distance to the scores of attention (hstu); None: as preset has it.
     relative_position_bias: bool = UNSET
+    #: Add a learned bias by difference of times to the scores of attention (hstu); None: as preset has it.
     relative_time_bias: bool = UNSET
+    #: Buckets of that bias.
     num_bias_time_buckets: int = 128
     #: Time of the row in the time bias: its own event's, or the next event's ("request-time aware").
     bias_query_time: Literal["own", "next"] = "own"
+    #: How u gates the attention output o (hstu): "mul": u * norm(o); "concat": [u, o, u * norm(o)].
     gate: Literal["mul", "concat"] = UNSET
     #: Inner width of feed-forward layers; None: what the backbone's paper uses.
     ffn_hidden_size: int = UNSET
@@ -52,6 +60,7 @@ class NetworkArgs(Args):
     num_query_groups: int = UNSET
     #: Norm before each sublayer or after it; None: "pre" for sasrec, "post" for bert.
     norm_placement: Literal["pre", "post"] = UNSET
+    #: Dropout of what a layer adds to the stream; of hstu, of the gated attention output.
     hidden_dropout: float = 0.2
     #: Dropout of the embedded tokens; None: hidden_dropout.
     input_dropout: float = UNSET
@@ -62,8 +71,11 @@ class NetworkArgs(Args):
     norm_epsilon: float = UNSET
     #: None: what the backbone is trained for; of "hf:", False trains on masked items.
     is_causal: bool = UNSET
+    #: The largest distance, in tokens, to a token of the history that is attended to; None: no limit.
     max_attn_len: int | None = None
+    #: "full": context tokens also attend to the history after them.
     context_attention: Literal["causal", "full"] = "causal"
+    #: Candidates attend to those before them in their group of this size; 1: to none.
     target_group_size: int = 1
     #: "interleave": item, action, item, action; "add": their sum, one token per event; "concat": side by side
     #: through a matrix, one token per event; "item": no actions.
@@ -78,28 +90,37 @@ class NetworkArgs(Args):
     #: "age": seconds before the request. Where several rows of a sample carry a loss, as in retrieval unless
     #: DatasetArgs.train_stride = 1, those would see the future in it. "gap": seconds since the event before.
     time_bucket_of: Literal["age", "gap"] = "age"
+    #: What of the seconds numbers the row: their square root, or the logarithm of one more.
     time_bucket_fn: Literal["sqrt", "log"] = "sqrt"
     #: What an item's vector is made of: "local", a row of its own; "categorical", its features (the other columns of
     #: the items file) and its text (ItemTextArgs); "both". None: "both" where items have features or text.
     item_embedding: Literal["local", "categorical", "both"] = UNSET
-    #: Widths of embeddings; -1: hidden_size.
+    #: Width of the embeddings of items; -1: hidden_size.
     item_embedding_dim: int = -1
+    #: Width of the embeddings of actions; -1: hidden_size.
     action_embedding_dim: int = -1
+    #: Width of the embeddings of context features; -1: hidden_size.
     contextual_embedding_dim: int = -1
     #: None: "l2" for retrieval, "layer_norm" for ranking.
     output_norm: Literal["l2", "layer_norm", "none"] = UNSET
+    #: How weights of matrices are drawn.
     dense_initializer_type: Literal["normal", "xavier_uniform"] = "normal"
+    #: Standard deviation of "normal".
     dense_initializer_normal_std: float = 0.02
+    #: Standard deviation of initial rows of tables.
     embedding_initializer_std: float = 0.02
+    #: Of matrix products and attention; weights, norms and losses are float32.
     dtype_str: Literal["float32", "bfloat16"] = "float32"
     #: Of the stream between layers, for memory and bandwidth: bfloat16 with dtype_str = "bfloat16" alone, and not for
     #: gru, lstm, mean and hf.
     residual_dtype_str: Literal["float32", "bfloat16"] = "float32"
+    #: Attention of hstu: "auto", by device; "pytorch", the plain definition; "triton", the GPU kernels.
     kernel_backend: Literal["auto", "pytorch", "triton"] = "auto"
-    #: What the backward of hstu computes again instead of keeping it, for memory: the norm of a layer's input, SiLU of
-    #: u, v, q and k, the gated attention output.
+    #: Compute the norm of a layer's input again in the backward of hstu instead of keeping it, for memory.
     recompute_input_layernorm: bool = False
+    #: Likewise SiLU of u, v, q and k.
     recompute_input_silu: bool = False
+    #: Likewise the gated attention output.
     recompute_gate: bool = False
 
     limits: ClassVar = {
@@ -161,6 +182,7 @@ class NetworkArgs(Args):
 class ContextParallelArgs(Args):
     """Context parallelism: each rank holds a part of every sequence, for sequences too long for one."""
 
+    #: Ranks that share a sequence.
     context_parallel_size: int = 1
 
     limits: ClassVar = {"context_parallel_size": (1, 2**16)}
@@ -170,6 +192,7 @@ class ContextParallelArgs(Args):
 class TensorModelParallelArgs(Args):
     """Tensor parallelism: each rank holds a part of the heads and of the feed-forward widths."""
 
+    #: Ranks that share the heads and feed-forward widths of a layer.
     tensor_model_parallel_size: int = 1
     #: Also split tokens over these ranks between the products, where every rank would hold all of them.
     sequence_parallel: bool = False

@@ -25,12 +25,16 @@ class DatasetArgs(Args):
     repository root. A sequence keeps its most recent ``max_history_seqlen`` events.
     """
 
+    #: Name of the data set, as it was given to the preprocessor.
     dataset_name: str
+    #: The most events of a sample; of longer histories the most recent ones.
     max_history_seqlen: int
+    #: Directory of the data set; None: see above.
     dataset_path: str | None = None
     #: Ranking: the last events of a training sequence that are scored as candidates; 0 puts the loss on
     #: every event of the history.
     max_num_candidates: int = 0
+    #: Draw training samples in another order in each epoch.
     shuffle: bool = True
     #: Leave out the last batch of a training epoch if it is short, so that all have the same number of samples.
     drop_last: bool = False
@@ -48,8 +52,9 @@ class DatasetArgs(Args):
     #: "windows": the last to train on, from 0. "all": one run goes over them, from one to the next. A length, as "1d"
     #: (of w, d, h, m, s): likewise, over windows of so much time, which begin at multiples of it.
     window: int | str = 0
-    #: Of a run over windows: the first and the last to train on; None: the last that another one follows.
+    #: Of a run over windows: the first to train on.
     first_window: int = 0
+    #: Of a run over windows: the last to train on; None: the last that another one follows.
     last_window: int | None = None
     #: Of a run over windows: whether weights, tables and moments go on in the next one; else each begins anew.
     carry_over: bool = True
@@ -64,6 +69,7 @@ class DatasetArgs(Args):
     #: The part of its history that a sample sees, as a Python slice [start:end]: start = -k is the last k
     #: events, end = -k hides the k newest (staleness). Of it the most recent max_history_seqlen are kept.
     history_start: int | None = None
+    #: Where that slice ends; None: with the newest event.
     history_end: int | None = None
     #: Share of those events that a training sample keeps, drawn for each sample and epoch.
     history_sampling_ratio: float = 1.0

@@ -17,7 +17,9 @@ class EmbeddingArgs(Args):
     ``auto`` leaves row-, table- or column-wise to TorchRec's planner; ``data_parallel`` is whole on every rank.
     """
 
+    #: Of all tables that table_sharding_types does not name.
     sharding_type: ShardingType = "row_wise"
+    #: By name of a table.
     table_sharding_types: dict[str, ShardingType] = field(default_factory=dict)
     #: Sharded tables that stay in host memory, with a cache on the GPU. Without a GPU all tables are there.
     uvm_caching_tables: tuple[str, ...] = ()

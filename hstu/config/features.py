@@ -21,9 +21,9 @@ class FeatureArgs(Args):
     DatasetArgs.contextual_feature_names.
     """
 
-    #: Features of events, and of items, that the model reads; None: all that the data set declares (of items, if
-    #: NetworkArgs.item_embedding is not "local").
+    #: Features of events that the model reads; None: all that the data set declares.
     event_features: tuple[str, ...] | None = None
+    #: Likewise of items; None: all, if NetworkArgs.item_embedding is not "local".
     item_features: tuple[str, ...] | None = None
     #: Share of the categorical values that training replaces by the row for unknown ones, of users by sample, of
     #: actions and events by event, of items by item and step, so that this row learns what can be said without the
@@ -47,7 +47,9 @@ class FeatureArgs(Args):
     number_encoding: NumberEncoding = "soft_one_hot"
     #: By name of a feature, in place of number_encoding.
     number_encodings: dict[str, NumberEncoding] = field(default_factory=dict)
+    #: Bins of "soft_one_hot".
     number_bins: int = 16
+    #: Width of the vector of a number.
     number_width: int = 16
     #: How features join the item or action of their event: side by side through a matrix; added up; or
     #: item * (1 + sum of them).

@@ -25,9 +25,13 @@ class RankingArgs(Args):
     the action; with ``num_tasks = 1`` and a wider output it is one softmax over action classes.
     """
 
+    #: Widths of the MLP, the last one that of its outputs.
     prediction_head_arch: tuple[int, ...]
+    #: Between its layers.
     prediction_head_act_type: Literal["relu", "gelu"] = "relu"
+    #: Whether its layers have a bias.
     prediction_head_bias: bool = True
+    #: Binary tasks; 1 with a wider output: one softmax.
     num_tasks: int = 1
     #: (name, kind, what) of each task, as ("click", "binary", "action:click"). Kinds: "binary", of a bit of an action
     #: (by name or number), an action or a category of two values, or a number above zero or not; "multiclass", of an

@@ -77,14 +77,21 @@ class RetrievalArgs(Args):
     similarity: Literal["dot", "cosine", "mol"] = "dot"
     #: Add a learned number of each item to its dot products, in training, evaluation and predictions.
     item_bias: bool = False
+    #: "mol": vectors of a user.
     mol_query_groups: int = 4
+    #: "mol": vectors of an item.
     mol_item_groups: int = 4
+    #: "mol": width of each.
     mol_channels: int = 16
+    #: "mol": inner width of the networks that weigh their products.
     mol_gate_channels: int = 64
+    #: "mol": dropout of these weights.
     mol_dropout: float = 0.1
     #: Weight of the mutual information of gate and item, a reward for gates that differ between items.
     mol_mutual_information: float = 0.0
+    #: Divides scores in training losses.
     temperature: float = 0.05
+    #: Least length of a vector that is scaled to length one.
     l2_norm_eps: float = 1e-6
     #: HR@k, NDCG@k, MRR: among the whole catalogue. With ":sampled_100" behind it, as in older papers: among 100
     #: random items that the user has not seen; higher, and comparable with such scores only.

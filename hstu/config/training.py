@@ -20,14 +20,23 @@ class TrainerArgs(Args):
     one batch.
     """
 
+    #: Sequences of a training batch, per rank.
     train_batch_size: int
+    #: Sequences of a batch of evaluation and prediction, per rank.
     eval_batch_size: int
+    #: Steps between validations.
     eval_interval: int = 100
+    #: Steps between lines of metrics.jsonl and of the terminal.
     log_interval: int = 100
+    #: Steps of the run; None: max_epochs alone ends it.
     max_train_iters: int | None = None
+    #: Epochs of the run; None: one, if max_train_iters is None too.
     max_epochs: int | None = None
+    #: Batches of a step.
     gradient_accumulation_steps: int = 1
+    #: Batches of an evaluation; None: all of them.
     max_eval_iters: int | None = None
+    #: Of initial weights, the order of samples, dropout and negatives.
     seed: int = 1234
     #: Another run, or one of its checkpoints, whose weights and optimizer state a new run starts from; rows of tables
     #: are matched by original ids. Of a run its best checkpoint is taken, else its latest.
@@ -36,6 +45,7 @@ class TrainerArgs(Args):
     early_stopping_patience: int = 0
     #: Steps between checkpoints; -1 saves only the best and the last one.
     ckpt_save_interval: int = -1
+    #: The most recent checkpoints that stay, beside the best one.
     keep_last_checkpoints: int = 2
     #: "native": the next batch is copied and its ids travel to the tables while this one is computed; same losses.
     pipeline_type: Literal["none", "native"] = "none"
@@ -45,17 +55,20 @@ class TrainerArgs(Args):
     report: bool = True
     #: Where curves go beside metrics.jsonl: "tensorboard", "wandb".
     loggers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
-    #: "wandb": the project of the run and the group that it belongs to; the entity is that of the login, or
-    #: WANDB_ENTITY.
+    #: "wandb": the project of the run; the entity is that of the login, or WANDB_ENTITY.
     wandb_project: str = "hstu"
+    #: "wandb": the group of the run, as all seeds of one config.
     wandb_group: str | None = None
     #: A loss that is not a number: "stop" the run, or "skip" the step, which then moves no weight or moment; the
     #: eleventh in a row stops the run.
     nonfinite_loss: Literal["stop", "skip"] = "stop"
     #: A rank that takes longer than this for a step, an evaluation batch or a save ends the job.
     hang_timeout_seconds: float = 1800.0
+    #: Write a Chrome trace of each rank.
     profile: bool = False
+    #: The first step of the trace, from 0 over the whole run.
     profile_step_start: int = 100
+    #: The step before which the trace ends.
     profile_step_end: int = 200
 
     limits: ClassVar = {
@@ -95,25 +108,41 @@ class OptimizerArgs(Args):
     proportion to the peak. Replicated tables are dense weights that follow the tables' rate and schedule.
     """
 
+    #: Of the dense weights.
     optimizer_str: Literal["adam", "adamw", "sgd"]
+    #: Peak rate of the dense weights.
     learning_rate: float
+    #: Decay of the mean of gradients (adam, adamw), of tables too.
     adam_beta1: float = 0.9
+    #: Decay of the mean of their squares.
     adam_beta2: float = 0.999
+    #: Added to the root of that mean.
     adam_eps: float = 1e-8
+    #: Momentum of the dense weights (sgd).
     sgd_momentum: float = 0.0
+    #: Of the dense weights: "adamw" takes it off the weight, the others add it to the gradient.
     weight_decay: float = 0.0
+    #: Bound of the global norm of dense gradients; 0: off.
     clip_grad: float = 0.0
+    #: Steps of a linear rise to the peak.
     warmup_steps: int = 0
+    #: Of the rate after that, down to min_learning_rate at the last step.
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    #: Rate of the last step.
     min_learning_rate: float = 0.0
     #: Split the state of the dense optimizer over ranks (adam and adamw).
     use_distributed_optimizer: bool = False
     #: Average dense gradients while the backward pass still runs.
     overlap_grad_reduce: bool = False
+    #: Of the tables; None: the dense one's, "adam" for "adamw".
     sparse_optimizer_str: Literal["adam", "sgd", "adagrad", "rowwise_adagrad"] = UNSET
+    #: Peak rate of the tables; None: the dense one.
     sparse_learning_rate: float = UNSET
+    #: Likewise their warm-up.
     sparse_warmup_steps: int = UNSET
+    #: Likewise their schedule.
     sparse_lr_schedule: Literal["constant", "linear", "cosine"] = UNSET
+    #: Their last rate; None: in proportion to the peak.
     sparse_min_learning_rate: float = UNSET
     #: Clip each number of the gradient of a looked-up row to [-x, x], before those of one row are summed; 0: off.
     sparse_max_gradient: float = 0.0

@@ -13,7 +13,7 @@ _CHUNK_ELEMENTS = 1 << 22  # gate logits held at once while scoring a catalogue
 
 
 class DotProduct(nn.Module):
-    """<q, x> of vectors that may be scaled to length one; both scaled is the cosine.
+    """``<q, x>`` of vectors that may be scaled to length one; both scaled is the cosine.
 
     Args:
         normalize_queries: Scale queries.
@@ -41,7 +41,7 @@ class DotProduct(nn.Module):
 class MixtureOfLogits(nn.Module):
     """Gated mixture of the dot products of P_q query vectors and P_i item vectors (https://arxiv.org/abs/2306.04039).
 
-    phi(q, x) = sum_k pi_k(q, x) <q_k, x_k> over the K = P_q P_i pairs of vectors, all of length one, with
+    ``phi(q, x) = sum_k pi_k(q, x) <q_k, x_k>`` over the K = P_q P_i pairs of vectors, all of length one, with
     pi = dropout(softmax(a(q) * b(x) + c(dot products))); a, b and c are two-layer networks.
 
     Args:
