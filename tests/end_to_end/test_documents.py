@@ -37,7 +37,8 @@ NOT_RUN = {
     "docs/serving.md: pip install": "needs a network; test_package installs a wheel",
     "docs/serving.md: python -m hstu.cli.serve": "a server does not end; tests/serving starts it",
     "docs/serving.md: curl": "asks that server",
-    "docs/long_histories.md: python -m hstu.cli.memory": "runs/long stands for a reader's own run",
+    "docs/results.md: python preprocessing/preprocessor.py --dataset_name synthetic": "downloads; half an hour",
+    "docs/results.md: python preprocessing/preprocessor.py --dataset_name ml-100k": "downloads; minutes",
 }
 #: Flags of other programs that documents name.
 FOREIGN = {
