@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hstu.layers.tokens import Tokens
-from hstu.ops import Layout, Mask, lengths_to_offsets, positions_in_sequence, sequence_ids
+from hstu.ops import Layout, Mask, lengths_to_offsets, positions_in_sequence, sequence_ids, sequences_and_positions
 
 HIDDEN_SEGMENT = -1  # of places that hold nothing
 
@@ -143,7 +143,7 @@ class Past:
         self.layers: list[tuple[Tensor, Tensor]] = []
         self.before = torch.zeros_like(new.lengths) if cache is None else cache.lengths
         total = _num_tokens(new)
-        owner, place = sequence_ids(new.offsets, total), positions_in_sequence(new.offsets, total)
+        owner, place = sequences_and_positions(new.offsets, total)
         self.places = self.before[owner] + place
         if cache is None:
             self.keys, self.old_rows, self.new_rows = new, None, None
@@ -265,7 +265,7 @@ def run_behind(
     past = Past(cache, layout, spaced=by_place and cache is not None and _has_holes(cache))
     hidden = stack(replace(tokens, past=past))
     total = _num_tokens(layout)
-    owner, place = sequence_ids(layout.offsets, total), positions_in_sequence(layout.offsets, total)
+    owner, place = sequences_and_positions(layout.offsets, total)
     final = place < layout.history[owner]
     if asks_next:
         last = place == layout.history[owner] - 1

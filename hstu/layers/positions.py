@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hstu.layers.dropout import Dropout
 from hstu.layers.tokens import Stream, Tokens
-from hstu.ops import positions_in_sequence, sequence_ids
+from hstu.ops import sequence_ids, sequences_and_positions
 
 
 def token_positions(tokens: Stream, *, from_end: bool = False) -> Tensor:
@@ -22,7 +22,7 @@ def token_positions(tokens: Stream, *, from_end: bool = False) -> Tensor:
     if tokens.positions is not None:
         return tokens.of_local(tokens.positions)
     layout, total = tokens.layout, tokens.timestamps.shape[0]
-    place, sequence = positions_in_sequence(layout.offsets, total), sequence_ids(layout.offsets, total)
+    sequence, place = sequences_and_positions(layout.offsets, total)
     if from_end:
         return tokens.of_local((layout.lengths - 1)[sequence] - place)
     return tokens.of_local(torch.minimum(place, layout.history[sequence]))

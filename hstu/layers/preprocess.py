@@ -12,7 +12,7 @@ from hstu.layers.memory import MemoryBlocks, Part, PlacedMemory
 from hstu.layers.mlp import MLP
 from hstu.layers.positions import PositionEncoder
 from hstu.layers.tokens import Stream, Tokens
-from hstu.ops import Layout, lengths_to_offsets, positions_in_sequence, sequence_ids
+from hstu.ops import Layout, lengths_to_offsets, sequence_ids, sequences_and_positions
 
 MEMORY_STD = 0.02
 _MEMORY = "__memory__"
@@ -68,6 +68,19 @@ class Preprocess(nn.Module):
         """Tokens of a history event."""
         return 2 if self.layout == "interleave" else 1
 
+    def layout_of(self, lengths: dict[str, Tensor], num_candidates: Tensor) -> Layout:
+        """Return where the tokens of samples of such ``lengths`` lie, in host memory and without memory tokens."""
+        assert self.blocks is None
+        context, actions = self._beside_items(lengths, num_candidates)
+        offsets = lengths_to_offsets(context + lengths[self.item] + actions)
+        return Layout(offsets, num_context=context, num_candidates=num_candidates)
+
+    def _beside_items(self, lengths: dict[str, Tensor], num_candidates: Tensor) -> tuple[Tensor, Tensor | int]:
+        """Return how many context tokens and tokens of actions each sample has."""
+        context = sum((lengths[name] for name in self.contexts), torch.zeros_like(num_candidates))
+        doubled = self.action if self.layout == "interleave" else None
+        return context, 0 if doubled is None else lengths[doubled]
+
     def stream(
         self,
         lengths: dict[str, Tensor],
@@ -87,10 +100,9 @@ class Preprocess(nn.Module):
         """
         events, item_offsets = timestamps.shape[0], lengths_to_offsets(lengths[self.item])
         doubled = self.action if self.layout == "interleave" else None
-        num_context = sum((lengths[name] for name in self.contexts), torch.zeros_like(num_candidates))
+        num_context, actions = self._beside_items(lengths, num_candidates)
         placed = self._place_memory(lengths, num_candidates, item_offsets, events, part)
         memory = 0 if placed is None else placed.tokens_per_sample
-        actions = 0 if doubled is None else lengths[doubled]
         offsets = lengths_to_offsets(num_context + lengths[self.item] + actions + memory)
         total = events + sum(sizes[name] for name in (*self.contexts, *([doubled] if doubled else [])))
         total += memory * num_candidates.numel()
@@ -162,7 +174,7 @@ class Preprocess(nn.Module):
     def _event_rows(
         self, offsets: Tensor, num_context: Tensor, item_offsets: Tensor, num_history: Tensor, total: int
     ) -> Tensor:
-        sequence, place = sequence_ids(item_offsets, total), positions_in_sequence(item_offsets, total)
+        sequence, place = sequences_and_positions(item_offsets, total)
         history = torch.minimum(place, num_history[sequence])
         return offsets[sequence] + num_context[sequence] + place + (self.tokens_per_event - 1) * history
 
@@ -170,7 +182,8 @@ class Preprocess(nn.Module):
 def _rows_from(first: Tensor, lengths: Tensor, total: int) -> Tensor:
     """Count up from ``first`` [B] in each sample, ``lengths`` [B] times: [total] int64."""
     offsets = lengths_to_offsets(lengths)
-    return first[sequence_ids(offsets, total)] + positions_in_sequence(offsets, total)
+    sequence, place = sequences_and_positions(offsets, total)
+    return first[sequence] + place
 
 
 def _events_of(rows: Tensor, item_offsets: Tensor, offsets: Tensor, total: int) -> tuple[Tensor, Tensor]:

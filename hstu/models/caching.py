@@ -13,7 +13,7 @@ from hstu.layers.cache import Cache
 from hstu.layers.memory import MemoryBlocks, Part
 from hstu.layers.tokens import Stream
 from hstu.models.lookup import Lookup
-from hstu.ops import Layout, Mask, positions_in_sequence, sequence_ids
+from hstu.ops import Layout, Mask, sequence_ids, sequences_and_positions
 
 if TYPE_CHECKING:
     from hstu.models.encoder import Encoder
@@ -193,7 +193,7 @@ def _run(
 ) -> tuple[Tensor, Cache]:
     """Run over the tokens at the places from ``start`` to ``stop`` [B] of each sample of ``stream``."""
     total = stream.timestamps.shape[0]
-    owner, place = sequence_ids(stream.layout.offsets, total), positions_in_sequence(stream.layout.offsets, total)
+    owner, place = sequences_and_positions(stream.layout.offsets, total)
     rows = ((place >= start[owner]) & (place < stop[owner])).nonzero().squeeze(1)
     local = stream.shard(rows)
     labelled, places = model.local_labels(batch, local, batch.label_events)

@@ -28,6 +28,7 @@ from hstu.models.item_encoder import make_item_encoder
 from hstu.models.lookup import Lookup
 from hstu.models.losses import LossSum
 from hstu.models.tables import make_tables
+from hstu.ops import Layout
 
 
 class Encoder(nn.Module):
@@ -115,6 +116,12 @@ class Encoder(nn.Module):
         """Lay out the tokens of ``batch``, whoever has which; ``part`` of its samples, None for all of them."""
         lengths, sizes = self.feature_tokens.lengths(batch, has_context=part is None or part.context is None)
         return self.preprocess.stream(lengths, sizes, batch.num_candidates, batch.timestamps, part)
+
+    def token_layout(self, batch: Batch) -> Layout:
+        """Return where the tokens of ``batch``, in host memory, lie; a whole stream is laid out for memory alone."""
+        if self.preprocess.blocks is not None:
+            return self.whole_stream(batch).layout
+        return self.preprocess.layout_of(self.feature_tokens.lengths(batch)[0], batch.num_candidates)
 
     def local_labels(self, batch: Batch, stream: Stream, predicting: Tensor) -> tuple[Batch, Tensor]:
         """Return ``batch`` with the labels that are predicted in local rows, and these rows.

@@ -16,7 +16,7 @@ from hstu.layers.tokens import Stream
 from hstu.models.binding import MERGED_CONTEXT, Inputs
 from hstu.models.features import FeatureEncoders, make_merge, part_widths
 from hstu.models.negatives import random_bits, random_uniform
-from hstu.ops import lengths_to_offsets, positions_in_sequence, sequence_ids
+from hstu.ops import lengths_to_offsets, sequences_and_positions
 
 _NOISE = 2**47  # with the number of the feature, beside the seeds of other draws
 
@@ -155,8 +155,7 @@ class FeatureTokens(nn.Module):
     def _is_history(self, batch: Batch) -> Tensor:
         """Return which events are no candidates, [E] bool."""
         offsets = lengths_to_offsets(batch.lengths(self.item))
-        owner = sequence_ids(offsets, batch.num_events)
-        place = positions_in_sequence(offsets, batch.num_events)
+        owner, place = sequences_and_positions(offsets, batch.num_events)
         return place < (batch.lengths(self.item) - batch.num_candidates)[owner]
 
     def _history(self, batch: Batch) -> Tensor:
@@ -165,7 +164,8 @@ class FeatureTokens(nn.Module):
         sizes = dict(zip(batch.features.keys(), batch.features.length_per_key(), strict=True))
         own, total = lengths_to_offsets(batch.lengths(self.action)), sizes[self.action]
         first = lengths_to_offsets(batch.lengths(self.item))[:-1]
-        return first[sequence_ids(own, total)] + positions_in_sequence(own, total)
+        sequence, place = sequences_and_positions(own, total)
+        return first[sequence] + place
 
     def _with_noise(self, batch: Batch) -> KeyedJaggedTensor:
         """Return the ids of ``batch``, some of events swapped for that of an event before in the sample, or lost.
@@ -175,7 +175,7 @@ class FeatureTokens(nn.Module):
         names, sizes = [*batch.features.keys()], [*batch.features.length_per_key()]
         values = dict(zip(names, batch.features.values().split(sizes), strict=True))
         offsets = lengths_to_offsets(batch.lengths(self.item))
-        owner, place = sequence_ids(offsets, batch.num_events), positions_in_sequence(offsets, batch.num_events)
+        owner, place = sequences_and_positions(offsets, batch.num_events)
         keys = batch.sample_ids[owner] * 2**20 + place
         for number, feature in enumerate(self.noisy):
             ids, seed, unknown = values[feature.name], self.seed + _NOISE + 2 * number * 2**40, feature.vocab_size or 0

@@ -17,7 +17,7 @@ from hstu.models.binding import Inputs
 from hstu.models.features import FeatureEncoders, make_merge, part_widths
 from hstu.models.item_text import ItemText, make_item_text
 from hstu.models.negatives import random_columns, random_uniform
-from hstu.ops import lengths_to_offsets, positions_in_sequence, sequence_ids
+from hstu.ops import lengths_to_offsets, sequences_and_positions
 
 if TYPE_CHECKING:
     from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
@@ -169,7 +169,8 @@ class ItemEncoder(nn.Module):
         lengths = offsets[items + 1] - offsets[items]
         own = lengths_to_offsets(lengths)
         total = int(own[-1])  # which only the device knows
-        return members[offsets[items][sequence_ids(own, total)] + positions_in_sequence(own, total)], lengths
+        owner, position = sequences_and_positions(own, total)
+        return members[offsets[items][owner] + position], lengths
 
     def merged(self, found: Mapping[str, Tensor], features: KeyedJaggedTensor) -> dict[str, Tensor]:
         """Return the rows ``found`` of ``features``, from :meth:`beside`, items as the one vector of each.

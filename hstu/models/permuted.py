@@ -14,7 +14,7 @@ from hstu.layers.memory import Part
 from hstu.layers.tokens import Stream
 from hstu.models.lookup import RetrievalLookup
 from hstu.models.masked import MaskedRetrievalModel
-from hstu.ops import lengths_to_offsets, positions_in_sequence, sequence_ids
+from hstu.ops import lengths_to_offsets, positions_in_sequence, sequence_ids, sequences_and_positions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class PermutedRetrievalModel(MaskedRetrievalModel):
         """Hide runs of events, and put the hidden ones behind the others."""
         hidden, lengths = self._hidden(batch), batch.lengths(self.item)
         offsets, total = lengths_to_offsets(lengths), batch.num_events
-        owner, place = sequence_ids(offsets, total), positions_in_sequence(offsets, total)
+        owner, place = sequences_and_positions(offsets, total)
         events = hidden.nonzero().squeeze(1)
         events = events[self._uniform(batch.sample_ids[owner[events]] * 2**20 + place[events], 3).argsort()]
         events = events[owner[events].argsort(stable=True)]
@@ -79,7 +79,7 @@ class PermutedRetrievalModel(MaskedRetrievalModel):
         stream = super().whole_stream(batch, part)
         layout, twice = stream.layout, (batch.num_candidates - 1).clamp(min=0) // 2
         total = stream.timestamps.numel()
-        place, owner = positions_in_sequence(layout.offsets, total), sequence_ids(layout.offsets, total)
+        owner, place = sequences_and_positions(layout.offsets, total)
         positions = (layout.lengths - twice - 1)[owner] - place
         if isinstance(batch, PermutedBatch):
             positions = positions.index_copy(0, stream.event_rows, batch.from_end)

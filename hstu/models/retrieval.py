@@ -19,7 +19,7 @@ from hstu.models.encoder import Encoder
 from hstu.models.lookup import RetrievalLookup
 from hstu.models.losses import PAIRWISE, LossSum, SampledCandidates, binary_loss, scored_loss, softmax_loss
 from hstu.models.negatives import NegativeSampler, other_item
-from hstu.ops import lengths_to_offsets, positions_in_sequence, sequence_ids
+from hstu.ops import lengths_to_offsets, sequence_ids, sequences_and_positions
 
 
 class RetrievalModel(Encoder):
@@ -162,8 +162,8 @@ class RetrievalModel(Encoder):
     def keys(self, batch: Batch) -> Tensor:
         """Return an identity of each label token that no layout of ranks changes, [L] int64."""
         offsets = lengths_to_offsets(batch.lengths(self.item))
-        sample = batch.sample_ids[sequence_ids(offsets, batch.num_events)]
-        keys = sample * 2**20 + positions_in_sequence(offsets, batch.num_events)
+        owner, place = sequences_and_positions(offsets, batch.num_events)
+        keys = batch.sample_ids[owner] * 2**20 + place
         return keys[batch.label_events]
 
     def _other_item(self, batch: Batch, keys: Tensor) -> tuple[Tensor, Tensor]:

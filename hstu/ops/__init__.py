@@ -9,6 +9,7 @@ from hstu.ops.jagged import (
     lengths_to_offsets,
     positions_in_sequence,
     sequence_ids,
+    sequences_and_positions,
     split_jagged,
 )
 from hstu.ops.layer import LayerOptions, LayerWeights, hstu_layer
@@ -30,6 +31,7 @@ __all__ = [
     "pool_cross_entropy",
     "positions_in_sequence",
     "sequence_ids",
+    "sequences_and_positions",
     "softmax_attention",
     "split_jagged",
 ]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hstu.ops.attention.layout import Layout
 from hstu.ops.attention.mask import Mask
-from hstu.ops.jagged import positions_in_sequence, sequence_ids
+from hstu.ops.jagged import sequences_and_positions
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def visible_pairs(layout: Layout, mask: Mask) -> Tensor:
         not ascend, or with a mask that is not causal.
     """
     total = int(layout.offsets[-1])
-    sample, place = sequence_ids(layout.offsets, total), positions_in_sequence(layout.offsets, total)
+    sample, place = sequences_and_positions(layout.offsets, total)
     if layout.segments is None and layout.is_memory is None:
         pairs = mask.count(place, context=layout.context[sample], history=layout.history[sample])
     elif not mask.causal or mask.context == "full" or not _segments_ascend(layout, sample):

@@ -21,7 +21,7 @@ def batch_flops(model: RankingModel | RetrievalModel, config: Config, batch: Bat
     encoders of declared features, lookups, and texts of items that are only negatives. The pool of in-batch negatives
     counts as far as this rank's labels fill it.
     """
-    layout, labels = model.whole_stream(batch).layout, batch.labels.numel()
+    layout, labels = model.token_layout(batch), batch.labels.numel()
     heads = model.head if isinstance(model, RankingModel) else model.similarity
     passes = model.passes if isinstance(model, RetrievalModel) else 1
     weights = passes * matrix_elements(model.backbone) * int(layout.offsets[-1]) + matrix_elements(heads) * labels

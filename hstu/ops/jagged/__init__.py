@@ -10,6 +10,7 @@ from hstu.ops.jagged.reference import (
     lengths_to_offsets,
     positions_in_sequence,
     sequence_ids,
+    sequences_and_positions,
     split_jagged,
 )
 from hstu.ops.jagged.rows import add_positions
@@ -21,5 +22,6 @@ __all__ = [
     "lengths_to_offsets",
     "positions_in_sequence",
     "sequence_ids",
+    "sequences_and_positions",
     "split_jagged",
 ]

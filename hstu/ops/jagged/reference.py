@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hstu.ops.checks import check_offsets, values_readable
-from hstu.ops.jagged.rows import merge_rows, part_rows
+from hstu.ops.jagged.rows import located, merge_rows, part_rows
 
 
 def lengths_to_offsets(lengths: Tensor) -> Tensor:
@@ -20,13 +20,23 @@ def lengths_to_offsets(lengths: Tensor) -> Tensor:
 
 def sequence_ids(offsets: Tensor, total: int) -> Tensor:
     """Return ``[total]`` int64: the sequence each token belongs to."""
+    if (found := located(offsets, total)) is not None:
+        return found[0]
     batch = torch.arange(offsets.numel() - 1, device=offsets.device)
     return torch.repeat_interleave(batch, offsets.diff(), output_size=total)
 
 
 def positions_in_sequence(offsets: Tensor, total: int) -> Tensor:
     """Return ``[total]`` int64: 0, 1, 2 ... within each sequence."""
-    return torch.arange(total, device=offsets.device) - offsets[sequence_ids(offsets, total)]
+    return sequences_and_positions(offsets, total)[1]
+
+
+def sequences_and_positions(offsets: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """Return what ``sequence_ids`` and ``positions_in_sequence`` do, in one kernel on a GPU."""
+    if (found := located(offsets, total)) is not None:
+        return found
+    sequence = sequence_ids(offsets, total)
+    return sequence, torch.arange(total, device=offsets.device) - offsets[sequence]
 
 
 def concat_jagged(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -115,6 +115,15 @@ def _has_kernel(device: str) -> bool:
     return device == "cuda" and _installed()
 
 
+def located(offsets: Tensor, total: int) -> tuple[Tensor, Tensor] | None:
+    """Return the sequence of each of ``total`` tokens and its place in it by the kernel; None where that is not."""
+    if not _has_kernel(offsets.device.type) or offsets.dtype != torch.int64:
+        return None
+    from hstu.ops.jagged.triton import locate_rows
+
+    return locate_rows(offsets, total)
+
+
 def _merge(parts: Sequence[Tensor], places: Sequence[Tensor]) -> Tensor:
     total = sum(own.numel() for own in places)
     out = torch.empty((total, *parts[0].shape[1:]), dtype=parts[0].dtype, device=parts[0].device)

@@ -70,3 +70,28 @@ def add_rows(x: Tensor, table: Tensor, positions: Tensor, scale: float) -> Tenso
     if target.numel():
         _launch(table.contiguous(), target, positions, x.contiguous(), scale, SCATTER=False, ADD=True)
     return target
+
+
+@triton.jit(do_not_specialize=["samples", "steps"])
+def _locate_rows(OFFSETS, SEQUENCE, PLACE, total, samples, steps, BLOCK: tl.constexpr):
+    """SEQUENCE[r], the b with OFFSETS[b] <= r < OFFSETS[b + 1], by bisection; PLACE[r] = r - OFFSETS[b]."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = row < total
+    low = tl.zeros([BLOCK], tl.int64)
+    high = low + samples
+    for _ in range(steps):
+        middle = (low + high) // 2
+        ahead = tl.load(OFFSETS + middle, mask=inside, other=0) <= row
+        low, high = tl.where(ahead, middle, low), tl.where(ahead, high, middle)
+    tl.store(SEQUENCE + row, low, mask=inside)
+    tl.store(PLACE + row, row - tl.load(OFFSETS + low, mask=inside, other=0), mask=inside)
+
+
+def locate_rows(offsets: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """Return the sequence of each of ``total`` tokens [total] int64, and its place in it [total] int64."""
+    sequence, place = (torch.empty(total, dtype=torch.int64, device=offsets.device) for _ in range(2))
+    samples = offsets.numel() - 1
+    if total:
+        grid = (triton.cdiv(total, 512),)
+        _locate_rows[grid](offsets.contiguous(), sequence, place, total, samples, samples.bit_length() + 1, BLOCK=512)
+    return sequence, place
