@@ -128,12 +128,12 @@ class Service:
 
     def _watch(self) -> None:
         assert self.options.watch is not None
-        known = self._present()
+        refused = None
         while not self._ended.wait(self.options.watch):
             present = self._present()
-            if present in (known, None):
+            if present in (None, refused, _identity(self.model.opened.checkpoint)):
                 continue
-            known = present
+            refused = present  # unless it is taken up: it is not tried again and again
             try:
                 self.reload()
             except ValueError as error:
@@ -145,6 +145,14 @@ class Service:
         """Return which checkpoint the options name now; None while there is none."""
         try:
             found = find_checkpoint(self.model.opened.run.checkpoints, self.options.checkpoint)
-            return None if found is None else (found, (found / MARKER).read_bytes())
-        except (ValueError, OSError):
+        except ValueError:
             return None
+        return None if found is None else _identity(found)
+
+
+def _identity(checkpoint: Path) -> tuple[Path, bytes] | None:
+    """Return what tells a checkpoint from others, also from one that took its place; None if it is gone."""
+    try:
+        return checkpoint, (checkpoint / MARKER).read_bytes()
+    except OSError:
+        return None
