@@ -10,7 +10,7 @@ from hstu.config.base import UNSET, Args, ConfigError
 from hstu.config.dataset import DatasetArgs
 from hstu.config.embedding import DynamicEmbeddingArgs, EmbeddingArgs
 from hstu.config.features import FeatureArgs
-from hstu.config.item_text import ItemTextArgs
+from hstu.config.item_text import TEXT_WEIGHTS, ItemTextArgs
 from hstu.config.memory import MemoryArgs
 from hstu.config.ranking import RankingArgs
 from hstu.config.retrieval import RetrievalArgs
@@ -38,6 +38,8 @@ class NetworkArgs(Args):
     #: masked items from both sides (retrieval), or any HuggingFace model under our mask: "hf:gpt2" (a type, shaped by
     #: these fields) or "hf:DIRECTORY" (a config.json).
     backbone: str = "hstu"
+    #: Start from the weights in DIRECTORY of "hf:DIRECTORY"; False: from random ones.
+    pretrained_backbone: bool = False
     #: What a registered backbone is called with, by name.
     backbone_options: dict[str, bool | int | float | str] = field(default_factory=dict)
     #: Published parametrisation of hstu, see above.
@@ -230,6 +232,9 @@ class Config:
             output_norm=self.network.output_norm or ("layer_norm" if self.ranking else "l2"),
         )
         object.__setattr__(self, "network", network)
+        if (factor := self.item_text.learning_rate_factor) != 1:
+            factors = {TEXT_WEIGHTS: factor} | self.optimizer.learning_rate_factors
+            object.__setattr__(self, "optimizer", replace(self.optimizer, learning_rate_factors=factors))
         object.__setattr__(self, "memory", self.memory.fitted(self.dataset, network))
         self.dynamic_embedding.check(self.embedding)
         if self.item_text.is_vector and network.item_embedding == "local":

@@ -87,6 +87,10 @@ def check_backbone(network: NetworkArgs) -> None:
         known = ", ".join(map(repr, (*BACKBONES, *CUSTOM_BACKBONES.names)))
         raise network.error("backbone", f"must be one of {known}; one of your own is registered by a module that "
                             "--import names")  # fmt: skip
+    if network.pretrained_backbone and name != "hf":
+        raise network.error(
+            "pretrained_backbone", f"is for models of the transformers library, 'hf:DIRECTORY', not {name}"
+        )
     if network.backbone_options and custom is None:
         raise network.error("backbone_options", f"are those of a registered backbone, which {name} is not")
     for field, (unset, users, what) in _USES.items():

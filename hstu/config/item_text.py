@@ -7,6 +7,9 @@ from typing import ClassVar, Literal
 
 from hstu.config.base import UNSET, Args
 
+TEXT_WEIGHTS = "item_encoder.text.model."
+"""Prefix of the weights of the language model."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ItemTextArgs(Args):

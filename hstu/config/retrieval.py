@@ -91,6 +91,11 @@ class RetrievalArgs(Args):
     mol_mutual_information: float = 0.0
     #: Divides scores in training losses.
     temperature: float = 0.05
+    #: Learn the temperature, from that one on and within [0.01, 1] (CLIP, https://arxiv.org/abs/2103.00020).
+    learned_temperature: bool = False
+    #: Items whose embedding has a larger cosine than this with that of the positive are none of its negatives: another
+    #: edition, say; 0.99 in HLLM. None: all are but the positive itself.
+    closest_negative: float | None = None
     #: Least length of a vector that is scaled to length one.
     l2_norm_eps: float = 1e-6
     #: HR@k, NDCG@k, MRR: among the whole catalogue. With ":sampled_100" behind it, as in older papers: among 100
@@ -113,6 +118,7 @@ class RetrievalArgs(Args):
         "max_span_length": (1, 2**20),
         "replaced_weight": (0, 1e6),
         "temperature": (1e-6, 1e6),
+        "closest_negative": (-1, 1),
         "l2_norm_eps": (1e-20, 1),
         "loss_options": (-(2**62), 2**62),
     }
@@ -123,6 +129,8 @@ class RetrievalArgs(Args):
         if self.num_negatives != -1:
             self.require_positive("num_negatives")
         self._validate_loss()
+        if self.learned_temperature and not 0.01 <= self.temperature <= 1:
+            raise self.error("temperature", "is where a learned one begins, which stays within [0.01, 1]")
         for name, of in (("max_span_length", "permuted"), ("replaced_weight", "replaced")):
             if self.objective != of and getattr(self, name) != self.__dataclass_fields__[name].default:
                 raise self.error(name, f"is of RetrievalArgs.objective = {of!r}, which is {self.objective!r}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from hstu.config.base import STEPS, UNSET, Args
@@ -132,6 +132,11 @@ class OptimizerArgs(Args):
     min_learning_rate: float = 0.0
     #: Split the state of the dense optimizer over ranks (adam and adamw).
     use_distributed_optimizer: bool = False
+    #: Prefixes of the names of dense weights that stay as they are, as "backbone.layers.0."; a run's dense weights are
+    #: those that the command export names.
+    freeze: tuple[str, ...] = ()
+    #: Prefixes of the names of dense weights -> times the learning rate; of several that fit the longest counts.
+    learning_rate_factors: dict[str, float] = field(default_factory=dict)
     #: Average dense gradients while the backward pass still runs.
     overlap_grad_reduce: bool = False
     #: Of the tables; None: the dense one's, "adam" for "adamw".
@@ -153,6 +158,7 @@ class OptimizerArgs(Args):
         **dict.fromkeys(("adam_beta1", "adam_beta2", "sgd_momentum"), (0, 1)),
         **dict.fromkeys(("clip_grad", "sparse_max_gradient", "weight_decay"), (0, 1e9)),
         **dict.fromkeys(("warmup_steps", "sparse_warmup_steps"), (0, STEPS)),
+        "learning_rate_factors": (0, 1e6),
         "adam_eps": (1e-20, 1),  # below, a float32 without a gradient is divided by zero
     }
 

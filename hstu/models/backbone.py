@@ -107,6 +107,7 @@ def _hugging_face(network: NetworkArgs, max_tokens: int, with_candidates: bool) 
             dropout=network.hidden_dropout,
             mask=attention_mask(network),
             with_candidates=with_candidates,
+            pretrained=network.pretrained_backbone,
         )
     except ValueError as error:
         raise network.error("backbone", str(error)) from None

@@ -74,7 +74,13 @@ def _try_out(module: nn.Module, network: NetworkArgs, longest: int) -> None:
     module.train(training)
 
 
-def custom_loss(args: RetrievalArgs, sampled: SampledCandidates, similarity: DotProduct | MixtureOfLogits) -> LossSum:
+def custom_loss(
+    args: RetrievalArgs,
+    sampled: SampledCandidates,
+    similarity: DotProduct | MixtureOfLogits,
+    *,
+    temperature: float | Tensor,
+) -> LossSum:
     """Return the registered loss of label tokens and their negatives.
 
     Raises:
@@ -84,7 +90,7 @@ def custom_loss(args: RetrievalArgs, sampled: SampledCandidates, similarity: Dot
     assert part is not None, "RetrievalArgs has refused it"
     if count == 0:
         return empty_loss(sampled, similarity)
-    right, wrong, live = candidate_scores(sampled, similarity, args.temperature)
+    right, wrong, live = candidate_scores(sampled, similarity, temperature)
     losses = _called(args, "loss", part.make, right, wrong, live, **args.loss_options)
     if not isinstance(losses, Tensor) or losses.shape != (count,):
         found = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__

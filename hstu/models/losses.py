@@ -44,6 +44,9 @@ class SampledCandidates:
         columns: [L, K] int64, the places in the pool of each token's negatives; None takes all of it.
         log_q: Logarithms of the probabilities with which positives [L] and pool [P] are drawn as negatives, to be
             taken off their scores; None: no correction.
+        units: Embeddings of positives [L, D] and of the pool [P, D] of length one, where those of the pool that are
+            closer to a positive than ``closest`` are none of its negatives; None: all are but the positive itself.
+        closest: The largest cosine of a negative.
     """
 
     query: Tensor
@@ -53,6 +56,20 @@ class SampledCandidates:
     pool_ids: Tensor
     columns: Tensor | None = None
     log_q: tuple[Tensor, Tensor] | None = None
+    units: tuple[Tensor, Tensor] | None = None
+    closest: float = 1.0
+
+    @property
+    def excluded(self) -> Tensor:
+        """Which columns are no negatives, [L, K] bool: the positive, and what is nearly it."""
+        chosen = self.columns
+        ids = self.pool_ids[None] if chosen is None else self.pool_ids[chosen]
+        same = ids == self.positive_ids[:, None]
+        if self.units is None:
+            return same
+        positive, pool = self.units
+        cosine = positive @ pool.T if chosen is None else (pool[chosen] @ positive[:, :, None]).squeeze(-1)
+        return same | (cosine > self.closest)
 
     def rows(self, start: int, stop: int) -> SampledCandidates:
         """Return the label tokens [start, stop) alone."""
@@ -64,6 +81,7 @@ class SampledCandidates:
             positive_ids=self.positive_ids[chosen],
             columns=None if self.columns is None else self.columns[chosen],
             log_q=None if self.log_q is None else (self.log_q[0][chosen], self.log_q[1]),
+            units=None if self.units is None else (self.units[0][chosen], self.units[1]),
         )
 
 
@@ -71,7 +89,7 @@ def softmax_loss(
     sampled: SampledCandidates,
     similarity: DotProduct | MixtureOfLogits,
     *,
-    temperature: float,
+    temperature: float | Tensor,
     label_smoothing: float = 0.0,
     mutual_information_weight: float = 0.0,
 ) -> LossSum:
@@ -92,7 +110,10 @@ def softmax_loss(
     if x.query.shape[0] == 0:
         return empty_loss(x, similarity)
     assert not label_smoothing or x.columns is None
+    if isinstance(similarity, DotProduct) and x.units is not None:
+        return _in_chunks(x, similarity, lambda part: _masked_rows(part, similarity, temperature, label_smoothing))
     if isinstance(similarity, DotProduct):
+        assert isinstance(temperature, (int, float)), "a learned one is in the queries"
         losses, live = _dot_rows(x, temperature, label_smoothing)
         return LossSum(total=losses.sum(), count=x.query.shape[0], live_negatives=live.sum().to(losses.dtype))
     options = (similarity, temperature, label_smoothing, mutual_information_weight)
@@ -104,7 +125,7 @@ def scored_loss(
     similarity: DotProduct | MixtureOfLogits,
     losses: Callable[[Tensor, Tensor, Tensor], Tensor],
     *,
-    temperature: float,
+    temperature: float | Tensor,
 ) -> LossSum:
     """Sum what ``losses`` makes of the scores of label tokens and their negatives.
 
@@ -153,18 +174,16 @@ def empty_loss(x: SampledCandidates, similarity: DotProduct | MixtureOfLogits) -
 
 
 def candidate_scores(
-    x: SampledCandidates, similarity: DotProduct | MixtureOfLogits, temperature: float
+    x: SampledCandidates, similarity: DotProduct | MixtureOfLogits, temperature: float | Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the scores over the temperature of positives [L] and of negatives [L, K], and which are some [L, K]."""
-    items, ids = x.pool[None], x.pool_ids[None]
-    if x.columns is not None:
-        items, ids = x.pool[x.columns], x.pool_ids[x.columns]
+    items = x.pool[None] if x.columns is None else x.pool[x.columns]
     if isinstance(similarity, DotProduct):
         right = (x.query * x.positive).sum(-1)
         wrong = x.query @ x.pool.T if x.columns is None else (items @ x.query[:, :, None]).squeeze(-1)
     else:
         right, wrong = similarity.mix(x.query, x.positive[:, None])[0][:, 0], similarity.mix(x.query, items)[0]
-    return right / temperature, wrong / temperature, (ids != x.positive_ids[:, None]).expand_as(wrong)
+    return right / temperature, wrong / temperature, ~x.excluded.expand_as(wrong)
 
 
 def _dot_rows(x: SampledCandidates, temperature: float, smoothing: float) -> tuple[Tensor, Tensor]:
@@ -183,12 +202,27 @@ def _dot_rows(x: SampledCandidates, temperature: float, smoothing: float) -> tup
     return losses, live
 
 
-def _mixture_rows(
-    x: SampledCandidates, similarity: MixtureOfLogits, temperature: float, smoothing: float, information_weight: float
+def _masked_rows(
+    x: SampledCandidates, similarity: DotProduct, temperature: float | Tensor, smoothing: float
 ) -> tuple[Tensor, Tensor]:
-    items, same = x.pool[None], x.pool_ids[None, :] == x.positive_ids[:, None]
-    if x.columns is not None:
-        items, same = x.pool[x.columns], x.pool_ids[x.columns] == x.positive_ids[:, None]
+    right, scores, live = candidate_scores(x, similarity, temperature)
+    if x.log_q is not None:
+        right = right - x.log_q[0]
+        scores = scores - (x.log_q[1][None] if x.columns is None else x.log_q[1][x.columns])
+    losses = torch.cat([right[:, None], scores.masked_fill(~live, -torch.inf)], 1).logsumexp(1) - right
+    if smoothing:
+        losses = losses + smoothing * (right - scores.mean(1))
+    return losses.sum(), live.sum().to(losses.dtype)
+
+
+def _mixture_rows(
+    x: SampledCandidates,
+    similarity: MixtureOfLogits,
+    temperature: float | Tensor,
+    smoothing: float,
+    information_weight: float,
+) -> tuple[Tensor, Tensor]:
+    items, same = x.pool[None] if x.columns is None else x.pool[x.columns], x.excluded
     scores, gates = similarity.mix(x.query, items)
     right, scores = similarity.mix(x.query, x.positive[:, None])[0] / temperature, scores / temperature
     if x.log_q is not None:
@@ -252,7 +286,7 @@ def _log_shares(live: Tensor, wrong: Tensor) -> Tensor:
 
 
 def binary_loss(
-    sampled: SampledCandidates, live: Tensor, similarity: DotProduct | MixtureOfLogits, *, temperature: float
+    sampled: SampledCandidates, live: Tensor, similarity: DotProduct | MixtureOfLogits, *, temperature: float | Tensor
 ) -> LossSum:
     """Binary cross-entropy of the positive and of one negative (https://arxiv.org/abs/1808.09781, section III-E).
 
@@ -269,6 +303,7 @@ def binary_loss(
         scores = torch.einsum("ld,lnd->ln", x.query, pair)
     else:
         scores = similarity.mix(x.query, pair)[0]
+    live = live & ~x.excluded[:, 0] if x.units is not None else live
     right, wrong = (scores / temperature).unbind(1)
     total = F.softplus(-right).sum() + (F.softplus(wrong) * live).sum()
     return LossSum(total=total, count=x.query.shape[0], live_negatives=live.sum().to(total.dtype))

@@ -98,14 +98,14 @@ class ReplacedRetrievalModel(MaskedRetrievalModel):
             sampled: Labels and pool.
             keys: [L] int64, an identity of each label that no layout of ranks changes.
         """
+        sampled, temperature = self.tempered(sampled)
         columns = sampled.columns
         per_row = sampled.pool.shape[0] if columns is None else columns.shape[1]
         places, replaced = [keys[:0]], [keys[:0] > 0]
         for start in range(0, keys.numel(), step := max(1, _CHUNK_ELEMENTS // max(1, per_row))):
             rows = slice(start, start + step)
-            right, wrong, live = candidate_scores(
-                sampled.rows(start, start + step), self.similarity, self.args.temperature
-            )
+            part = sampled.rows(start, start + step)
+            right, wrong, live = candidate_scores(part, self.similarity, temperature)
             scores = torch.cat([right[:, None], wrong.masked_fill(~live, -torch.inf)], 1).double()
             uniform = random_uniform(keys[rows], scores.shape[1], self.seed + 3 * 2**40)
             # Of the Gumbel distribution: the largest sum is a draw from the softmax.

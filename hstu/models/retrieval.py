@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hstu.config import Config, RetrievalArgs
@@ -40,6 +42,7 @@ class RetrievalModel(Encoder):
         self.similarity = make_similarity(self.args, width, self.postprocess.norm, projected=width != hidden)
         for part in (self.to_items, self.similarity):
             initialize(part, "xavier_uniform", 0.0)
+        self.temperature = Temperature(self.args.temperature) if self.args.learned_temperature else None
         self.item_bias = ItemBias(self.num_items) if self.args.item_bias else None
         if self.item_bias is not None:
             self.row_weights["item_bias.weight"] = self.item
@@ -90,7 +93,9 @@ class RetrievalModel(Encoder):
     def sampled(self, embedded: dict[str, Tensor], request: RetrievalLookup) -> SampledCandidates:
         """Return the local labels, and what they are to be told apart from."""
         positive, pool = self.looked_up(embedded, request)
-        labels = request.batch.labels
+        labels, closest, units = request.batch.labels, self.args.closest_negative, None
+        if closest is not None:
+            units = F.normalize(positive.detach().float(), dim=1), F.normalize(pool.detach().float(), dim=1)
         return SampledCandidates(
             query=self.query_vectors(self.encode(embedded, request)),
             positive=self.item_vectors(positive, labels),
@@ -98,6 +103,8 @@ class RetrievalModel(Encoder):
             pool=self.item_vectors(pool, request.pool_ids),
             pool_ids=request.pool_ids,
             columns=request.columns,
+            units=units,
+            closest=1.0 if closest is None else closest,
         )
 
     def looked_up(self, embedded: dict[str, Tensor], request: RetrievalLookup) -> tuple[Tensor, Tensor]:
@@ -140,21 +147,37 @@ class RetrievalModel(Encoder):
         """Score ``queries`` [L, ..] against ``items`` [n, ..]: [L, n] float32."""
         return self.similarity.scores(queries, items)
 
+    def tempered(self, sampled: SampledCandidates) -> tuple[SampledCandidates, float | Tensor]:
+        """Return ``sampled``, and what divides its scores: a learned temperature is in the queries of dot products."""
+        if self.temperature is None:
+            return sampled, self.args.temperature
+        learned: Tensor = self.temperature()
+        if isinstance(self.similarity, DotProduct):
+            return replace(sampled, query=sampled.query / learned), 1.0
+        return sampled, learned
+
     def _loss(self, sampled: SampledCandidates, live: Tensor | None) -> LossSum:
+        sampled, temperature = self.tempered(sampled)
+        loss = self._loss_at(temperature, sampled, live)
+        if isinstance(temperature, Tensor):  # so that the graph reaches it without labels too
+            loss = replace(loss, total=loss.total + 0.0 * temperature.sum())
+        return loss
+
+    def _loss_at(self, temperature: float | Tensor, sampled: SampledCandidates, live: Tensor | None) -> LossSum:
         if live is not None:
-            return binary_loss(sampled, live, self.similarity, temperature=self.args.temperature)
+            return binary_loss(sampled, live, self.similarity, temperature=temperature)
         if self.args.loss in PAIRWISE:
             losses = partial(PAIRWISE[self.args.loss], **self.args.loss_options)
-            return scored_loss(sampled, self.similarity, losses, temperature=self.args.temperature)
+            return scored_loss(sampled, self.similarity, losses, temperature=temperature)
         if self.args.loss not in LOSSES:
-            return custom_loss(self.args, sampled, self.similarity)
+            return custom_loss(self.args, sampled, self.similarity, temperature=temperature)
         if self.args.logq_correction:
             log_q = self.sampler.log_q(sampled.positive_ids), self.sampler.log_q(sampled.pool_ids)
             sampled = replace(sampled, log_q=log_q)
         return softmax_loss(
             sampled,
             self.similarity,
-            temperature=self.args.temperature,
+            temperature=temperature,
             label_smoothing=self.args.label_smoothing,
             mutual_information_weight=self.args.mol_mutual_information,
         )
@@ -172,6 +195,22 @@ class RetrievalModel(Encoder):
         samples, whole = owner[batch.label_events], batch.whole_history
         holder, items = (owner, batch.ids(self.item)) if whole is None else whole
         return other_item(keys, samples, items, holder, self.num_items, self.seed)
+
+
+class Temperature(nn.Module):
+    """A learned temperature, within [0.01, 1] (CLIP, https://arxiv.org/abs/2103.00020).
+
+    Args:
+        start: Where it begins.
+    """
+
+    def __init__(self, start: float) -> None:
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.full((1,), -math.log(start)))
+
+    def forward(self) -> Tensor:
+        """Return the temperature, [1]."""
+        return (-self.log_scale.clamp(0.0, math.log(100))).exp()
 
 
 class ItemBias(nn.Module):

@@ -27,10 +27,26 @@ class DenseParallel:
     Args:
         module: Every dense weight of the model, and none of the sharded tables: their slices would be
             flattened into Megatron's buffers too.
-        args: Whether optimizer state is split over ranks, and gradients are reduced during the backward pass.
+        args: Whether optimizer state is split over ranks, gradients are reduced during the backward pass, and which
+            weights are frozen.
+
+    Raises:
+        ConfigError: for a prefix that no weight has.
     """
 
     def __init__(self, module: nn.Module, args: OptimizerArgs) -> None:
+        names = [name for name, _ in module.named_parameters()]
+        for field, prefixes in (("freeze", args.freeze), ("learning_rate_factors", args.learning_rate_factors)):
+            for prefix in prefixes:
+                if not any(name.startswith(prefix) for name in names):
+                    first = ", ".join(dict.fromkeys(name.split(".")[0] for name in names))
+                    raise args.error(field, f"no dense weight has a name that begins with {prefix!r}; they begin with "
+                                     f"{first} (sharded tables are none)")  # fmt: skip
+        for name, weight in module.named_parameters():
+            if name.startswith(args.freeze):
+                weight.requires_grad_(False)
+        if args.freeze and not any(weight.requires_grad for weight in module.parameters()):
+            raise args.error("freeze", "leaves no dense weight to learn")
         # Megatron's config describes a transformer; its wrapper reads only the parallel degrees.
         described = TransformerConfig(num_layers=1, hidden_size=1, num_attention_heads=1)
         with cuda_means_cpu():

@@ -53,7 +53,15 @@ def feature_shape(config: Config) -> dict[str, Any]:
 
 def model_identity(config: Config) -> dict[str, Any]:
     """Return what must agree between a checkpoint and the model that loads it beside its ids, as JSON values."""
-    runtime = {"hidden_dropout", "input_dropout", "dtype_str", "residual_dtype_str", "kernel_backend", *RECOMPUTE}
+    runtime = {
+        "pretrained_backbone",
+        "hidden_dropout",
+        "input_dropout",
+        "dtype_str",
+        "residual_dtype_str",
+        "kernel_backend",
+        *RECOMPUTE,
+    }
     network = {
         f"NetworkArgs.{name}": value
         for name, value in dataclasses.asdict(config.network).items()
@@ -89,6 +97,8 @@ def model_identity(config: Config) -> dict[str, Any]:
     if config.retrieval is not None:
         shape = ("similarity", "item_bias", "mol_query_groups", "mol_item_groups", "mol_channels", "mol_gate_channels")
         identity |= {f"RetrievalArgs.{name}": getattr(config.retrieval, name) for name in shape}
+        if config.retrieval.learned_temperature:
+            identity["RetrievalArgs.learned_temperature"] = True
     loaded: dict[str, Any] = json.loads(json.dumps(identity))
     return loaded
 

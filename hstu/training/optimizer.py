@@ -61,17 +61,32 @@ class Optimizer:
             clip_grad=args.clip_grad,
             use_distributed_optimizer=args.use_distributed_optimizer,
         )
-        # An explicit dict also turns off Megatron's own rule for weight decay, which no config shows.
-        overrides: dict[ParamKey, Any] = {
-            ParamKey(name="*replicated.*"): {"max_lr": args.sparse_learning_rate, "sparse": True}
-        }
         with cuda_means_cpu():
-            self.megatron = get_megatron_optimizer(config, [parallel.dense.ddp], config_overrides=overrides)
+            self.megatron = get_megatron_optimizer(config, [parallel.dense.ddp], config_overrides=self._groups())
         self.engine = self.megatron.chained_optimizers[0]
         self.dense = self.engine.optimizer
         for group in self.dense.param_groups:
             group["fused"] = True  # one kernel for all weights
         self.parts = self._find_parts()
+
+    def _groups(self) -> dict[ParamKey, Any]:
+        """Return which weights have another learning rate: replicated tables, and those with a factor.
+
+        That it is a dict also turns off Megatron's own rule for weight decay, which no config shows.
+        """
+        args, members = self.args, dict[tuple[float, bool], list[str]]()
+        for name, _ in self.parallel.dense.ddp.module.named_parameters():
+            fitting = [prefix for prefix in args.learning_rate_factors if name.startswith(prefix)]
+            factor = args.learning_rate_factors[max(fitting, key=len)] if fitting else 1.0
+            members.setdefault((factor, name.startswith("replicated.")), []).append(f"module.{name}")
+        return {
+            ParamKey(name=tuple(names)): {
+                "max_lr": factor * (args.sparse_learning_rate if sparse else args.learning_rate),
+                "sparse": sparse,
+            }
+            for (factor, sparse), names in members.items()
+            if sparse or factor != 1
+        }
 
     def prepare(self, step: int) -> float:
         """Clear gradients and set the learning rates of ``step`` (from 0); return the dense one."""
@@ -141,7 +156,8 @@ class Optimizer:
         return value if part.cut is None else part.cut.whole(value)
 
     def _find_parts(self) -> list[_Part]:
-        names = list(self.parallel.dense.ddp.module.named_parameters())
+        named = self.parallel.dense.ddp.module.named_parameters()
+        names = [(name, parameter) for name, parameter in named if parameter.requires_grad]
         if not self.args.use_distributed_optimizer:
             return [_Part(name, p.shape, p, None, cut_of(p)) for name, p in names]
         found = []

@@ -456,7 +456,7 @@ NOTHING = {
                     "history_start", "history_end"},
     "NetworkArgs": {"max_attn_len", "num_position_buckets", "scaling_seqlen", "item_embedding"},
     "FeatureArgs": {"event_features", "item_features", "merge_hidden_size", "layer_norm"},
-    "RetrievalArgs": {"num_negatives", "filter_seen"},
+    "RetrievalArgs": {"num_negatives", "filter_seen", "closest_negative"},
     "DynamicEmbeddingArgs": {"ttl"},
     "ItemTextArgs": {"model", "columns", "pooling"},
     "MemoryArgs": {"insert_method", "pretrain_item_num", "recent_item_num"},

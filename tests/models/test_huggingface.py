@@ -28,6 +28,7 @@ from tests.models.test_models import (
     changed,
 )
 from tests.samples import make_config, make_dataset, scores_of
+from tests.toy_text import WORDS, save_model
 
 ROOT = Path(__file__).resolve().parents[2]
 needs_transformers = pytest.mark.skipif(
@@ -255,3 +256,19 @@ def test_without_transformers_the_remedy_is_named(dataset: SequenceDataset, monk
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ConfigError, match=r"pip install 'hstu\[hf\]'"):
         build_model(config_of("gpt2"), dataset.schema)
+
+
+@needs_transformers
+def test_a_backbone_may_start_from_the_weights_in_its_directory(dataset: SequenceDataset, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    folder = save_model(tmp_path / "gpt2", WORDS, "gpt2")
+    config = config_of(str(folder), "retrieval", "NetworkArgs.hidden_size=16", "NetworkArgs.pretrained_backbone=True")
+    model: Any = build(dataset, config, spread=False)
+    own, saved = model.backbone.model.state_dict(), load_file(folder / "model.safetensors")
+    assert len(own) > 20 and all(torch.equal(value, saved[name]) for name, value in own.items())
+    with pytest.raises(ConfigError, match="pretrained_backbone = True: is for models of the transformers library"):
+        make_config("retrieval", "NetworkArgs.pretrained_backbone=True")
+    with pytest.raises(ConfigError, match="no weights"):
+        (folder / "model.safetensors").unlink()
+        build(dataset, config, spread=False)

@@ -77,6 +77,12 @@ FROZEN_TEXT = (
     "ItemTextArgs.model='bert'",
     "ItemTextArgs.max_tokens=16",
 )
+TEXT_RATE = "ItemTextArgs.learning_rate_factor=0.3"
+NCE = (
+    "RetrievalArgs.learned_temperature=True",
+    "RetrievalArgs.temperature=0.07",
+    "RetrievalArgs.closest_negative=0.99",
+)
 TEXT_ALONE = "NetworkArgs.item_embedding='categorical'"
 TEXT = (*FROZEN_TEXT, "ItemTextArgs.freeze=False", "ItemTextArgs.micro_batch_tokens=100")
 TASKS = (
@@ -212,8 +218,8 @@ CASES = {
             (*SGD, *FULL, *sharding("row_wise", segment="data_parallel")),
             data="short",
         ),
-        Case("retrieval-adam-text", "retrieval", (*TEXT, *IN_BATCH), data="text", plain_steps=0),
-        Case("retrieval-sgd-text-alone", "retrieval", (*SGD, *TEXT, *IN_BATCH, TEXT_ALONE), data="text"),
+        Case("retrieval-adam-text", "retrieval", (*TEXT, *IN_BATCH, TEXT_RATE), data="text", plain_steps=0),
+        Case("retrieval-sgd-text-alone", "retrieval", (*SGD, *TEXT, *IN_BATCH, *NCE, TEXT_ALONE), data="text"),
         Case("ranking-adam-frozen-text", "ranking", FROZEN_TEXT, data="text", plain_steps=0),
         Case("retrieval-sgd-llama-bce", "retrieval", (*SGD, *LLAMA_BCE), plain_steps=0),
         Case("retrieval-sgd-replaced-short", "retrieval", (*SGD, *BERT, *REPLACED), "short", plain_steps=0),
