@@ -246,8 +246,8 @@ def test_what_does_not_fit_is_refused(dataset: SequenceDataset, name: str, lines
 def test_a_model_with_a_mask_of_its_own_is_refused(
     dataset: SequenceDataset, wrong: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = HuggingFaceStack._run
-    monkeypatch.setattr(HuggingFaceStack, "_run", lambda self, x, seen, p: honest(self, x, wrong(seen), p))
+    honest = HuggingFaceStack.run
+    monkeypatch.setattr(HuggingFaceStack, "run", lambda self, x, seen, p: honest(self, x, wrong(seen), p))
     with pytest.raises(ConfigError, match="does not obey the attention mask"):
         build_model(config_of("bert"), dataset.schema)
 
