@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 LINK = re.compile(r"(!?\[(?:[^\[\]]|\[[^\[\]]*\])*\])\(([^)\s#]+)(#[^)\s]*)?\)")
 MATH = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
+GENERATED = re.compile(r"<!-- (fields|commands) -->.*<!-- /\1 -->", re.DOTALL)  # for those who read the file itself
 ROLE = re.compile(r":(?:meth|func|class|attr|mod):(?=<code>)")
 FIELD = re.compile(r'(?<!">)<code>(\w+Args)\.(\w+)( = [^<]*)?</code>')
 
@@ -72,10 +73,7 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
         return f"{text}({os.path.relpath(_uri(path), Path(here).parent)}{anchor or ''})"
 
     markdown = LINK.sub(link, markdown)
-    for mark, make in (("<!-- fields -->", fields_text), ("<!-- commands -->", commands_text)):
-        if mark in markdown:
-            markdown = markdown.replace(mark, make())
-    return markdown
+    return GENERATED.sub(lambda match: {"fields": fields_text, "commands": commands_text}[match[1]](), markdown)
 
 
 def on_page_content(content: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:

@@ -46,7 +46,7 @@ def register_backbone(name: str, *, uses: tuple[str, ...] = ()) -> Callable[[T],
     each rank has all of them.
 
     Args:
-        name: A word.
+        name: Of letters, digits and underscores.
         uses: Fields of ``NetworkArgs`` that other backbones refuse and this one reads, as ``("max_attn_len",)``.
 
     Raises:

@@ -28,7 +28,7 @@ def register_loss(name: str) -> Callable[[T], T]:
     ``loss_options`` by their names; it returns the loss of each token, [L]. Means over ranks are taken by the trainer.
 
     Args:
-        name: A word.
+        name: Of letters, digits and underscores.
 
     Raises:
         ValueError: for a name that is taken.

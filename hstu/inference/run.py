@@ -204,7 +204,11 @@ class Run:
         return to_frame(answers, {"user": pa.null(), "item": pa.null(), "event": pa.int64()}, "polars")
 
     def evaluate(self, split: Literal["test", "valid"] = "test") -> dict[str, Any]:
-        """Score the checkpoint on a split: the record that training writes to ``eval.json``, ``metrics`` and all.
+        """Score the checkpoint on a split, as training does at its end.
+
+        Returns:
+            What ``eval.json`` holds: ``metrics`` and their ``standard_errors`` by name, and how they were made, such as
+            ``protocol``, ``num_users``, ``num_candidates`` and ``filter_seen``.
 
         Raises:
             ValueError: for another split.
@@ -214,7 +218,18 @@ class Run:
         return self._opened.assembly.score(split, self.step)
 
     def baselines(self, neighbours: int = 100) -> dict[str, Any]:
-        """Score popularity, repeats and item neighbours as the run was: see :func:`compare_with_baselines`."""
+        """Score popularity, repeats and item neighbours on the test split as the run was, into ``baselines.json``.
+
+        Args:
+            neighbours: Of each item.
+
+        Returns:
+            What the file holds: metrics of the model and of each baseline, and ``not_beaten``: for each metric the
+            baselines that score at least as high as the model.
+
+        Raises:
+            ValueError: for a ranking run, one without a test score, and a score that was made otherwise.
+        """
         return compare_with_baselines(self._opened, neighbours)
 
     def item_vectors(self) -> Frame:

@@ -71,7 +71,8 @@ class HSTUConfig:
 class HSTULayer(nn.Module):
     """One layer of "Actions Speak Louder than Words" (https://arxiv.org/abs/2402.17152, section 3).
 
-    [u | v | q | k] = act(norm(x) W + b); o = silu-attention(q, k, v); out = gate(u, norm(o)) W_o (+ b_o) + x
+    ``[u | v | q | k] = silu(norm(x) W + b); o = attention(q, k, v); out = gate(u, norm(o)) W_o + b_o + x``, with
+    the attention of :func:`hstu.ops.hstu_attention`.
     """
 
     def __init__(self, config: HSTUConfig) -> None:
@@ -206,7 +207,12 @@ class HSTULayer(nn.Module):
 
 
 class HSTUStack(nn.Module):
-    """A stack of HSTU layers: the backbone."""
+    """A stack of HSTU layers: the backbone.
+
+    Args:
+        config: Of each layer.
+        num_layers: L.
+    """
 
     def __init__(self, config: HSTUConfig, num_layers: int) -> None:
         super().__init__()

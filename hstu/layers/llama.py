@@ -119,7 +119,12 @@ class LLaMALayer(nn.Module):
 
 
 class LLaMAStack(nn.Module):
-    """A stack of LLaMA layers and a norm: the backbone. All candidates of a sample stand at one position."""
+    """A stack of LLaMA layers and a norm: the backbone. All candidates of a sample stand at one position.
+
+    Args:
+        config: Of each layer.
+        num_layers: L.
+    """
 
     def __init__(self, config: LLaMAConfig, num_layers: int) -> None:
         super().__init__()

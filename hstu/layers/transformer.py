@@ -98,7 +98,12 @@ class TransformerLayer(nn.Module):
 
 
 class TransformerStack(nn.Module):
-    """A stack of transformer layers: the backbone."""
+    """A stack of transformer layers: the backbone.
+
+    Args:
+        config: Of each layer.
+        num_layers: L.
+    """
 
     def __init__(self, config: TransformerConfig, num_layers: int) -> None:
         super().__init__()

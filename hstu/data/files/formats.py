@@ -21,7 +21,7 @@ def register_reader(name: str) -> Callable[[T], T]:
     Polars or yields blocks of one, all with the same columns.
 
     Args:
-        name: A word.
+        name: Of letters, digits and underscores.
 
     Raises:
         ValueError: for a name that is taken.
