@@ -26,7 +26,7 @@ def compiled(signature: str) -> Callable[[Callable[..., Any]], Any]:
     """Compile for one signature, now or from what an earlier process kept; without the GIL, in one thread."""
 
     def decorate(function: Callable[..., Any]) -> Any:
-        options: dict[str, Any] = {"nogil": True, "fastmath": MATHS, "error_model": "numpy"}
+        options: dict[str, Any] = {"nogil": True, "fastmath": MATHS, "error_model": "numpy", "no_cfunc_wrapper": True}
         try:
             return njit(signature, cache=True, **options)(function)
         except RuntimeError as error:
@@ -120,6 +120,29 @@ def fma(typing: Any, a: Any, b: Any, c: Any) -> Any:
         return builder.call(function, arguments)
 
     return _vector(_vector, _vector, _vector), generate
+
+
+@intrinsic
+def add(typing: Any, a: Any, b: Any) -> Any:
+    """``a + b`` of vectors."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.fadd(*arguments)
+
+    return _vector(_vector, _vector), generate
+
+
+@intrinsic
+def total(typing: Any, a: Any) -> Any:
+    """The sum of the lanes."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kind = ir.FunctionType(ir.FloatType(), [ir.FloatType(), _IR])
+        function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.vector.reduce.fadd.v{LANES}f32")
+        # In halves, not one lane after the other.
+        return builder.call(function, [ir.Constant(ir.FloatType(), 0.0), *arguments], fastmath=("reassoc",))
+
+    return types.float32(_vector), generate
 
 
 @njit(fastmath=MATHS, inline="always")

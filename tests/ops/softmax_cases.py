@@ -56,12 +56,12 @@ def results(problem: dict[str, Any], backend: str) -> dict[str, torch.Tensor]:
     return {"loss": loss.detach(), "live": live} | {f"d_{name}": inputs[name].grad for name in names}
 
 
-def check(name: str, dtype: torch.dtype, device: str = "cpu") -> None:
-    """The error of the kernels is at most three times that of the plain computation."""
+def check(name: str, dtype: torch.dtype, device: str = "cpu", backend: str = "triton") -> None:
+    """The error of a backend is at most three times that of the plain computation."""
     problem: dict[str, Any] = moved(build(CASES[name], dtype), device)
     exact = {key: x.double() if x.is_floating_point() else x for key, x in problem.items() if torch.is_tensor(x)}
     expected = results(problem | exact, "reference")
-    plain, kernel = results(problem, "reference"), results(problem, "triton")
+    plain, kernel = results(problem, "reference"), results(problem, backend)
     assert torch.equal(kernel["live"], expected["live"])
     for key in expected:
         if key == "live" or not expected[key].numel():

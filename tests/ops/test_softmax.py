@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hstu.ops import softmax
-from hstu.ops.softmax import chunked, pool_cross_entropy, sampled
+from hstu.ops import loops, softmax
+from hstu.ops.softmax import chunked, compiled, pool_cross_entropy, sampled
 from hstu.ops.softmax.problem import Problem
-from tests.ops.softmax_cases import CASES, build, results
+from tests.ops.softmax_cases import CASES, build, check, results
 
 
 @pytest.mark.parametrize("elements", [1 << 19, 64])
@@ -28,6 +28,28 @@ def test_sampled(name: str) -> None:
     expected, ours = (results(problem, backend) for backend in ("reference", "sampled"))
     for key in expected:
         torch.testing.assert_close(ours[key], expected[key], msg=key)
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case[3] is not None])
+def test_sampled_in_compiled_loops(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loops, "SHARE_WORK", 64)
+    monkeypatch.setattr(compiled, "GROUP_SHARE", 1)
+    check(name, torch.float32, backend="sampled")
+    found = results(build(CASES[name], torch.float32), "sampled")
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    again = results(build(CASES[name], torch.float32), "sampled")
+    torch.set_num_threads(before)
+    assert all(torch.equal(found[key], again[key]) for key in found)
+
+
+def test_a_large_pool_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = build(CASES["wide"], torch.float32)
+    with loops.torch_only():
+        expected = results(problem, "sampled")
+    monkeypatch.setattr(sampled, "CACHED", 10)
+    found = results(problem, "sampled")
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
 def test_few_columns_are_read_where_they_lie(monkeypatch: pytest.MonkeyPatch) -> None:

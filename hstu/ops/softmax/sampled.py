@@ -14,7 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from hstu.ops.loops import compiled_loops_for
+from hstu.ops.softmax.compiled import pool_cross_entropy_compiled
 from hstu.ops.softmax.problem import Problem
+
+CACHED = 1 << 21  # numbers of a pool in the processor's cache: from memory, torch's operators read it as fast
 
 
 def pool_cross_entropy_sampled(
@@ -27,6 +31,8 @@ def pool_cross_entropy_sampled(
     """
     if problem.columns is None:
         raise ValueError("backend 'sampled' is for sampled columns: use backend='chunked' for the whole pool")
+    if pool.numel() <= CACHED and compiled_loops_for(query, positive, pool):
+        return pool_cross_entropy_compiled(query, positive, pool, problem, problem.columns)
     return _SampledCrossEntropy.apply(query, positive, pool, problem, problem.columns)
 
 

@@ -18,7 +18,9 @@ from hstu.ops.numba_lanes import LANES, MATHS, compiled, exp, fma, load, splat, 
 ROWS = 4  # of a group: what is loaded of a column serves all of them
 TILE = 256  # columns whose keys and values stay in cache, a multiple of LANES
 ONE, ZERO = np.float32(1.0), np.float32(0.0)
-loop: Any = njit(fastmath=MATHS, error_model="numpy")
+# A part of loops, not called from outside: what makes it callable would take longer to compile than it does.
+_INNER: dict[str, Any] = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+loop: Any = njit(fastmath=MATHS, error_model="numpy", **_INNER)
 
 _FLAT = "float32[::1]"
 _PAIRS = "int64[:,::1], int32[::1], int32[::1], int32[::1], int32[::1]"
