@@ -32,8 +32,6 @@ NOT_RUN = {
     "docs/install.md: python3.11 -m venv": "needs a network and a GPU",
     "docs/install.md: grep -E": "needs a network",
     "docs/install.md: python3.12 -m venv": "needs Python 3.12 and what the block above it downloads",
-    "docs/features.md: python preprocessing": "log.csv stands for a reader's own files",
-    "docs/scaling.md: torchrun --nproc_per_node 4": "four ranks; tests/parallel trains on this grid",
     "docs/serving.md: pip install": "needs a network; test_package installs a wheel",
     "docs/serving.md: python -m hstu.cli.serve": "a server does not end; tests/serving starts it",
     "docs/serving.md: curl": "asks that server",
