@@ -291,6 +291,8 @@ class Config:
     def recent_targets(self) -> int | None:
         """The last events of a training sample that may carry a loss; None: all."""
         after = self.memory.recent_targets
+        if self.memory.num_memory_tokens and self.dataset.sessions is not None:
+            after = self.memory.recent_item_num  # the memory stands before the session
         if after is None or self.ranking is None:
             return after
         # Candidates stand after every block; without them the last event is one more beside those of the history.

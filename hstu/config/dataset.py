@@ -66,6 +66,11 @@ class DatasetArgs(Args):
     #: None: a user's most recent events are one training sample. k: as many samples as it takes for every event
     #: to be a target once, each with a loss on its last k events alone and those before as history.
     train_stride: int | None = None
+    #: What parts a user's events into sessions: a length of time, as "30m" (of w, d, h, m, s), where more than that
+    #: lies between two events, or a column of events that says which session each is of. Every session is then a
+    #: training sample of its own (long ones are several, as with train_stride): its events are the targets, and those
+    #: of earlier sessions stand before them. MemoryArgs puts memory tokens where the last session of a sample begins.
+    sessions: str | None = None
     #: The part of its history that a sample sees, as a Python slice [start:end]: start = -k is the last k
     #: events, end = -k hides the k newest (staleness). Of it the most recent max_history_seqlen are kept.
     history_start: int | None = None
@@ -144,6 +149,8 @@ class DatasetArgs(Args):
         return seconds_of(str(self.window))
 
     def _validate_stride(self) -> None:
+        if self.sessions is not None and not self.sessions.strip():
+            raise self.error("sessions", "must be a length of time, as '30m', or name a column of events")
         if self.train_stride is None:
             return
         longest = self.max_num_candidates or self.max_history_seqlen

@@ -19,7 +19,7 @@ class MemoryArgs(Args):
 
     A full history has ``pretrain_item_num`` events to compress and ``recent_item_num`` after them, which together are
     ``DatasetArgs.max_history_seqlen``. A shorter one lacks its oldest: its recent events are as many, and all memory
-    tokens stay.
+    tokens stay. With ``DatasetArgs.sessions`` the recent events are those of the last session, however few.
     """
 
     #: Memory tokens of a sample; 0: no memory.
@@ -66,6 +66,18 @@ class MemoryArgs(Args):
             raise self.error("pretrain_item_num", f"no block of MemoryArgs.insert_method = {self.insert_method} stands "
                              "there, so that the events before it would be lost; use one of its offsets")  # fmt: skip
 
+    def _check_sessions(self, dataset: DatasetArgs, recent: int) -> None:
+        if self.insert_method[-1][0] != self.pretrain_item_num:
+            raise self.error("insert_method", f"has a block after MemoryArgs.pretrain_item_num = "
+                             f"{self.pretrain_item_num}, where with DatasetArgs.sessions the last session begins; "
+                             "leave it out")  # fmt: skip
+        if recent == 0:
+            raise self.error("pretrain_item_num", "leaves no room for events of the last session; make it less than "
+                             "DatasetArgs.max_history_seqlen")  # fmt: skip
+        if (dataset.train_stride or 0) > recent:
+            raise dataset.error("train_stride", f"must be at most {recent} (DatasetArgs.max_history_seqlen less "
+                                "MemoryArgs.pretrain_item_num), or some events are never a target")  # fmt: skip
+
     @property
     def recent_targets(self) -> int | None:
         """Events after the last block that carry a loss in a full history, where only those do; else None."""
@@ -96,6 +108,8 @@ class MemoryArgs(Args):
         if self.insert_method[-1][0] > longest:
             raise self.error("insert_method", f"offset {self.insert_method[-1][0]} lies beyond the history, "
                              f"DatasetArgs.max_history_seqlen = {longest}")  # fmt: skip
+        if dataset.sessions is not None:
+            self._check_sessions(dataset, recent)
         fitted = MemoryArgs(**{**vars(self), "recent_item_num": recent})
         if fitted.recent_targets == 0:
             raise self.error("loss_on_recent_only", "no event stands after the last block; leave it False")

@@ -37,6 +37,7 @@ class Batch(Pipelineable):
         users: [B] int64. Row of each sample's user in the data set.
         sample_ids: [B] int64. Identity of each sample in the run, whatever rank holds it.
         step: Number of the global batch in the run.
+        recent: [B] int64, events before what is asked for that stand behind the memory tokens; None: as many as fit.
         whole_history: [2, H] int64, place of the sample and item id of all that training knows of the samples' users;
             None unless the loss asks for it.
         numbers: Numeric feature or vector -> float32, [E, width] of events or [B, width] of users, NaN where missing.
@@ -54,6 +55,7 @@ class Batch(Pipelineable):
     users: Tensor
     sample_ids: Tensor
     step: int
+    recent: Tensor | None = None
     whole_history: Tensor | None = None
     numbers: dict[str, Tensor] = field(default_factory=dict)
     set_lengths: dict[str, Tensor] = field(default_factory=dict)

@@ -11,6 +11,7 @@ import torch
 from hstu.data.batch import Batch, KeyedJaggedTensor, keyed_features
 from hstu.data.reader import Histories, Sequences
 from hstu.data.schema import Schema, unknown_id
+from hstu.data.sessions import of_last_session, session_column
 from hstu.data.splits import Split
 from hstu.data.values import Sets, Values, missing, take, without
 
@@ -38,6 +39,9 @@ class Collator:
             each context and epoch, and of the events whose action does; 0: there is no unknown value.
         met: Context -> which of its ids training meets, [vocab_size + 1] bool; to others the unknown value is given
             after training. Contexts that are left out have all been met.
+        sessions: What parts events into sessions, ``DatasetArgs.sessions``.
+        memory_room: Events before the last session of a sample, and of it, that stand around its memory tokens; None:
+            these stand at a distance from the end, or there are none.
         whole_history: Whether training batches carry all items of their users.
     """
 
@@ -55,6 +59,8 @@ class Collator:
     seed: int = 0
     actions_without_loss: tuple[int, ...] = ()
     whole_history: bool = False
+    sessions: str | None = None
+    memory_room: tuple[int, int] | None = None
     unknown_rate: float = 0.0
     met: dict[str, np.ndarray] = field(default_factory=dict)
 
@@ -74,6 +80,9 @@ class Collator:
             users, sample_ids, targets = np.full(1, -1), np.full(1, -1), np.zeros(1, np.int64)
             events = _one_empty_sample(dataset.schema, events)
         candidates = targets if self.max_candidates or split.asked is not None else np.zeros_like(targets)
+        recent = None
+        if self.memory_room is not None:
+            events, is_target, recent = self._fit_sessions(dataset.schema, events, is_target, candidates)
         predicted = {name: np.asarray(events.of_events[name]) for name in self.label_features}
         events = self._known_at_request(dataset.schema, events, candidates if training else targets)
         mask, labels = self._labels(dataset, events, candidates, is_target, training)
@@ -88,6 +97,7 @@ class Collator:
             users=torch.from_numpy(users),
             sample_ids=torch.from_numpy(sample_ids),
             step=step,
+            recent=None if recent is None else torch.from_numpy(recent),
             whole_history=_whole_history(dataset, split, rows) if training and self.whole_history else None,
             numbers={
                 name: torch.from_numpy(values)
@@ -141,7 +151,12 @@ class Collator:
             np.repeat(users, 2),
             bounds[:, 0],
             bounds[:, 1],
-            (*self.user_features, *self.event_features, *self.label_features),
+            (
+                *self.user_features,
+                *self.event_features,
+                *self.label_features,
+                *session_column(self.sessions, dataset.schema),
+            ),
         )
         events = replace(
             pieces,
@@ -162,15 +177,19 @@ class Collator:
         keys = _mix(sample_ids.astype(np.uint64) + _mix(np.array([self.seed], np.uint64)))
         drawn = _mix(np.repeat(keys, events.lengths) + place.astype(np.uint64)) >> np.uint64(11)
         keep = (drawn < self.sampling_ratio * 2**53) | (left < np.repeat(targets, events.lengths))
-        thinned = replace(
-            events,
-            lengths=np.diff(np.concatenate([[0], np.cumsum(keep)])[_offsets(events.lengths)]),
-            items=events.items[keep],
-            actions=None if events.actions is None else events.actions[keep],
-            times=None if events.times is None else events.times[keep],
-            of_events={name: take(values, np.flatnonzero(keep)) for name, values in events.of_events.items()},
-        )
-        return thinned, is_target[keep]
+        return _kept(events, keep), is_target[keep]
+
+    def _fit_sessions(
+        self, schema: Schema, events: Sequences, is_target: np.ndarray, candidates: np.ndarray
+    ) -> tuple[Sequences, np.ndarray, np.ndarray]:
+        """Drop old events that find no room before the memory; and return how many stand behind it, [B]."""
+        assert self.sessions is not None and self.memory_room is not None
+        asked = np.maximum(candidates, 1)  # as the model has it: without candidates, the last event is what is asked
+        own = of_last_session(events, self.sessions, schema)
+        before, behind = self.memory_room
+        recent = np.clip(own - asked, 0, behind)
+        keep = _places(events.lengths)[1] < np.repeat(asked + recent + before, events.lengths)
+        return _kept(events, keep), is_target[keep], recent
 
     def _known_at_request(self, schema: Schema, events: Sequences, asked: np.ndarray) -> Sequences:
         """Blank what is known of the last ``asked`` [B] events of each sample only after they are asked about."""
@@ -322,6 +341,18 @@ def _mix(x: np.ndarray) -> np.ndarray:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
+
+
+def _kept(events: Sequences, keep: np.ndarray) -> Sequences:
+    """Return the events [T] of which ``keep`` is true."""
+    return replace(
+        events,
+        lengths=np.diff(np.concatenate([[0], np.cumsum(keep)])[_offsets(events.lengths)]),
+        items=events.items[keep],
+        actions=None if events.actions is None else events.actions[keep],
+        times=None if events.times is None else events.times[keep],
+        of_events={name: take(values, np.flatnonzero(keep)) for name, values in events.of_events.items()},
+    )
 
 
 def _one_empty_sample(schema: Schema, events: Sequences) -> Sequences:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -11,10 +9,8 @@ from torch import Tensor
 from hstu.data.collate import Collator
 from hstu.data.reader import Histories, SequenceDataset
 from hstu.data.schema import unknown_id
-from hstu.data.splits import Split
+from hstu.data.splits import Split, sample_blocks
 from hstu.data.values import Sets, Values, take
-
-_EVENTS_AT_ONCE = 1 << 22
 
 
 def seen_before(dataset: Histories, split: Split, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -34,7 +30,7 @@ def is_among(targets: Tensor, seen: tuple[Tensor, Tensor]) -> Tensor:
 def count_seen_targets(dataset: SequenceDataset, split: Split) -> int:
     """Return of how many samples of ``split`` the target is an item that the user has met before."""
     found = 0
-    for rows in _blocks(split):
+    for rows in sample_blocks(split):
         stop = split.stop[rows]
         targets = torch.from_numpy(dataset.gather(split.users[rows], stop - 1, stop).items)
         found += int(is_among(targets, seen_before(dataset, split, torch.from_numpy(rows))).sum())
@@ -44,7 +40,7 @@ def count_seen_targets(dataset: SequenceDataset, split: Split) -> int:
 def trained_items(dataset: SequenceDataset, train: Split, collate: Collator) -> Tensor:
     """Return which items some sample of ``train`` shows, in its history or to be predicted, [items] bool."""
     found = np.zeros(dataset.schema.item.vocab_size or 0, bool)
-    for rows in _blocks(train):
+    for rows in sample_blocks(train):
         found[collate.visible(dataset, train, rows)[0].items] = True
     return torch.from_numpy(found)
 
@@ -74,9 +70,3 @@ def _marked(ids: np.ndarray, size: int) -> np.ndarray:
     found = np.zeros(size, bool)
     found[ids] = True
     return found
-
-
-def _blocks(split: Split) -> Iterator[np.ndarray]:
-    """Yield the samples of ``split`` in order, with some ``_EVENTS_AT_ONCE`` events before their targets at once."""
-    block = np.cumsum(split.stop) // _EVENTS_AT_ONCE
-    yield from np.split(np.arange(len(split)), np.flatnonzero(np.diff(block)) + 1)

@@ -1,4 +1,4 @@
-"""Sessions: where more than some time lies between two events of a user."""
+"""Sessions of users: logs cut at gaps of time, and samples that know where the last session begins."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ import polars as pl
 
 from hstu.config.dataset import seconds_of
 from hstu.data.external_sort import Runs
+from hstu.data.schema import unknown_id
 from hstu.data.writer import part_bounds
 
 if TYPE_CHECKING:
     from hstu.data.interactions import InteractionSpec
     from hstu.data.numbering import Ids
+    from hstu.data.reader import Sequences
+    from hstu.data.schema import Schema
     from hstu.data.spill import Log, Progress
 
 logger = logging.getLogger(__name__)
@@ -114,3 +117,56 @@ def _begins(user: np.ndarray, time: np.ndarray, gap: int) -> np.ndarray:
     begins = np.ones(len(user), bool)
     begins[1:] = (user[1:] != user[:-1]) | (time[1:] - time[:-1] > gap)
     return begins
+
+
+def session_column(sessions: str | None, schema: Schema) -> tuple[str, ...]:
+    """Return the column that ``DatasetArgs.sessions`` names, if it names one.
+
+    Raises:
+        ValueError: If there is no such column, it holds no ids, or there are no times where it is a length of time.
+    """
+    if sessions is None:
+        return ()
+    given = f"DatasetArgs.sessions = {sessions!r}"
+    if seconds_of(sessions) is not None:
+        if schema.time is None:
+            raise ValueError(f"{given}: data set {schema.name!r} has no times; name a column of events")
+        return ()
+    columns = [feature.name for feature in schema.stored("event") if feature.has_ids and feature.kind != "multi"]
+    if sessions not in columns:
+        raise ValueError(
+            f"{given}: is no length of time, as '30m', and no column of events with one id each; there are: "
+            f"{', '.join(columns) or 'none'} (--event_features {sessions}:control keeps one)"
+        )
+    return (sessions,)
+
+
+def session_begins(events: Sequences, sessions: str, schema: Schema) -> np.ndarray:
+    """Return which events are the first of a session, or of their sequence, [T] bool.
+
+    Args:
+        events: With times, or the column of sessions.
+        sessions: ``DatasetArgs.sessions``. Where the column has no value, the session goes on.
+        schema: Of the events.
+    """
+    begins = np.zeros(len(events.items), bool)
+    seconds, column = seconds_of(sessions), events.of_events.get(sessions)
+    if seconds is not None:
+        assert events.times is not None
+        begins[1:] = np.diff(events.times) > seconds
+    else:
+        assert isinstance(column, np.ndarray)
+        known = np.flatnonzero(column != unknown_id(schema, sessions))
+        ids, owner = column[known], np.repeat(np.arange(len(events.lengths)), events.lengths)[known]
+        begins[known[1:]] = (ids[1:] != ids[:-1]) & (owner[1:] == owner[:-1])
+    ends = np.cumsum(events.lengths)
+    begins[(ends - events.lengths)[events.lengths > 0]] = True
+    return begins
+
+
+def of_last_session(events: Sequences, sessions: str, schema: Schema) -> np.ndarray:
+    """Return how many events at the end of each sequence are of its last session, int64 [B]; see ``session_begins``."""
+    place = np.where(session_begins(events, sessions, schema), np.arange(len(events.items)), 0)
+    ends = np.cumsum(events.lengths)
+    latest = np.maximum.accumulate(place) if len(place) else np.zeros(1, np.int64)
+    return np.where(events.lengths > 0, ends - latest[np.maximum(ends - 1, 0)], 0)

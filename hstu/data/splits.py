@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -10,12 +11,14 @@ import numpy as np
 
 from hstu.config import DatasetArgs
 from hstu.data.reader import SequenceDataset
+from hstu.data.sessions import session_begins, session_column
 
 logger = logging.getLogger(__name__)
 
 MIN_EVENTS = 3
 TRAIN_SHARE = 0.7
 _MOST_WINDOWS = 10_000
+_EVENTS_AT_ONCE = 1 << 22
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +65,13 @@ def make_splits(args: DatasetArgs, dataset: SequenceDataset, recent_targets: int
         splits = windows(dataset, window_cuts(args, dataset), window, args.train_windows)
     else:
         splits = {"leave_one_out": leave_one_out, "by_user": by_user}[args.protocol](dataset.lengths)
-    if args.train_stride is not None:
-        splits["train"] = _cut(splits["train"], args.train_stride)
+    if args.sessions is not None:
+        splits["train"] = _cut_at_sessions(splits["train"], dataset, args.sessions)
+    stride = args.train_stride
+    if stride is None and args.sessions is not None:
+        stride = recent_targets or args.max_num_candidates or args.max_history_seqlen
+    if stride is not None:
+        splits["train"] = _cut(splits["train"], stride)
     if recent_targets is not None:
         train = splits["train"]
         first = np.maximum(train.stop - recent_targets, 0 if train.first is None else train.first)
@@ -293,8 +301,34 @@ def _cut(split: Split, stride: int) -> Split:
         users=np.repeat(split.users, counts),
         stop=stop,
         first=np.maximum(stop - stride, np.repeat(first, counts)),
-        known=np.repeat(split.stop, counts),
+        known=np.repeat(split.stop if split.known is None else split.known, counts),
     )
+
+
+def _cut_at_sessions(split: Split, dataset: SequenceDataset, sessions: str) -> Split:
+    """Cut training samples into one of each session, whose events carry a loss, with all before as history."""
+    first = np.zeros_like(split.stop) if split.first is None else split.first
+    columns = session_column(sessions, dataset.schema)
+    users, starts, stops, known = [], [], [], []
+    for rows in sample_blocks(split):
+        events = dataset.gather(split.users[rows], first[rows], split.stop[rows], columns)
+        begins = np.flatnonzero(session_begins(events, sessions, dataset.schema))
+        ends = np.cumsum(events.lengths)
+        sample = np.searchsorted(ends, begins, side="right")
+        last = np.append(sample[1:] != sample[:-1], True)
+        shift = first[rows][sample] - (ends - events.lengths)[sample]
+        users.append(split.users[rows][sample])
+        starts.append(begins + shift)
+        known.append(split.stop[rows][sample])
+        stops.append(np.where(last, known[-1], np.append(begins[1:], 0) + shift))
+    found = (np.concatenate(parts) for parts in (users, stops, starts, known))
+    return Split(name=split.name, **dict(zip(("users", "stop", "first", "known"), found, strict=True)))
+
+
+def sample_blocks(split: Split) -> Iterator[np.ndarray]:
+    """Yield the samples of ``split`` in order, with some ``_EVENTS_AT_ONCE`` events before their targets at once."""
+    block = np.cumsum(split.stop) // _EVENTS_AT_ONCE
+    yield from np.split(np.arange(len(split)), np.flatnonzero(np.diff(block)) + 1)
 
 
 def _scored(lengths: np.ndarray, begin: int = 0) -> np.ndarray:

@@ -25,12 +25,15 @@ class MemoryBlocks:
         sizes: Tokens of each block.
         history: Events of a full history.
         compressed: Events that a stored memory stands for: one of ``offsets``.
+        at_session: Whether the first event of the last session has the number ``compressed``, the last of ``offsets``,
+            and others those before and after it; the number of what is predicted then differs from sample to sample.
     """
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
     history: int
     compressed: int
+    at_session: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -52,9 +55,18 @@ class MemoryBlocks:
         ends = torch.tensor((0, *self.sizes)).cumsum(0)
         return ends[segments] if isinstance(segments, int) else ends.to(segments.device)[segments]
 
-    def whole(self, first: Tensor) -> Part:
-        """Return the part that has everything, from the events of number ``first`` [B] on."""
-        return Part(first=first, blocks=range(len(self.offsets)))
+    def whole(self, events: Tensor, recent: Tensor | None) -> Part:
+        """Return the part that has everything.
+
+        Args:
+            events: [B] int64, of each history.
+            recent: [B] int64, those of its last session, where that counts.
+        """
+        if self.at_session:
+            assert recent is not None
+            first = self.compressed - (events - recent)
+            return Part(first=first, blocks=range(len(self.offsets)), asked=self.compressed + recent)
+        return Part(first=self.history - events, blocks=range(len(self.offsets)))
 
     def of_tokens(self, first: int, last: int, device: torch.device) -> Tensor:
         """Return the block of each token of blocks ``first`` to ``last`` (exclusive), int64."""
@@ -70,11 +82,13 @@ class Part:
         first: [B] int64, number of the first event of each sample.
         blocks: Blocks that stand among the events.
         context: [B] int64, context tokens of each sample that are in the cache; None for none.
+        asked: [B] int64, number of what is predicted after each history; None: that of a full history.
     """
 
     first: Tensor
     blocks: range
     context: Tensor | None = None
+    asked: Tensor | None = None
 
 
 class PlacedMemory:
@@ -95,7 +109,9 @@ class PlacedMemory:
         self.tokens_per_sample = sum(blocks.sizes[part.blocks.start : part.blocks.stop])
         sequence = sequence_ids(item_offsets, events)
         # All candidates have one number, as they have one position.
-        self.number = (part.first[sequence] + positions_in_sequence(item_offsets, events)).clamp(max=blocks.history)
+        last = torch.full_like(part.first, blocks.history) if part.asked is None else part.asked
+        number = part.first[sequence] + positions_in_sequence(item_offsets, events)
+        self.number = torch.minimum(number, last[sequence])
         self.segment = blocks.segments(self.number)
         self.before, following = self._tokens_before(self.segment), blocks.segments(self.number + 1)
         self._after = self._tokens_before(following) - self.before

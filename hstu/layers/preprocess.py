@@ -88,6 +88,7 @@ class Preprocess(nn.Module):
         num_candidates: Tensor,
         timestamps: Tensor,
         part: Part | None = None,
+        recent: Tensor | None = None,
     ) -> Stream:
         """Lay out the stream of a batch, without its values.
 
@@ -97,11 +98,16 @@ class Preprocess(nn.Module):
             num_candidates: [B] int64.
             timestamps: [E] int64, of the events (history and candidates).
             part: What of its samples the batch has; None: all of them, and one event to be predicted after each.
+            recent: [B] int64, events of the last session of each history, if memory stands where it begins.
         """
         events, item_offsets = timestamps.shape[0], lengths_to_offsets(lengths[self.item])
         doubled = self.action if self.layout == "interleave" else None
         num_context, actions = self._beside_items(lengths, num_candidates)
-        placed = self._place_memory(lengths, num_candidates, item_offsets, events, part)
+        placed = None
+        if self.blocks is not None:
+            history = (lengths[self.item] - num_candidates.clamp(min=1)).clamp(min=0)
+            part = part or self.blocks.whole(history, recent)
+            placed = PlacedMemory(self.blocks, part, item_offsets, events)
         memory = 0 if placed is None else placed.tokens_per_sample
         offsets = lengths_to_offsets(num_context + lengths[self.item] + actions + memory)
         total = events + sum(sizes[name] for name in (*self.contexts, *([doubled] if doubled else [])))
@@ -131,14 +137,6 @@ class Preprocess(nn.Module):
             feature_rows=rows,
         )
         return stream if placed is None else placed.put(stream, own, is_first)
-
-    def _place_memory(
-        self, lengths: dict[str, Tensor], num_candidates: Tensor, item_offsets: Tensor, events: int, part: Part | None
-    ) -> PlacedMemory | None:
-        if self.blocks is None:
-            return None
-        history = (lengths[self.item] - num_candidates.clamp(min=1)).clamp(min=0)
-        return PlacedMemory(self.blocks, part or self.blocks.whole(self.blocks.history - history), item_offsets, events)
 
     def forward(self, embedded: dict[str, Tensor], stream: Stream) -> Tokens:
         """Fill the stream and encode positions.

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from hstu.config import Config, ConfigError
 from hstu.data.collate import Collator
 from hstu.data.schema import Schema
+from hstu.data.sessions import session_column
 from hstu.layers.memory import MemoryBlocks
 from hstu.models.backbone import has_position_table
 from hstu.models.features import Declared, declared_features
@@ -73,6 +74,7 @@ def make_collator(config: Config, schema: Schema) -> Collator:
         ConfigError: for features that the schema lacks.
     """
     declared = declared_features(config, schema)
+    session_column(config.dataset.sessions, schema)  # or raise
     contexts = tuple(feature.name for feature in declared.users if feature.kind == "categorical")
     retrieval = config.retrieval
     return Collator(
@@ -89,6 +91,8 @@ def make_collator(config: Config, schema: Schema) -> Collator:
         sampling_ratio=config.dataset.history_sampling_ratio,
         seed=config.trainer.seed,
         unknown_rate=config.feature.unknown_rate,
+        sessions=config.dataset.sessions,
+        memory_room=_memory_room(config),
         whole_history=retrieval is not None and retrieval.loss == "bce" and retrieval.bce_excludes == "history",
     )
 
@@ -142,4 +146,12 @@ def memory_blocks(config: Config) -> MemoryBlocks | None:
     if not args.num_memory_tokens:
         return None
     offsets, sizes = zip(*args.insert_method, strict=True)
-    return MemoryBlocks(offsets, sizes, config.dataset.max_history_seqlen, args.pretrain_item_num)
+    at_session = config.dataset.sessions is not None
+    return MemoryBlocks(offsets, sizes, config.dataset.max_history_seqlen, args.pretrain_item_num, at_session)
+
+
+def _memory_room(config: Config) -> tuple[int, int] | None:
+    args = config.memory
+    if not args.num_memory_tokens or config.dataset.sessions is None:
+        return None
+    return args.pretrain_item_num, args.recent_item_num

@@ -28,6 +28,8 @@ def scores_slates(model: Encoder) -> bool:
     """Whether candidates score the same alone and beside others, so that many may share one history."""
     if not can_cache(model) or _mask(model).candidate_group_size > 1:
         return False
+    if model.preprocess.blocks is not None and model.preprocess.blocks.at_session:
+        return False  # memory stands where the session of what is asked for begins
     # Context that attends to the last event would attend to one that does not know yet when it is asked.
     return not (_mask(model).context == "full" and _asks_next(model) and model.preprocess.blocks is None)
 
@@ -153,6 +155,9 @@ def memory_blocks_of(model: Encoder) -> MemoryBlocks:
     blocks: MemoryBlocks | None = model.preprocess.blocks
     if blocks is None:
         raise ValueError("MemoryArgs.num_memory_tokens = 0: the run has no memory tokens; train one that has")
+    if blocks.at_session:
+        raise ValueError("DatasetArgs.sessions: which events a memory stands for depends on the request, so that none "
+                         "can be stored; ask without one")  # fmt: skip
     if model.preprocess.positions.time is not None:
         raise ValueError("NetworkArgs.num_time_buckets: tokens depend on the time of the request, which a memory made "
                          "before it does not know; use 0")  # fmt: skip
@@ -185,6 +190,8 @@ def _given(model: Encoder, batch: Batch, stream: Stream) -> dict[str, Tensor]:
         given["NetworkArgs.num_time_buckets: tokens depend on the time of the request"] = latest
     if model.preprocess.blocks is not None:
         given["MemoryArgs.insert_method: blocks stand at a distance from the end of the history"] = _num_history(batch)
+    if batch.recent is not None:
+        given["DatasetArgs.sessions: memory stands where the last session begins"] = batch.recent
     return given
 
 

@@ -115,7 +115,7 @@ class Encoder(nn.Module):
     def whole_stream(self, batch: Batch, part: Part | None = None) -> Stream:
         """Lay out the tokens of ``batch``, whoever has which; ``part`` of its samples, None for all of them."""
         lengths, sizes = self.feature_tokens.lengths(batch, has_context=part is None or part.context is None)
-        return self.preprocess.stream(lengths, sizes, batch.num_candidates, batch.timestamps, part)
+        return self.preprocess.stream(lengths, sizes, batch.num_candidates, batch.timestamps, part, batch.recent)
 
     def token_layout(self, batch: Batch) -> Layout:
         """Return where the tokens of ``batch``, in host memory, lie; a whole stream is laid out for memory alone."""

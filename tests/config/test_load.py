@@ -453,7 +453,7 @@ NOTHING = {
     "TrainerArgs": {"max_train_iters", "max_epochs", "max_eval_iters", "ckpt_save_interval", "init_from",
                     "wandb_group"},
     "DatasetArgs": {"dataset_path", "contextual_feature_names", "last_window", "temporal_cuts", "train_stride",
-                    "history_start", "history_end"},
+                    "sessions", "history_start", "history_end"},
     "NetworkArgs": {"max_attn_len", "num_position_buckets", "scaling_seqlen", "item_embedding"},
     "FeatureArgs": {"event_features", "item_features", "merge_hidden_size", "layer_norm"},
     "RetrievalArgs": {"num_negatives", "filter_seen", "closest_negative"},

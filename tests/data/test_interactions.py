@@ -448,7 +448,7 @@ def test_sessions_without_users() -> None:
 
 @pytest.mark.parametrize("unit", [1, 1000, 0.5])
 def test_sequences_are_cut_at_gaps(unit: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    frame = log(num_users=6).with_columns(t=1_700_000_000 + pl.col("t").pow(2) * 30)
+    frame = log(num_users=6, events=120).with_columns(t=1_700_000_000 + pl.col("t") * 600)  # some just at the gap
     users = pl.DataFrame({"user_id": np.arange(7) * 7, "age": np.arange(7) + 20})
     wanted: dict[str, list[int]] = {}
     for user in sorted(frame["user_id"].unique()):

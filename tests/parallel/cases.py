@@ -62,6 +62,11 @@ MEMORY = (
     "MemoryArgs.insert_method=[[4, 1], [10, 2]]",
     "MemoryArgs.recent_item_num=6",
 )
+SESSIONS = (
+    "DatasetArgs.sessions='2h'",
+    "MemoryArgs.num_memory_tokens=2",
+    "MemoryArgs.pretrain_item_num=10",
+)
 WIDTHS = ("NetworkArgs.item_embedding_dim=22", "NetworkArgs.action_embedding_dim=6")
 # Features of every level and kind; values and items are lost and swapped.
 DECLARED = (
@@ -193,6 +198,7 @@ CASES = {
             ("OptimizerArgs.sparse_optimizer_str='adagrad'", "OptimizerArgs.sparse_max_gradient=1e-4"),
             plain_steps=0,
         ),
+        Case("retrieval-sgd-sessions-short", "retrieval", (*SGD, *SESSIONS), "short"),
         Case("retrieval-adam-uniform", "retrieval", ("NetworkArgs.preset='research'",)),
         Case("retrieval-sgd-uniform", "retrieval", (*SGD, *sharding("table_wise"))),
         Case("retrieval-adam-in-batch", "retrieval", (*IN_BATCH, *BOTH, *sharding("table_wise"))),
@@ -275,6 +281,7 @@ SPLITS = {
         Case("tensor-ranking-dynamic", "ranking", (*FAST_TABLES, *dynamic("lfu", item_id=67)), tensor=2, steps=12),
         Case("context-retrieval-memory", "retrieval", (*RESEARCH, *MEMORY, *IN_BATCH), "short", context=2, steps=12),
         Case("context-retrieval-llama-memory", "retrieval", (*SGD, *LLAMA_BCE, *MEMORY), context=2, steps=12),
+        Case("context-ranking-sessions", "ranking", (*SGD, *CANDIDATES, *SESSIONS), "short", context=2, steps=12),
         Case("tensor-ranking-memory", "ranking", (*SGD, *CANDIDATES, *MEMORY), tensor=2, steps=12),
         Case("sequence-sasrec-memory", "retrieval", (*SGD, *SASREC, *SEQUENCE, *MEMORY), tensor=2, steps=12),
         Case("context-ranking-declared", "ranking", (*FAST_TABLES, *DECLARED, *TASKS), "declared", context=2, steps=12),

@@ -39,6 +39,7 @@ TWINS = (
     "retrieval-sgd-llama-bce",
     "retrieval-sgd-bpr-short",
     "retrieval-sgd-replaced-short",
+    "retrieval-sgd-sessions-short",
     "retrieval-sgd-sasrec-mol-short",
     "retrieval-rowwise-adagrad",
     "retrieval-adam-text",

@@ -24,7 +24,7 @@ from hstu.data.batch import Batch
 from hstu.data.loader import BatchLoader
 from hstu.data.reader import SequenceDataset
 from hstu.data.seen import met_categories, trained_items
-from hstu.data.splits import leave_one_out
+from hstu.data.splits import make_splits
 from hstu.models import build_model, make_collator
 from hstu.models.losses import LossSum
 from hstu.ops import hstu_attention
@@ -124,7 +124,8 @@ def steps_of(loader: BatchLoader, count: int) -> Iterator[list[Batch]]:
 def train_plain(config: Config, dataset: SequenceDataset, steps: int) -> list[float]:
     """Return the losses of the plain model under torch's own optimizers, in one process without any engine."""
     model, args = build_model(config, dataset.schema, allocate_tables=True), config.optimizer
-    split, collate = leave_one_out(dataset.lengths)["train"], make_collator(config, dataset.schema)
+    split = make_splits(config.dataset, dataset, config.recent_targets)["train"]
+    collate = make_collator(config, dataset.schema)
     if model.item_encoder is not None:
         model.item_encoder.read(dataset, met_categories(dataset, trained_items(dataset, split, collate)))
     weights = model.embeddings.weights
