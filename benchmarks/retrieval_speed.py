@@ -8,7 +8,8 @@ negatives) on a generated log of mean length 9 with 12,000 items; also the forme
 its batches inside the measured time; the padded side (``padded.py``) gets them ready-made. Both take an AdamW step on
 dense weights; of the item table ours moves the rows that were looked up, the padded side all. First the loss and the
 gradient of the item table are compared at the same weights and negatives. Tokens are events; ``ratio`` is of tokens
-per second, rounds taken alternately. Prints a table and writes benchmarks/results/retrieval_speed.json.
+per second, rounds taken alternately; ``torch`` is ours without the loops that numba compiles. Prints a table and
+writes benchmarks/results/retrieval_speed.json.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from hstu.data.batch import Batch
 from hstu.data.loader import BatchLoader
 from hstu.data.schema import count_statistics
 from hstu.models import RetrievalModel, build_model
+from hstu.ops.loops import torch_only
 from hstu.parallel import Mesh
 from hstu.training.run_directory import RunDirectory
 from hstu.training.trainer import Trainer
@@ -122,6 +124,14 @@ class Ours:
         return events
 
 
+class TorchOnly(Ours):
+    """The same steps by torch's operators, without the loops that numba compiles."""
+
+    def round(self) -> int:
+        with torch_only():
+            return super().round()
+
+
 class Padded:
     """The padded model under torch's AdamW, with a gradient of the whole table; batches are ready-made."""
 
@@ -172,12 +182,17 @@ def measure(data: Path, model: str, length: int, mesh: Mesh, args: argparse.Name
         trainer = Trainer(config, dataset, mesh, RunDirectory(Path(run)))
         batches = _first(trainer.loaders["train"].epoch(0), args.padded_steps)
         errors = check(config, dataset.schema, batches[0], places)
-        sides = {"ours": Ours(trainer, args.steps), "padded": Padded(config, dataset.schema, batches, places)}
+        sides = {
+            "ours": Ours(trainer, args.steps),
+            "torch": TorchOnly(trainer, args.steps),
+            "padded": Padded(config, dataset.schema, batches, places),
+        }
         rates = tokens_per_second(sides, args.rounds)
     row = {"data": data.name, "config": CONFIGS[model], "length": length, "places": places, "users": dataset.num_users}
     row |= {"items": dataset.schema.item.vocab_size, "mean_length": round(dataset.num_events / dataset.num_users, 1)}
     row |= {"tokens_per_second": rates} | errors
-    row["ratio"] = {kind: round(rates["ours"][kind] / rates["padded"][kind], 1) for kind in rates["ours"]}
+    for name, side in (("ratio", "ours"), ("ratio_of_torch", "torch")):
+        row[name] = {kind: round(rates[side][kind] / rates["padded"][kind], 1) for kind in rates[side]}
     speeds = "   ".join(f"{side} {rate['elapsed']:7,} tokens/s" for side, rate in rates.items())
     ratios = f"{row['ratio']['elapsed']:5.1f} elapsed, {row['ratio']['processor']:5.1f} processor time"
     print(f"{data.name:8} {model:6} {speeds}   ratio {ratios}   same loss to {errors['loss_error']:.0e}", flush=True)

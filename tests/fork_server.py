@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import traceback
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -124,6 +125,9 @@ def main() -> None:
     import hstu.inference.report
     import hstu.training.trainer
 
+    if find_spec("numba"):  # compiled, or read from where they are kept, once for all forks
+        import hstu.ops.attention.cpu.numba_hstu
+        import hstu.ops.softmax.numba_sampled
     assert all((plotext, torch.utils.tensorboard, hstu.cli.train))
     # Drawing takes longer than a tiny training; tests that look at the picture start the script itself.
     hstu.training.trainer.draw_curves = lambda *_: None
