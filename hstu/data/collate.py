@@ -39,6 +39,7 @@ class Collator:
             each context and epoch, and of the events whose action does; 0: there is no unknown value.
         met: Context -> which of its ids training meets, [vocab_size + 1] bool; to others the unknown value is given
             after training. Contexts that are left out have all been met.
+        met_by_events: The same of categorical features of events.
         sessions: What parts events into sessions, ``DatasetArgs.sessions``.
         memory_room: Events before the last session of a sample, and of it, that stand around its memory tokens; None:
             these stand at a distance from the end, or there are none.
@@ -63,6 +64,7 @@ class Collator:
     memory_room: tuple[int, int] | None = None
     unknown_rate: float = 0.0
     met: dict[str, np.ndarray] = field(default_factory=dict)
+    met_by_events: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def max_events(self) -> int:
@@ -85,6 +87,8 @@ class Collator:
             events, is_target, recent = self._fit_sessions(dataset.schema, events, is_target, candidates)
         predicted = {name: np.asarray(events.of_events[name]) for name in self.label_features}
         events = self._known_at_request(dataset.schema, events, candidates if training else targets)
+        if not training:
+            events = self._met_alone(dataset.schema, events)
         mask, labels = self._labels(dataset, events, candidates, is_target, training)
         times = events.times if events.times is not None else np.zeros_like(events.items)
         return Batch(
@@ -199,6 +203,15 @@ class Collator:
         lost = _places(events.lengths)[1] < np.repeat(asked, events.lengths)
         blank = {name: without(events.of_events[name], lost, feature) for name, feature in later.items()}
         return replace(events, of_events=events.of_events | blank)
+
+    def _met_alone(self, schema: Schema, events: Sequences) -> Sequences:
+        """Give the unknown value to what training never met."""
+        found = dict(events.of_events)
+        for name, met in self.met_by_events.items():
+            ids = found[name]
+            assert isinstance(ids, np.ndarray)
+            found[name] = np.where(met[ids], ids, unknown_id(schema, name))
+        return replace(events, of_events=found)
 
     def _declared(self, events: Sequences) -> list[tuple[str, Values]]:
         """Return the declared features to carry, in the order of their keys: those of events, then of users."""

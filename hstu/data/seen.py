@@ -52,6 +52,19 @@ def met_contexts(dataset: SequenceDataset, train: Split, names: tuple[str, ...])
     return {name: _marked(values[name], unknown_id(dataset.schema, name) + 1) for name in names}
 
 
+def met_by_events(dataset: SequenceDataset, train: Split, collate: Collator) -> dict[str, np.ndarray]:
+    """Return of each categorical feature of events which ids training shows, as ``met_contexts`` does."""
+    features = [f for f in dataset.schema.of("event", "categorical") if f.name in collate.event_features]
+    found = {feature.name: np.zeros((feature.vocab_size or 0) + 1, bool) for feature in features}
+    for rows in sample_blocks(train) if found else ():
+        events, _, _ = collate.visible(dataset, train, rows)
+        for name, met in found.items():
+            met[events.of_events[name]] = True
+    for met in found.values():
+        met[-1] = False
+    return found
+
+
 def met_categories(dataset: SequenceDataset, trained: Tensor) -> dict[str, np.ndarray]:
     """Return which ids of each feature the items ``trained`` [items] bool have, as ``met_contexts`` does."""
     chosen = np.flatnonzero(trained.numpy())

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from hstu.config import DynamicEmbeddingArgs
 from hstu.models.negatives import random_columns
 
-PARTS = 16
-"""Parts of a map. Each is known to one rank, and the last of its rows is for ids without one."""
+PARTS = 16  # of a map, each known to one rank; the last of its rows is for ids without one
 WAYS = 8  # of a set, so that eight comparisons are the bytes of one number
 FREE = torch.iinfo(torch.int64).max
 """Where no id has the place. Neither this nor ``BLOCKED`` can be an id with a row of its own."""

@@ -14,6 +14,7 @@ from hstu.data.batch import Batch
 from hstu.data.collate import Collator
 from hstu.data.reader import Histories
 from hstu.data.requests import Requests
+from hstu.data.seen import met_by_events
 from hstu.data.values import Sets, Values, count, insert, missing, take
 from tests.samples import declared_features, make_dataset
 
@@ -214,3 +215,24 @@ def test_features_of_items_are_read_with_the_vocabulary(dataset: SequenceDataset
     assert shapes["brand"].shape == (50,) and shapes["weight"].shape == (50, 1) and shapes["image"].shape == (50, 3)
     assert isinstance(shapes["genres"], Sets) and count(shapes["genres"]) == 50
     assert dataset.vocabulary("tags").tolist() == dataset.vocabulary("likes").tolist() == list(range(6))
+
+
+def test_categories_that_training_never_met_are_unknown_afterwards(tmp_path: Path) -> None:
+    declared = [replace(f, vocab_size=60) if f.name == "device" else f for f in declared_features()]
+    dataset = make_dataset(tmp_path / "small", LENGTHS, declared=declared)
+    collator = Collator(task="retrieval", max_history=6, event_features=EVENTS)
+    splits = leave_one_out(dataset.lengths)
+    met = met_by_events(dataset, splits["train"], collator)
+    assert set(met) == {"device", "ending"}
+    # Of the longest history training sees the most recent 7 events, and of no event the one that is held out.
+    seen = [
+        dataset.gather(np.array([u]), np.array([max(0, n - 2 - 7)]), np.array([n - 2]), ("device",)).of_events["device"]
+        for u, n in enumerate(LENGTHS)
+    ]
+    assert set(np.flatnonzero(met["device"])) == set(np.concatenate(seen).tolist()) - {60}
+    later = replace(collator, met_by_events=met)
+    known = np.array(of_batch(collate(collator, dataset, "test"), "device"))
+    found = np.array(of_batch(collate(later, dataset, "test"), "device"))
+    assert (found == np.where(met["device"][known], known, 60)).all() and (found != known).any()
+    before, after = (collate(one, dataset, "train") for one in (collator, later))
+    assert torch.equal(before.features.values(), after.features.values())
