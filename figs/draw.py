@@ -230,7 +230,7 @@ def parallelism() -> Figure:
         note(axes, 2, y - 1.8, text, va="top")
 
     part(67, "batch", "jagged; dealt from\none global batch")
-    part(53, "tables", "sharded over all\nranks by TorchRec;\nupdated within the\nbackward pass")
+    part(53, "tables", "sharded over all\nranks by TorchRec;\nupdated after\neach batch")
     part(30, "dense part", "data-parallel under\nMegatron-Core, with\nits distributed\noptimizer")
 
     mesh(axes, right + 3.5)

@@ -16,7 +16,7 @@ class TrainerArgs(Args):
     ``max_train_iters`` steps or ``max_epochs`` epochs, whichever is first; with neither, after one epoch.
 
     A step takes ``gradient_accumulation_steps`` batches of ``train_batch_size`` one after another. Dense weights
-    then step once, as for one large batch; tables step in each backward pass, and in-batch negatives are those of
+    then step once, as for one large batch; tables step after each batch, and in-batch negatives are those of
     one batch.
     """
 
@@ -103,7 +103,7 @@ class TrainerArgs(Args):
 class OptimizerArgs(Args):
     """The optimizer of the dense weights and the one fused into the tables' backward pass.
 
-    Tables step inside the backward pass, so ``clip_grad`` (global norm, 0: off) and ``weight_decay`` are
+    Tables step by themselves after each batch, so ``clip_grad`` (global norm, 0: off) and ``weight_decay`` are
     those of the dense weights alone. ``sparse_*`` fields that are not set follow the dense ones, a minimum rate in
     proportion to the peak. Replicated tables are dense weights that follow the tables' rate and schedule.
     """
