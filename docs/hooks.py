@@ -89,6 +89,8 @@ def on_page_content(content: str, *, page: Page, config: MkDocsConfig, files: Fi
         owner, name, _ = match.groups()
         known = config_classes()
         if owner not in known or name not in {field.name for field in dataclasses.fields(known[owner])}:
+            if page.file.src_uri == PAGES["CHANGELOG.md"]:  # which names what has gone
+                return match[0]
             raise PluginError(f"{page.file.src_uri}: there is no field {owner}.{name}")
         return f'<a href="{reference}#{owner}.{name}">{match[0]}</a>'
 
