@@ -368,3 +368,20 @@ def test_two_ranks_start_from_one_and_one_from_two(home: Path, sources: Any, tmp
         one.progress.step = 0
         one.train()
     assert losses(tmp_path / "one")[1] == pytest.approx(continued(home, "mixed")[3], rel=1e-5)
+
+
+def test_classes_of_one_softmax_among_several_tasks_have_to_be_the_same(home: Path, tmp_path: Path, mesh: Mesh) -> None:
+    lines = (
+        "RankingArgs.tasks=(('first', 'multiclass', 'action'), ('again', 'multiclass', 'action'))",
+        "RankingArgs.prediction_head_arch=[16, 10]",
+        "RankingArgs.eval_metrics=('ACCURACY',)",
+        "TrainerArgs.max_train_iters=1",
+    )
+    with trainer(home / "one", tmp_path / "source", "ranking", *SAME, *lines, mesh=mesh) as run:
+        run.train()
+    found = find_source(str(tmp_path / "source"), tmp_path / "other")
+    with trainer(home / "one", tmp_path / "same", "ranking", *SAME, *lines, mesh=mesh) as run:
+        run.start_from(found)
+    refused = pytest.raises(CheckpointError, match="values of 'action', which a task of several predicts, are others")
+    with trainer(home / "other", tmp_path / "other", "ranking", *SAME, *lines, mesh=mesh) as run, refused:
+        run.start_from(found)
