@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import pyarrow as pa
 import torch
@@ -23,12 +23,15 @@ from hstu.inference.opened import Opened
 from hstu.inference.output import ParquetOutput, vector_column
 from hstu.inference.prediction_requests import RequestSpec, make_prediction_requests
 from hstu.inference.recommend import item_vectors, user_vectors
+from hstu.inference.torch_export import require_compiler, write_torch_export
 from hstu.models import RetrievalModel
 from hstu.parallel import Mesh
 from hstu.parallel.dynamic import PARTS, DynamicTables
 from hstu.training.checkpoint_files import first_line
 
 logger = logging.getLogger(__name__)
+
+Format = Literal["files", "torch-export"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +42,32 @@ class ExportOptions:
         users: Whose vectors, and after which events; see ``RequestSpec``.
         faiss: Also an exact inner-product index of the items.
         since: Of dynamic tables, only what changed after this step, in place of vectors.
+        format: "files", or "torch-export": programs, tables and a reader that answers without this package.
+        compiled: Also compile the programs ahead of time, for processors of this kind.
     """
 
     users: RequestSpec = RequestSpec()
     faiss: bool = False
     since: int | None = None
+    format: Format = "files"
+    compiled: bool = False
+
+    def check(self) -> None:
+        """Raise ``ValueError`` for what excludes each other, or is not installed; before a run is opened."""
+        if self.format not in get_args(Format):
+            raise ValueError(f"--format = {self.format!r}: must be one of {', '.join(get_args(Format))}")
+        programs = self.format == "torch-export"
+        if programs and (self.faiss or self.since is not None or self.users != RequestSpec()):
+            raise ValueError(
+                "--format torch-export: has no vectors of users, no index and no changes; leave out --faiss, --since "
+                "and what chooses users"
+            )
+        if self.compiled and not programs:
+            raise ValueError("--compile: is for --format torch-export; add that")
+        if self.compiled:
+            require_compiler()
+        if self.faiss:
+            require_faiss()
 
 
 def require_faiss() -> None:
@@ -59,19 +83,21 @@ def export(opened: Opened, output: Path, options: ExportOptions) -> None:
         ValueError: for an output that is there, a missing FAISS, and options that do not fit the run.
     """
     mesh, retrieval, about = opened.assembly.mesh, opened.config.retrieval, dict(opened.about)
-    if options.faiss:
-        require_faiss()
+    options.check()
     if options.faiss and (retrieval is None or retrieval.similarity == "mol"):
         raise ValueError("--faiss: needs a retrieval run that scores by dot product or cosine; leave it out")
     if options.since is not None:
         _check_since(options, opened)
         about["since"] = options.since
     with new_directory(output, mesh) as folder, torch.no_grad():
-        if options.since is not None:
+        if options.format == "torch-export":
+            write_torch_export(opened, folder, mesh, compiled=options.compiled)
+        elif options.since is not None:
             _write_changes(options.since, opened, mesh, folder, about)
         elif retrieval is not None:
             _write_vectors(options, opened, mesh, folder, about)
-        mesh.on_main(lambda: _write_weights(opened, folder, about))
+        if options.format == "files":
+            mesh.on_main(lambda: _write_weights(opened, folder, about))
     logger.info("%s: %s", output, ", ".join(sorted(path.name for path in output.iterdir())))
 
 

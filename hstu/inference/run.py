@@ -18,7 +18,7 @@ from hstu.config import Config
 from hstu.data.vocabulary import Index
 from hstu.inference.answers import AnswerOptions, Recommended, scored, stored_memory
 from hstu.inference.baselines import compare_with_baselines
-from hstu.inference.export import ExportOptions, export
+from hstu.inference.export import ExportOptions, Format, export
 from hstu.inference.frames import Kind, kind_of, to_frame, to_polars
 from hstu.inference.opened import Opened, open_trained
 from hstu.inference.output import vector_column
@@ -291,18 +291,30 @@ class Run:
         columns = {"item": pa.null(), "rank": pa.int32(), "similar": pa.null(), "score": pa.float32()}
         return to_frame(parts, columns, self.frames)
 
-    def export(self, output: str | Path, *, faiss: bool = False, since: int | None = None) -> None:
+    def export(
+        self,
+        output: str | Path,
+        *,
+        faiss: bool = False,
+        since: int | None = None,
+        format: Format = "files",
+        compile: bool = False,
+    ) -> None:
         """Write vectors and weights for other systems to the new directory ``output``; see ``hstu.cli.export``.
 
         Args:
             output: It must not exist.
             faiss: Also an exact inner-product index of the items.
             since: Of a run with dynamic tables: what changed after this step.
+            format: "torch-export" writes programs of the model in their place, and ``reader.py``, which answers from
+                them without this package.
+            compile: Also compile these programs, which needs a C++ compiler.
 
         Raises:
-            ValueError: for an output that is there, a missing FAISS, and what does not fit the run.
+            ValueError: for an output that is there, a missing FAISS or compiler, and what does not fit the run.
         """
-        export(self._opened, Path(output), ExportOptions(faiss=faiss, since=since))
+        options = ExportOptions(faiss=faiss, since=since, format=format, compiled=compile)
+        export(self._opened, Path(output), options)
 
     def _spec(self, users: Iterable[Any] | None, histories: Frame | None, **asked: Any) -> RequestSpec:
         known = {"split", "request_time", "unknown_items", "user_column", "item_column", "time_column"}

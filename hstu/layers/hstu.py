@@ -134,6 +134,8 @@ class HSTULayer(nn.Module):
         whole = self.attention is hstu_attention and type(self.uvqk) is nn.Linear
         recomputes = config.recompute_norm or config.recompute_silu or config.recompute_gate
         assert whole or not recomputes
+        if torch.compiler.is_exporting():  # plain operations alone
+            return False
         return whole and (recomputes or (x.is_cuda and config.backend != "reference"))
 
     def _fused(self, x: Tensor, tokens: Tokens) -> Tensor:

@@ -70,8 +70,8 @@ class MemoryBlocks:
 
     def of_tokens(self, first: int, last: int, device: torch.device) -> Tensor:
         """Return the block of each token of blocks ``first`` to ``last`` (exclusive), int64."""
-        blocks = torch.arange(first, last, device=device)
-        return blocks.repeat_interleave(torch.tensor(self.sizes[first:last], device=device, dtype=torch.int64))
+        blocks = [block for block in range(first, last) for _ in range(self.sizes[block])]
+        return torch.tensor(blocks, device=device, dtype=torch.int64)
 
 
 @dataclass(frozen=True, kw_only=True)

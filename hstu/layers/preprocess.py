@@ -123,9 +123,10 @@ class Preprocess(nn.Module):
             of_event = event_rows[_rows_from(item_offsets[:-1], lengths[self.action], sizes[self.action])]
             rows[self.action] = of_event + 1 if doubled else of_event
         own, is_first = _events_of(event_rows, item_offsets, offsets, total)
+        bounded = offsets.device.type != "cpu" or torch.compiler.is_exporting()  # lengths are not read
         layout = Layout(
             offsets,
-            max_seqlen=None if offsets.device.type == "cpu" else self.max_tokens,
+            max_seqlen=self.max_tokens if bounded else None,
             num_context=num_context,
             num_candidates=num_candidates,
             timestamps=_token_times(timestamps, own),

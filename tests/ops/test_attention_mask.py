@@ -12,7 +12,7 @@ import torch
 from hstu.ops import Layout, Mask, RelativeBias, hstu_attention, softmax_attention
 from tests.ops.attention_cases import CASES, Case, build, build_layouts, query_rows
 
-BACKENDS = ("reference", "cpu")
+BACKENDS = ("reference", "padded", "cpu")
 
 
 def may_attend(case: Case, sample: int, i: int, j: int) -> bool:

@@ -18,7 +18,7 @@ from hstu.ops.attention.reference import hstu_attention_reference, softmax_atten
 
 __all__ = ["Layout", "Mask", "RelativeBias", "choose_backend", "hstu_attention", "softmax_attention"]
 
-BACKENDS = ("auto", "reference", "cpu", "triton")
+BACKENDS = ("auto", "reference", "padded", "cpu", "triton")
 logger = logging.getLogger(__name__)
 
 
@@ -51,7 +51,8 @@ def hstu_attention(
         bias: relative bias of the layer, shared by its heads.
         keys: layout of k and v where they are longer than q: row r of a sample of n queries and m keys stands
             at place ``m - n + r`` (a cache in front). It describes all tokens. Default: the layout of q.
-        backend: ``"auto"`` (by device), ``"reference"`` (dense, the definition), ``"cpu"`` or ``"triton"``.
+        backend: ``"auto"`` (by device), ``"reference"`` (dense, the definition), ``"padded"`` (the definition, all
+            samples at once: what ``torch.export`` gets), ``"cpu"`` or ``"triton"``.
 
     Returns:
         ``[T, H, d_v]`` in the dtype of v.
@@ -68,6 +69,8 @@ def hstu_attention(
         from hstu.ops.attention.triton.hstu import hstu_attention_triton as run
     elif backend == "cpu":
         from hstu.ops.attention.cpu.run import hstu_attention_cpu as run
+    elif backend == "padded":
+        from hstu.ops.attention.padded import hstu_attention_padded as run
     else:
         run = hstu_attention_reference
     return run(q, k, v, layout, mask, scaling_seqlen=scaling_seqlen, alpha=alpha, bias=bias, keys=keys)
@@ -94,7 +97,7 @@ def softmax_attention(
         mask: who attends to whom.
         alpha: factor on the scores; ``1 / sqrt(d_qk)`` when None.
         keys: layout of k and v where they are longer than q.
-        backend: ``"auto"`` (by device), ``"reference"``, ``"cpu"`` or ``"triton"``.
+        backend: ``"auto"`` (by device), ``"reference"``, ``"padded"``, ``"cpu"`` or ``"triton"``.
 
     Returns:
         ``[T, H, d_v]`` in the dtype of q.
@@ -110,6 +113,8 @@ def softmax_attention(
         from hstu.ops.attention.triton.softmax import softmax_attention_triton as run
     elif backend == "cpu":
         from hstu.ops.attention.softmax import softmax_attention_buckets as run
+    elif backend == "padded":
+        from hstu.ops.attention.padded import softmax_attention_padded as run
     else:
         run = softmax_attention_reference
     return run(q, k, v, layout, mask, alpha=alpha, keys=keys)
@@ -127,6 +132,8 @@ def choose_backend(operation: str, backend: str, x: Tensor) -> str:
         raise ValueError(f"backend 'cpu' needs CPU tensors, q is on {x.device}: use backend='auto'")
     if backend != "auto":
         return backend
+    if torch.compiler.is_exporting():
+        return "padded"
     if x.device.type == "cpu":
         backend, reason = "cpu", "CPU tensors"
     elif x.device.type != "cuda" or x.dtype == torch.float64:

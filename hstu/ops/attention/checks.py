@@ -85,7 +85,8 @@ def _check_bias(bias: RelativeBias, keys: Layout, device: torch.device) -> None:
             raise ValueError(f"{name} is on {table.device}, q on {device}: move it to the device of q")
     if bias.position is not None and bias.position.numel() % 2 == 0:
         raise ValueError(f"bias.position must have 2N - 1 entries, got {bias.position.numel()}")
-    if bias.position is not None and bias.position.numel() < 2 * keys.longest - 1:
+    is_known = not torch.compiler.is_exporting()  # a length that differs from call to call
+    if bias.position is not None and is_known and bias.position.numel() < 2 * keys.longest - 1:
         raise ValueError(
             f"bias.position has {bias.position.numel()} entries, max_seqlen {keys.longest} needs "
             f"{2 * keys.longest - 1}: enlarge the table or shorten the sequences"

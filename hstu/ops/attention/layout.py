@@ -58,7 +58,7 @@ class Layout:
                     "reading it back would wait for the device"
                 )
             object.__setattr__(self, "max_seqlen", int(self.lengths.max()) if self.num_samples else 0)
-        if not isinstance(self.max_seqlen, int) or self.max_seqlen < 0:
+        if not isinstance(self.max_seqlen, (int, torch.SymInt)) or self.max_seqlen < 0:
             raise ValueError(f"max_seqlen is {self.max_seqlen!r}: give a bound on the longest sequence, an int >= 0")
         if values_readable(self.offsets):
             self._check_values()

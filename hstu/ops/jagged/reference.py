@@ -13,9 +13,7 @@ from hstu.ops.jagged.rows import located, merge_rows, part_rows
 
 def lengths_to_offsets(lengths: Tensor) -> Tensor:
     """Turn lengths ``[B]`` into offsets ``[B + 1]`` int64 that start at 0."""
-    offsets = lengths.new_zeros(lengths.numel() + 1, dtype=torch.int64)
-    torch.cumsum(lengths, 0, out=offsets[1:])
-    return offsets
+    return torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
 
 
 def sequence_ids(offsets: Tensor, total: int) -> Tensor:
