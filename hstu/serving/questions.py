@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from hstu.inference.opened import Opened
 from hstu.inference.prediction_requests import RequestSpec, history_columns, parse_time, read_candidates
 from hstu.serving.bodies import Asking, Event, Id, Recommend, Score, Similar
 
+_USERS = 1 << 16  # whose rows are known without looking for them
 _ALONE = Index(pl.Series(["user"]).to_arrow())
 
 
@@ -118,6 +120,7 @@ class Questions:
         # What the data set says of its users need not be said again.
         known = tuple(name for name in self.columns.features if name in events)
         self._of_known = replace(self.columns, contexts=(), features=known)
+        self._row = lru_cache(_USERS, typed=True)(self._find_user)  # a table of one row takes milliseconds
 
     def recommend(self, body: Recommend) -> BestItems:
         """Return the question of ``POST /recommend``.
@@ -172,13 +175,18 @@ class Questions:
             return Asker(row=-1, later=later, time=time)
         if body.features:
             raise ValueError("features: are those of the data set for its users; give them with a history alone")
-        row = self.users.places(clean_ids(pl.Series(self.columns.user, [body.user]), "user"))[0]
-        if row is None:
-            raise ValueError(f"user: {body.user!r} is not in the data set; give the user's events as history")
+        row = self._row(body.user)
         later = self._read("events", body.events, self._of_known, body) if body.events else None
-        self._check_order(row, later)
+        if later is not None:
+            self._check_order(row, later)
         self._check_time(row, later, time)
         return Asker(row=row, later=later, time=time)
+
+    def _find_user(self, user: Id) -> int:
+        row = self.users.places(clean_ids(pl.Series(self.columns.user, [user]), "user"))[0]
+        if row is None:
+            raise ValueError(f"user: {user!r} is not in the data set; give the user's events as history")
+        return int(row)
 
     def _read(self, name: str, events: list[Event], columns: HistoryColumns, body: Asking) -> SequenceDataset | None:
         """Return the events of one user."""
@@ -195,15 +203,17 @@ class Questions:
         found, _ = read_histories(name, frame, self.dataset, columns, body.unknown_items)
         return found
 
-    def _check_order(self, row: int, later: SequenceDataset | None) -> None:
-        first, last = None if later is None else _time(later, 0), _time(self.dataset, -1, row)
+    def _check_order(self, row: int, later: SequenceDataset) -> None:
+        first, last = _time(later, 0), _time(self.dataset, -1, row)
         if first is not None and last is not None and first < last:
             raise ValueError(f"events: the first one, at {first}, lies before the last one of the user in the data "
                              f"set, at {last}; give later events alone")  # fmt: skip
 
     def _check_time(self, row: int, later: SequenceDataset | None, time: int) -> None:
+        if time == LAST:
+            return
         last = _time(later, -1) if later is not None else _time(self.dataset, -1, row) if row >= 0 else None
-        if time != LAST and last is not None and time < last:
+        if last is not None and time < last:
             raise ValueError(f"request_time = {time}: lies before the last event, at {last}; give a later one, or none")
 
 

@@ -328,6 +328,7 @@ def test_the_pages_need_no_network(app: Any, service: Service, ranking: Service)
 
 def test_a_server_answers_over_a_socket_and_ends_in_order(app: Any, service: Service) -> None:
     with listen("127.0.0.1", 0) as sock:
+        assert sock.proto == socket.IPPROTO_TCP, "asyncio turns off Nagle's delay of such sockets alone"
         port, server = sock.getsockname()[1], Server(app)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
         thread.start()
