@@ -96,7 +96,7 @@ def try_page(model: ServedModel) -> str:
 <label>items seen before<select id=seen><option value="">as evaluated<option value=true>left out
 <option value=false>may come again</select></label>""" if retrieval else ""  # fmt: skip
     asked = "" if retrieval else escape("\n".join(some))
-    wanted = "may be returned; all, if empty" if retrieval else "to score"
+    wanted = "for the answer, all if empty" if retrieval else "to score"
     columns = ", ".join(json.dumps(name) for name in _columns(model))
     body = f"""<h1>{escape(model.opened.run.path.name)}</h1>
 <p class=dim>A {task} run, step {model.step}: {len(users.originals):,} users, {len(items.originals):,} items.

@@ -27,12 +27,14 @@ from hypothesis import strategies as st
 from hstu.cli import serve as command
 from hstu.serving.app import make_app
 from hstu.serving.batching import Batches, OverloadedError, StoppingError
+from hstu.serving.pages import try_page
 from hstu.serving.questions import Limits
 from hstu.serving.server import Server, listen
 from hstu.serving.service import Service
 from tests.launch import ROOT
 from tests.serving.client import Reply, get, post, post_all, send
 from tests.serving.conftest import history_of, later_events, serve
+from tests.serving.test_answers import items_of
 
 USER = {"user": "u-07", "k": 3}
 
@@ -343,6 +345,45 @@ def test_a_server_answers_over_a_socket_and_ends_in_order(app: Any, service: Ser
         server.should_exit = True
         thread.join(20)
         assert not thread.is_alive()
+
+
+@pytest.mark.slow
+def test_a_browser_asks_on_the_page(app: Any, service: Service, tmp_path: Path) -> None:
+    browser = next(
+        (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), ""
+    )
+    if not browser:
+        pytest.skip("no Chromium here")
+    probe = "<script>window.onload = () => document.querySelector('button').click();</script></body>"
+
+    async def pressed(scope: Any, receive: Any, send: Any) -> None:
+        """Show the page at /pressed with its button pressed."""
+        if scope["type"] != "http" or scope["path"] != "/pressed":
+            await app(scope, receive, send)
+            return
+        html = try_page(service.model).replace("</body>", probe).encode()
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/html")]})
+        await send({"type": "http.response.body", "body": html})
+
+    with listen("127.0.0.1", 0) as sock:
+        port, server = sock.getsockname()[1], Server(pressed)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
+        thread.start()
+        flags = [
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--enable-logging=stderr",
+            "--virtual-time-budget=15000",
+        ]
+        line = [browser, *flags, f"--user-data-dir={tmp_path}", "--dump-dom", f"http://127.0.0.1:{port}/pressed"]
+        done = subprocess.run(line, capture_output=True, text=True, timeout=300)
+        server.should_exit = True
+        thread.join(20)
+    assert done.returncode == 0 and "CONSOLE" not in done.stderr, done.stderr[-2000:]
+    wanted = items_of(post(app, "/recommend", {"user": service.model.questions.users.originals[0].as_py()}))
+    assert re.findall(r"<td>(sku \d+)</td>", done.stdout) == wanted and len(wanted) == 10
+    assert "10 items in" in done.stdout and "/recommend -H" in done.stdout
 
 
 def test_mistakes_of_the_command_are_one_line(
