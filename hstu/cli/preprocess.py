@@ -93,6 +93,8 @@ def define_flags() -> None:
         text, known = f"synthetic: {field.name.replace('_', ' ')}, see hstu.data.synthetic.", cast(Any, field.default)
         if isinstance(known, str):
             flags.DEFINE_enum(field.name, known, get_args(Distribution), text)
+        elif isinstance(known, bool):
+            flags.DEFINE_boolean(field.name, known, text)
         elif isinstance(known, int):
             flags.DEFINE_integer(field.name, known, text)
         else:

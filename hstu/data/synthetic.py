@@ -23,6 +23,7 @@ import pyarrow as pa
 
 from hstu.data.planted import Circumstances, PlantedModel, Sampler, draw_items, oracle_ranks
 from hstu.data.planted_features import PLANTED, draw_features, drifting, spans_of
+from hstu.data.planted_text import draw_cold, draw_titles, in_last_two
 from hstu.data.schema import Feature, Schema, count_statistics
 from hstu.data.spill import Progress
 from hstu.data.splits import MIN_EVENTS
@@ -60,6 +61,9 @@ class SyntheticConfig:
         feature_weight: Probability that number and brand, not interests and transitions, lead to the next cluster.
         price_scale: What a standard deviation of the price takes off the action's logit.
         num_brands: Brands.
+        titles: Whether items have titles, whose words are shared by cluster (:mod:`hstu.data.planted_text`).
+        cold_share: Share of the items of each cluster that nobody meets before their last two events: training shows
+            none of them.
         popularity_drift: Step of the logarithm of an item's popularity from one tenth of the time to the next.
         seed: Seed of everything.
     """
@@ -81,6 +85,8 @@ class SyntheticConfig:
     feature_weight: float = 0.8
     price_scale: float = 2.0
     num_brands: int = 8
+    titles: bool = False
+    cold_share: float = 0.0
     popularity_drift: float = 0.0
     seed: int = 1
 
@@ -102,6 +108,11 @@ class SyntheticConfig:
             raise ValueError(f"event_features: {unknown[0]!r} is not planted; choose some of {', '.join(PLANTED)}")
         for name in ("transition_weight", "context_visibility", "feature_weight"):
             self._require(name, 0 <= getattr(self, name) <= 1, "must lie in [0, 1]")
+        self._require("cold_share", 0 <= self.cold_share < 1, "must be at least 0 and below 1")
+        warm = self.num_items - int(self.cold_share * self.num_items)
+        self._require("cold_share", not self.cold_share or warm > self.max_seqlen, f"leaves {warm} items, not more than "
+                      f"max_seqlen = {self.max_seqlen}, as nobody sees an item twice")  # fmt: skip
+        self._require("cold_share", not (self.cold_share and self.popularity_drift), "goes without popularity_drift")
         for name in ("affinity_scale", "quality_scale", "price_scale", "popularity_drift"):
             self._require(name, 0 <= getattr(self, name) < float("inf"), "must be finite and not negative")
 
@@ -193,7 +204,7 @@ def generate(
 
     Memory grows with the events (some 40 bytes each) and with the catalogue, not with their product.
     """
-    seeds = np.random.SeedSequence(config.seed).spawn(8)
+    seeds = np.random.SeedSequence(config.seed).spawn(10)
     plan, sizes, draws, labels, context, clock = (np.random.default_rng(seed) for seed in seeds[:6])
     model = plant(config, plan)
     users = config.num_users
@@ -206,7 +217,13 @@ def generate(
     model = replace(model, lead_weight=leads, lead_share=planted.share)
     drifts = config.popularity_drift > 0
     models = drifting(model, config.popularity_drift, seeds[7]) if drifts else [model]
-    given = Circumstances(planted.lead, spans_of(times) if drifts else np.zeros(events, np.int64))
+    spans = spans_of(times) if drifts else np.zeros(events, np.int64)
+    if config.cold_share:
+        cold = draw_cold(model.cluster, config.cold_share, seeds[9])
+        warm = np.where(cold, 0.0, model.choice)
+        models = [replace(model, choice=warm / np.bincount(model.cluster, warm)[model.cluster]), model]
+        spans = in_last_two(lengths)
+    given = Circumstances(planted.lead, spans)
     items = _draw_all(models, types, lengths, given, draws, progress)
     # For who does not see the price the order is the same as of the mean over prices, which rises with it.
     without = model.action[np.repeat(types, lengths), items]
@@ -217,6 +234,7 @@ def generate(
     segment = np.where(shown, types, context.integers(config.num_types, size=users))
     progress("scoring the oracle", events, 0.0)
 
+    texts = [draw_titles(model.cluster, seeds[8])] if config.titles else []
     sequences = (types, items, lengths)
     scores = _best_possible(models, sequences, given, probability, actions)
     if planted.values:
@@ -232,6 +250,7 @@ def generate(
             Feature(name="action", role="action", vocab_size=2, action_type="bitmask"),
             Feature(name="timestamp", role="time"),
             *planted.features(config.num_brands),
+            *(feature for feature, _, _ in texts),
         ),
         counts=count_statistics(lengths, config.num_items, repeats=0),
         source={"SyntheticConfig": hashlib.sha256(json.dumps(asdict(config)).encode()).hexdigest()},
@@ -243,8 +262,9 @@ def generate(
         lengths=lengths,
         contexts={"segment": segment},
         events={"item_id": items, "action": actions, "timestamp": times, **planted.values},
-        vocabularies={feature: pa.array(np.arange(size)) for feature, size in sizes_of.items()},
-        categories={"cluster": model.cluster},
+        vocabularies={feature: pa.array(np.arange(size)) for feature, size in sizes_of.items()}
+        | {feature.name: originals for feature, _, originals in texts},
+        categories={"cluster": model.cluster} | {feature.name: ids for feature, ids, _ in texts},
     )
 
 

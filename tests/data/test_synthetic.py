@@ -18,6 +18,7 @@ from hstu.data import (
     write_synthetic,
 )
 from hstu.data import planted as module
+from hstu.data.planted_text import title_words
 from hstu.data.synthetic import PlantedModel, area_under_curve, distribution_weights, plant
 
 TINY = SyntheticConfig(num_users=200, num_items=60, num_clusters=8, num_types=3, min_seqlen=3, max_seqlen=30)
@@ -314,8 +315,32 @@ def test_default_is_worth_learning() -> None:
         ({"event_features": "number,colour"}, "event_features: 'colour' is not planted; choose some of number, brand"),
         ({"num_brands": 1}, "num_brands = 1 must be at least 2"),
         ({"popularity_drift": -1.0}, "popularity_drift = -1.0 must be finite and not negative"),
+        ({"cold_share": 1.0}, "cold_share = 1.0 must be at least 0 and below 1"),
+        ({"cold_share": 0.5}, "cold_share = 0.5 leaves 30 items, not more than max_seqlen = 30"),
+        ({"cold_share": 0.1, "popularity_drift": 1.0}, "cold_share = 0.1 goes without popularity_drift"),
     ],
 )
 def test_wrong_configs_are_refused(changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace(TINY, **changes)
+
+
+def test_titles_share_words_by_cluster_and_cold_items_come_last() -> None:
+    config = replace(TINY, num_users=300, num_items=160, max_seqlen=12, titles=True, cold_share=0.5)
+    dataset, still = generate(config), generate(replace(config, titles=False))
+    titles = np.array(dataset.vocabularies["title"].to_pylist())[dataset.categories["title"]]
+    for title, cluster in zip(titles, dataset.categories["cluster"], strict=True):
+        own, common = title.split()[:3], title.split()[3:]
+        assert all(word.startswith(f"k{cluster}w") for word in own) and len({*own}) == 3
+        assert all(word.startswith("any") for word in common) and len(common) == 2
+        assert {*title.split()} <= {*title_words(config.num_clusters)}
+    assert np.array_equal(dataset.events["item_id"], still.events["item_id"]) and "title" not in still.categories
+    ends = np.cumsum(dataset.lengths)
+    last = np.zeros(ends[-1], bool)
+    last[ends - 1] = last[ends - 2] = True
+    items = dataset.events["item_id"]
+    met = np.unique(items[~last])
+    share = np.isin(items[last], met, invert=True).mean()
+    assert len(met) <= config.num_items - config.num_clusters * int(0.5 * config.num_items / config.num_clusters)
+    assert 0.3 < share < 0.7
+    assert dataset.schema.best_possible != generate(replace(config, cold_share=0.0)).schema.best_possible
