@@ -110,8 +110,8 @@ class SyntheticConfig:
             self._require(name, 0 <= getattr(self, name) <= 1, "must lie in [0, 1]")
         self._require("cold_share", 0 <= self.cold_share < 1, "must be at least 0 and below 1")
         warm = self.num_items - int(self.cold_share * self.num_items)
-        self._require("cold_share", not self.cold_share or warm > self.max_seqlen, f"leaves {warm} items, not more than "
-                      f"max_seqlen = {self.max_seqlen}, as nobody sees an item twice")  # fmt: skip
+        reason = f"leaves {warm} items, not more than max_seqlen = {self.max_seqlen}, as nobody sees an item twice"
+        self._require("cold_share", not self.cold_share or warm > self.max_seqlen, reason)
         self._require("cold_share", not (self.cold_share and self.popularity_drift), "goes without popularity_drift")
         for name in ("affinity_scale", "quality_scale", "price_scale", "popularity_drift"):
             self._require(name, 0 <= getattr(self, name) < float("inf"), "must be finite and not negative")
