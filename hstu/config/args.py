@@ -118,6 +118,10 @@ class NetworkArgs(Args):
     residual_dtype_str: Literal["float32", "bfloat16"] = "float32"
     #: Attention of hstu: "auto", by device; "pytorch", the plain definition; "triton", the GPU kernels.
     kernel_backend: Literal["auto", "pytorch", "triton"] = "auto"
+    #: What the backward pass computes again instead of keeping it, for memory. "full": each layer, from its input
+    #: alone, for a third more arithmetic, with the same loss and gradients (hstu, sasrec, llama, bert). "selective": of
+    #: hstu, norm, SiLU and gate, which is all three of the switches below, for hardly any.
+    recompute: Literal["none", "selective", "full"] = "none"
     #: Compute the norm of a layer's input again in the backward of hstu instead of keeping it, for memory.
     recompute_input_layernorm: bool = False
     #: Likewise SiLU of u, v, q and k.

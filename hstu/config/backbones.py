@@ -101,9 +101,12 @@ def check_backbone(network: NetworkArgs) -> None:
             raise network.error(field, f"belongs to {what} ({', '.join(users)}), which {name} does not have")
     if name != "hstu" and network.kernel_backend == "triton":
         raise network.error("kernel_backend", f"the Triton kernels are those of hstu; use 'auto' for {name}")
-    for field in RECOMPUTE:
-        if getattr(network, field) and network.kernel_backend == "pytorch":
-            raise network.error(field, "needs the fused layer: NetworkArgs.kernel_backend = 'auto' or 'triton'")
+    if network.recompute == "selective" and name != "hstu":
+        raise network.error("recompute", f"belongs to the fused layer (hstu), which {name} does not have; use 'full'")
+    if network.recompute == "full" and network.backbone not in _SPLIT:
+        raise network.error("recompute", f"belongs to layers of attention ({', '.join(_SPLIT)}), not to {name}")
+    if (fields := _of_fused_layer(network)) and network.kernel_backend == "pytorch":
+        raise network.error(fields[0], "needs the fused layer: NetworkArgs.kernel_backend = 'auto' or 'triton'")
     if network.is_causal == network.is_masked:
         trained = "masked items from both sides" if network.is_masked else "what follows"
         raise network.error("is_causal", f"{name} is trained to predict {trained}; leave it unset")
@@ -119,6 +122,12 @@ def check_backbone(network: NetworkArgs) -> None:
             )
 
 
+def _of_fused_layer(network: NetworkArgs) -> list[str]:
+    """Return the fields that ask the fused layer to compute something again."""
+    fields = [name for name in RECOMPUTE if getattr(network, name)]
+    return fields if network.recompute != "selective" else ["recompute", *fields]
+
+
 def swiglu_size(hidden_size: int) -> int:
     """Return the inner width of SwiGLU that costs what 4 D would without a gate: 8 D / 3, rounded up to 32."""
     return -(-int(8 * hidden_size / 3) // 32) * 32
@@ -126,9 +135,10 @@ def swiglu_size(hidden_size: int) -> int:
 
 def check_degrees(network: NetworkArgs, context: int, tensor: int) -> None:
     """Raise ``ConfigError`` for a network that ``context`` or ``tensor`` ranks cannot share: training and plan ask."""
-    recomputed = [name for name in RECOMPUTE if getattr(network, name)]
+    recomputed = _of_fused_layer(network)
     if recomputed and (context > 1 or tensor > 1):
-        raise network.error(recomputed[0], "needs whole weights and sequences on a rank; set it to False, or "
+        other = "set it to False" if recomputed[0] in RECOMPUTE else "use 'full'"
+        raise network.error(recomputed[0], f"needs whole weights and sequences on a rank; {other}, or "
                             "context_parallel_size and tensor_model_parallel_size to 1")  # fmt: skip
     whole = f"NetworkArgs.backbone = {network.backbone!r} "
     if context > 1 and network.backbone not in _SPLIT:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hstu.layers.cache import Cache, run_behind
 from hstu.layers.dropout import Dropout
+from hstu.layers.recompute import through
 from hstu.layers.tensor_plan import Columns, Heads, OfAllHeads, PerToken, Rows, TensorPlan, split_parts
 from hstu.layers.tokens import Tokens
 from hstu.ops import LayerOptions, LayerWeights, Mask, RelativeBias, hstu_attention, hstu_layer
@@ -218,6 +219,8 @@ class HSTUStack(nn.Module):
 
     def __init__(self, config: HSTUConfig, num_layers: int) -> None:
         super().__init__()
+        #: Whether the backward pass computes each layer again; whoever builds the model sets it.
+        self.recompute = False
         self.config = config
         self.layers = nn.ModuleList([HSTULayer(config) for _ in range(num_layers)])
 
@@ -227,10 +230,7 @@ class HSTUStack(nn.Module):
 
     def forward(self, tokens: Tokens) -> Tensor:
         """Map the stream's values [T, D] to hidden states [T, D]."""
-        x = tokens.values
-        for layer in self.layers:
-            x = layer(x, tokens)
-        return x
+        return through(self.layers, tokens.values, tokens, recompute=self.recompute)
 
     def extend(self, cache: Cache | None, new_tokens: Tokens) -> tuple[Tensor, Cache]:
         """Map what follows ``cache`` to hidden states; see :func:`hstu.layers.cache.run_behind`."""

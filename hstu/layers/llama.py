@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hstu.layers.cache import Cache, run_behind
 from hstu.layers.dropout import Dropout
 from hstu.layers.positions import token_positions
+from hstu.layers.recompute import through
 from hstu.layers.tensor_plan import Columns, PerToken, Rows, TensorPlan, split_parts
 from hstu.layers.tokens import Tokens
 from hstu.ops import Mask, softmax_attention
@@ -128,6 +129,8 @@ class LLaMAStack(nn.Module):
 
     def __init__(self, config: LLaMAConfig, num_layers: int) -> None:
         super().__init__()
+        #: Whether the backward pass computes each layer again; whoever builds the model sets it.
+        self.recompute = False
         self.config = config
         self.layers = nn.ModuleList([LLaMALayer(config, num_layers) for _ in range(num_layers)])
         self.final_norm = RMSNorm(config.hidden_size, config.norm_eps)
@@ -139,10 +142,7 @@ class LLaMAStack(nn.Module):
     def forward(self, tokens: Tokens) -> Tensor:
         """Map the stream's values [T, D] to hidden states [T, D]."""
         rotary = rotation(token_positions(tokens), self.config.head_channels)
-        x = tokens.values
-        for layer in self.layers:
-            x = layer(x, tokens, rotary)
-        out: Tensor = self.final_norm(x)
+        out: Tensor = self.final_norm(through(self.layers, tokens.values, tokens, rotary, recompute=self.recompute))
         return out
 
     def extend(self, cache: Cache | None, new_tokens: Tokens) -> tuple[Tensor, Cache]:

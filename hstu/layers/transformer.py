@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hstu.layers.cache import Cache, run_behind
 from hstu.layers.dropout import Dropout
+from hstu.layers.recompute import through
 from hstu.layers.tensor_plan import Columns, PerToken, Rows, TensorPlan
 from hstu.layers.tokens import Tokens
 from hstu.ops import Mask, softmax_attention
@@ -107,6 +108,8 @@ class TransformerStack(nn.Module):
 
     def __init__(self, config: TransformerConfig, num_layers: int) -> None:
         super().__init__()
+        #: Whether the backward pass computes each layer again; whoever builds the model sets it.
+        self.recompute = False
         self.config = config
         self.layers = nn.ModuleList([TransformerLayer(config) for _ in range(num_layers)])
         self.final_norm = nn.LayerNorm(config.hidden_size, config.norm_eps) if config.norm == "pre" else nn.Identity()
@@ -117,10 +120,7 @@ class TransformerStack(nn.Module):
 
     def forward(self, tokens: Tokens) -> Tensor:
         """Map the stream's values [T, D] to hidden states [T, D]."""
-        x = tokens.values
-        for layer in self.layers:
-            x = layer(x, tokens)
-        out: Tensor = self.final_norm(x)
+        out: Tensor = self.final_norm(through(self.layers, tokens.values, tokens, recompute=self.recompute))
         return out
 
     def extend(self, cache: Cache | None, new_tokens: Tokens) -> tuple[Tensor, Cache]:

@@ -27,19 +27,25 @@ def make_backbone(network: NetworkArgs, max_tokens: int, *, with_candidates: boo
     Raises:
         ConfigError: for a backbone that does not exist, or a HuggingFace model that cannot be built.
     """
-    if network.backbone == "hstu":
-        return HSTUStack(_hstu_config(network, max_tokens), network.num_layers)
-    if network.backbone == "llama":
-        return LLaMAStack(_llama_config(network), network.num_layers)
+    if network.backbone in ("hstu", "llama", "sasrec", "bert"):
+        stack = _stack(network, max_tokens)
+        stack.recompute = network.recompute == "full"
+        return stack
     if network.backbone in ("gru", "lstm"):
         return RecurrentStack(network.backbone, network.hidden_size, network.num_layers, network.hidden_dropout)  # type: ignore[arg-type]
     if network.backbone == "mean":
         return MeanStack(network.hidden_size, attention_mask(network), network.norm_epsilon)
     if network.is_hugging_face:
         return _hugging_face(network, max_tokens, with_candidates)
-    if network.backbone in ("sasrec", "bert"):
-        return TransformerStack(_transformer_config(network), network.num_layers)
     return make_custom(network, max_tokens)
+
+
+def _stack(network: NetworkArgs, max_tokens: int) -> HSTUStack | LLaMAStack | TransformerStack:
+    if network.backbone == "hstu":
+        return HSTUStack(_hstu_config(network, max_tokens), network.num_layers)
+    if network.backbone == "llama":
+        return LLaMAStack(_llama_config(network), network.num_layers)
+    return TransformerStack(_transformer_config(network), network.num_layers)
 
 
 def attention_mask(network: NetworkArgs) -> Mask:
@@ -59,6 +65,7 @@ def has_position_table(network: NetworkArgs) -> bool:
 
 
 def _hstu_config(network: NetworkArgs, max_tokens: int) -> HSTUConfig:
+    selective = network.recompute == "selective"
     return HSTUConfig(
         hidden_size=network.hidden_size,
         num_heads=network.num_attention_heads,
@@ -73,9 +80,9 @@ def _hstu_config(network: NetworkArgs, max_tokens: int) -> HSTUConfig:
         mask=attention_mask(network),
         dropout=network.hidden_dropout,
         norm_eps=network.norm_epsilon,
-        recompute_norm=network.recompute_input_layernorm,
-        recompute_silu=network.recompute_input_silu,
-        recompute_gate=network.recompute_gate,
+        recompute_norm=selective or network.recompute_input_layernorm,
+        recompute_silu=selective or network.recompute_input_silu,
+        recompute_gate=selective or network.recompute_gate,
         backend={"auto": "auto", "pytorch": "reference", "triton": "triton"}[network.kernel_backend],  # type: ignore[arg-type]
         **hstu_preset(network.preset),
     )

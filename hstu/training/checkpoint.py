@@ -60,6 +60,7 @@ def model_identity(config: Config) -> dict[str, Any]:
         "dtype_str",
         "residual_dtype_str",
         "kernel_backend",
+        "recompute",
         *RECOMPUTE,
     }
     network = {

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -125,7 +126,21 @@ def measure_demand(config: Config, dataset: SequenceDataset, batch: Batch) -> De
 
 
 def kept_for_backward(model: RankingModel | RetrievalModel, batch: Batch) -> int:
-    """Return the bytes of the tensors, weights aside, that a forward pass over ``batch`` keeps."""
+    """Return the bytes of the tensors, weights aside, that a forward pass over ``batch`` keeps.
+
+    Where the backward pass computes layers again, what one layer keeps for a while is among them.
+    """
+    stack: Any = model.backbone
+    size = _kept(model, batch)
+    if not getattr(stack, "recompute", False):
+        return size
+    stack.recompute = False
+    whole = _kept(model, batch)
+    stack.recompute = True
+    return size + (whole - size) // len(stack.layers)
+
+
+def _kept(model: RankingModel | RetrievalModel, batch: Batch) -> int:
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, Tensor] = {}
 
@@ -248,7 +263,8 @@ def _plan(
     heads = network.num_query_groups or network.num_attention_heads
     sent = tokens * heads * (network.kv_channels + values) / tensor * element * (context - 1)
     stream = tokens * network.hidden_size * element * 2 * (tensor - 1) / tensor
-    arithmetic = demand.flops / (context * tensor) / (efficiency * gpu.peak(network.dtype_str))
+    again = 4 / 3 if network.recompute == "full" else 1.0  # one more forward pass beside three
+    arithmetic = again * demand.flops / (context * tensor) / (efficiency * gpu.peak(network.dtype_str))
     gradients = 2 * dense * _FLOAT * (data * context - 1) / (data * context) / rate(world)
     hidden = 2 / 3 * arithmetic if config.optimizer.overlap_grad_reduce else 0.0
     plan = Plan(

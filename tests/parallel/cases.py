@@ -267,6 +267,7 @@ BPR_MAX = (
     "RetrievalArgs.temperature=0.5",  # squared scores of 20 would make rounding grow
 )
 SAVED_STEP = 4
+RECOMPUTED = "NetworkArgs.recompute='full'"
 SPLITS = {
     case.name: case
     for case in (
@@ -324,6 +325,8 @@ SPLITS = {
         Case("tensor-retrieval-research", "retrieval", (*SGD, *RESEARCH), "short", tensor=2, steps=12),
         Case("tensor-retrieval-llama", "retrieval", LLAMA_GROUPS, tensor=2, steps=12),
         Case("sequence-retrieval-sasrec", "retrieval", (*SGD, *SASREC, *SEQUENCE), "short", tensor=2, steps=12),
+        Case("context-retrieval-recomputed", "retrieval", (*RESEARCH, *IN_BATCH, RECOMPUTED), context=2, steps=12),
+        Case("sequence-retrieval-recomputed", "retrieval", (*SGD, *SASREC, *SEQUENCE, RECOMPUTED), tensor=2, steps=12),
         Case("sequence-ranking", "ranking", (*SEQUENCE, *FAST_TABLES, *DISTRIBUTED), tensor=2, steps=12),
         Case("sequence-retrieval-research", "retrieval", (*RESEARCH, *SEQUENCE), tensor=2, steps=12),
     )

@@ -33,6 +33,8 @@ REFUSED = {
     "hf": (("NetworkArgs.backbone='hf:gpt2'",), 1, 2, "NetworkArgs.backbone = 'hf:gpt2' cannot be cut"),
     "hf sequences": (("NetworkArgs.backbone='hf:gpt2'",), 2, 1, "'hf:gpt2' needs whole sequences"),
     "recomputed": (("NetworkArgs.recompute_gate=True",), 2, 1, "recompute_gate = True: needs whole weights"),
+    "selective": (("NetworkArgs.recompute='selective'",), 2, 1, "recompute = 'selective': needs whole weights and "
+                  "sequences on a rank; use 'full'"),
     "recomputed, cut": (("NetworkArgs.recompute_input_silu=True",), 1, 2, "recompute_input_silu = True: needs whole"),
 }  # fmt: skip
 
