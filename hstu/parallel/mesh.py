@@ -182,7 +182,9 @@ class Mesh:
         Raises:
             ValueError: if the number of ranks is no multiple of ``context * tensor``.
         """
-        if (context, tensor) == (self.context.size, self.tensor.size):
+        # Megatron-Core's groups are global: those of another mesh may have been made since this one was.
+        made = parallel_state.get_context_parallel_world_size(), parallel_state.get_tensor_model_parallel_world_size()
+        if (context, tensor) == (self.context.size, self.tensor.size) == made:
             return self
         if self.world_size % (context * tensor):
             raise ValueError(

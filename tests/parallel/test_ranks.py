@@ -73,7 +73,8 @@ class Results(dict[int, dict[str, Any]]):
         -2: {"cases": [(name, None) for name in (*TWINS, *LATER)]},
         2: {
             "cases": [
-                *((name, None) for name in (*FIRST, *QUICK)),
+                # Split ones first: what they leave behind must not reach the others.
+                *((name, None) for name in (*QUICK, *FIRST)),
                 *((name, fault) for fault, name in FAULTS.items()),
             ],
             "mesh": True,
