@@ -50,15 +50,16 @@ def plan(args: argparse.Namespace) -> int:
     from hstu.models import make_collator
     from hstu.training.hardware import GPUS
     from hstu.training.plan import fits, make_plans, measure_demand
-    from hstu.training.run_data import find_dataset
+    from hstu.training.run_data import find_dataset, sized
     from hstu.training.run_directory import RunDirectory
 
     if args.nodes < 1 or args.gpus_per_node < 1 or not 0 < args.efficiency <= 1:
         raise ConfigError("--nodes, --gpus-per-node", "must be above zero, and --efficiency at most 1")
     import_modules(args.imports)
     task = args.task or task_of([args.gin_config_file], args.gin_bindings)
-    config = load_config(task, [args.gin_config_file], args.gin_bindings).config
-    dataset = SequenceDataset.open(find_dataset(config.dataset, RunDirectory(Path("runs"))))
+    loaded = load_config(task, [args.gin_config_file], args.gin_bindings)
+    path = find_dataset(loaded.config.dataset, RunDirectory(Path("runs")))
+    config, dataset = sized(loaded, path).config, SequenceDataset.open(path)
     split, size = make_splits(config.dataset, dataset, config.recent_targets)["train"], config.trainer.train_batch_size
     collate = make_collator(config, dataset.schema)
     loader = BatchLoader(dataset=dataset, split=split, collate=collate, batch_size=size, shuffle=True)

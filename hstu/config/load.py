@@ -13,6 +13,7 @@ from hstu.config.backbones import CUSTOM_BACKBONES
 from hstu.config.base import Args, ConfigError, brief
 from hstu.config.parse import Binding, read_bindings
 from hstu.config.retrieval import CUSTOM_LOSSES
+from hstu.config.sizing import UNKNOWN, DataSize, suggest
 
 # A wheel has the configs inside the package; in a clone they stand beside it.
 _INSIDE = Path(__file__).resolve().parents[1] / "configs"
@@ -33,6 +34,7 @@ _CLASSES: dict[str, type[Args]] = {
     "RankingArgs": args.RankingArgs,
     "RetrievalArgs": args.RetrievalArgs,
 }
+_SIZED = "RetrievalArgs.sized_by_data"
 _MEMBERS = {
     "TrainerArgs": "trainer",
     "DatasetArgs": "dataset",
@@ -88,12 +90,28 @@ class LoadedConfig:
         given: What the user gave, as gin (files merged, bindings applied).
         notes: One line for each option that was renamed, replaced or has no meaning here.
         imports: Modules that register what the config names.
+        bound: What was given, by field, for :meth:`sized_by`.
     """
 
     config: args.Config
     given: str
     notes: tuple[str, ...]
     imports: tuple[str, ...] = ()
+    bound: dict[str, Binding] = dataclasses.field(default_factory=dict, repr=False)
+
+    def sized_by(self, size: DataSize) -> LoadedConfig:
+        """Return the config of ``RetrievalArgs.sized_by_data`` with what the size of the data decides.
+
+        Raises:
+            ConfigError: as :func:`load_config`, for values that do not go with those that are set.
+        """
+        values = _suggestions(self.bound, size)
+        bound = self.bound | values | {_SIZED: Binding(False, _SIZED)}
+        listed = ", ".join(f"{key} = {binding.value!r}" for key, binding in values.items())
+        counts = f"{size.users:,} users, {size.items:,} items, {size.events:,} events"
+        note = f"by the size of the data ({counts}): {listed or 'nothing, all is set'}"
+        loaded = _load("retrieval", bound, bound, self.imports)
+        return dataclasses.replace(loaded, notes=(*self.notes, note))
 
     @property
     def operative(self) -> str:
@@ -128,18 +146,34 @@ def load_config(
         ConfigError: in one line that names the field, its value, what is accepted, and where it was set.
     """
     bound, imports = read_bindings([find_config(f) for f in files], bindings, tuple(_CLASSES), CONFIG_DIRECTORY)
-    notes: list[str] = []
-    as_given = bound
-    bound = _apply_reference_names(bound, notes)
+    return _load(task, bound, _apply_reference_names(bound, notes := list[str]()), imports, notes)
+
+
+def _load(
+    task: Literal["ranking", "retrieval"],
+    as_given: dict[str, Binding],
+    bound: dict[str, Binding],
+    imports: Sequence[str],
+    notes: Sequence[str] = (),
+) -> LoadedConfig:
+    notes, built = list(notes), bound
+    if task == "retrieval" and _SIZED in bound and bound[_SIZED].value is True:  # checked before its data are at hand
+        built = bound | _suggestions(bound, UNKNOWN)
     try:
-        config = _build(task, bound, notes)
+        config = _build(task, built, notes)
     except ConfigError as error:
-        if error.field not in bound:
+        if error.field not in built:
             raise
-        raise ConfigError(error.field, f"{error.message} (set in {bound[error.field].where})") from None
+        raise ConfigError(error.field, f"{error.message} (set in {built[error.field].where})") from None
     modules = tuple(dict.fromkeys([*imports, *_registering(config)]))
     given = _import_lines(modules) + _given(as_given)
-    return LoadedConfig(config=config, given=given, notes=tuple(notes), imports=modules)
+    return LoadedConfig(config=config, given=given, notes=tuple(notes), imports=modules, bound=bound)
+
+
+def _suggestions(bound: dict[str, Binding], size: DataSize) -> dict[str, Binding]:
+    """Return what the size of the data decides of the fields that are not set."""
+    values = suggest(size, {key: binding.value for key, binding in bound.items()})
+    return {key: Binding(value, f"by {_SIZED}") for key, value in values.items()}
 
 
 def _registering(config: args.Config) -> list[str]:

@@ -44,6 +44,9 @@ class RetrievalArgs(Args):
     of ``mol_query_groups`` x ``mol_item_groups`` vectors of ``mol_channels``.
     """
 
+    #: Choose by the size of the data set: batch, epochs, history, width, rates, dropout, temperature and negatives, as
+    #: far as they are not set. What was chosen is in the log, and in config.gin of the run.
+    sized_by_data: bool = False
     #: "sampled_softmax", "full_softmax"; "bce": binary cross-entropy of the next item and of one item that the user has
     #: not, see bce_excludes; "bpr", "top1", "top1_max", "bpr_max": the next item against each negative of the pools of
     #: sampled_softmax. Or one that is registered, with such negatives.

@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from hstu.config import ConfigError, DatasetArgs, task_of
+from hstu.config import ConfigError, DatasetArgs, LoadedConfig, task_of
+from hstu.config.sizing import DataSize
 from hstu.data.column_cache import Check
 from hstu.data.reader import SequenceDataset
+from hstu.data.schema import Schema
 from hstu.parallel import Mesh
 from hstu.training.checkpoint_files import read_marker
 from hstu.training.run_directory import RunDirectory
@@ -51,6 +53,16 @@ def find_dataset(args: DatasetArgs, run: RunDirectory) -> Path:
         "DatasetArgs.dataset_name",
         f"= {name!r}: no schema.json in {where}; make it with preprocessing/preprocessor.py --dataset_name {name}",
     )
+
+
+def sized(loaded: LoadedConfig, path: Path) -> LoadedConfig:
+    """Return a config with the values that the size of the data set at ``path`` decides, if it asks for them."""
+    retrieval = loaded.config.retrieval
+    if retrieval is None or not retrieval.sized_by_data:
+        return loaded
+    schema = Schema.load(path)
+    counts = {name: int(schema.counts.get(name, 0)) for name in ("users", "items", "events")}
+    return loaded.sized_by(DataSize(**counts, has_times=schema.time is not None))
 
 
 def own_data(run: Path, name: str) -> Path:

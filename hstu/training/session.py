@@ -18,7 +18,14 @@ from hstu.training.card import write_card
 from hstu.training.checkpoint_files import find_checkpoint, no_checkpoint
 from hstu.training.init_from import find_source
 from hstu.training.logging import check_loggers, format_metrics
-from hstu.training.run_data import dataset_record, find_dataset, open_dataset, recorded_task, require_vocabularies
+from hstu.training.run_data import (
+    dataset_record,
+    find_dataset,
+    open_dataset,
+    recorded_task,
+    require_vocabularies,
+    sized,
+)
 from hstu.training.run_directory import RunDirectory, configure_logging
 from hstu.training.trainer import Trainer
 from hstu.training.windows import last_window, window_path, write_windows
@@ -249,4 +256,5 @@ def _load(order: Order, run: RunDirectory, *, training: bool) -> LoadedConfig:
     if given is None:
         raise ConfigError("--gin-config-file", "is required; for example synthetic_ranking.gin")
     start = [] if order.init_from is None else [f"TrainerArgs.init_from = {str(Path(order.init_from).resolve())!r}"]
-    return load_config(order.task, [given], [*order.bindings, *start])
+    loaded = load_config(order.task, [given], [*order.bindings, *start])
+    return sized(loaded, find_dataset(loaded.config.dataset, run))

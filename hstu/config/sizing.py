@@ -1,0 +1,90 @@
+"""Values for what a config leaves open, by the size of the data set."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSize:
+    """What a data set counts.
+
+    Attributes:
+        users: Users.
+        items: Items of the catalogue.
+        events: Events of all users.
+        has_times: Whether events have times, not an order alone.
+    """
+
+    users: int
+    items: int
+    events: int
+    has_times: bool = True
+
+
+#: Stands in where a config is checked before its data set is at hand.
+UNKNOWN = DataSize(users=10_000, items=10_000, events=100_000)
+# Chosen on the validation split of two public logs: 167,597 events of 19,412 users, and 100,000 events of 943 users.
+_LABELS = 2_000  # of a step
+_PASSES = 30  # over 130,000 events; fewer over more, by the root
+_FULL_SOFTMAX = 4_096  # items, up to which a step scores all of them
+_LOSS = ("RetrievalArgs.loss", "RetrievalArgs.num_negatives")
+
+
+def suggest(size: DataSize, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``Class.field`` -> value of the fields of retrieval that the size of a data set decides.
+
+    Args:
+        size: The data set.
+        given: ``Class.field`` -> value of what is set, which wins.
+    """
+    values = _schedule(size, given) | _shape(size, given) | _loss(size)
+    values |= {"OptimizerArgs.learning_rate": 2e-3, "OptimizerArgs.lr_schedule": "cosine"}
+    if given.get("NetworkArgs.backbone", "hstu") == "hstu" and not size.has_times:
+        values["NetworkArgs.relative_time_bias"] = False
+    if "TrainerArgs.max_train_iters" in given:
+        del values["TrainerArgs.max_epochs"]
+    if given.keys() & {"RetrievalArgs.loss", "RetrievalArgs.num_negatives", "RetrievalArgs.sampling_strategy"}:
+        values = {key: value for key, value in values.items() if key not in _LOSS}
+    return {key: value for key, value in values.items() if key not in given}
+
+
+def _schedule(size: DataSize, given: Mapping[str, Any]) -> dict[str, Any]:
+    mean = size.events / max(size.users, 1)
+    longest = 50 if mean < 25 else 200
+    labels = max(min(mean - 2, longest / 3), 1)  # of a sample
+    batch = 2 ** min(max(round(math.log2(_LABELS / labels)), 3), 10)
+    epochs = min(max(round(_PASSES * math.sqrt(130_000 / max(size.events, 1))), 3), 100)
+    passes = given.get("TrainerArgs.max_epochs") or epochs
+    steps = passes * math.ceil(size.events / labels / given.get("TrainerArgs.train_batch_size", batch))
+    steps = min(steps, given.get("TrainerArgs.max_train_iters") or steps)
+    return {
+        "TrainerArgs.train_batch_size": batch,
+        "TrainerArgs.eval_batch_size": 1_024 if longest == 50 else 256,
+        "TrainerArgs.max_epochs": epochs,
+        "TrainerArgs.log_interval": max(steps // 50, 1),
+        "TrainerArgs.eval_interval": max(steps // 10, 1),
+        "DatasetArgs.max_history_seqlen": longest,
+    }
+
+
+def _shape(size: DataSize, given: Mapping[str, Any]) -> dict[str, Any]:
+    names = [f"NetworkArgs.{name}" for name in ("hidden_size", "num_attention_heads", "kv_channels")]
+    width, heads, channels = (given.get(name) for name in names)
+    width = width or (64 if size.events < 10**6 else 128 if size.events < 2 * 10**7 else 256)
+    heads = heads or max(width // (channels or 32), 1)
+    return dict(zip(names, (width, heads, channels or max(width // heads, 1)), strict=True))
+
+
+def _loss(size: DataSize) -> dict[str, Any]:
+    density = size.events / max(size.items, 1)
+    few = size.items <= _FULL_SOFTMAX
+    return {
+        # Every event is a target, those of long histories too.
+        "DatasetArgs.train_stride": 100 if size.events > 50 * size.users else None,
+        "NetworkArgs.hidden_dropout": 0.5 if density < 30 else 0.3 if density < 150 else 0.2,
+        "RetrievalArgs.temperature": 0.07,
+    } | ({"RetrievalArgs.loss": "full_softmax"} if few else {"RetrievalArgs.num_negatives": 512})
