@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -37,3 +38,12 @@ def leave_job() -> Iterator[None]:
     yield
     if (mesh := sys.modules.get("hstu.parallel.mesh")) is not None:
         mesh.KEPT.close()
+
+
+@pytest.fixture(autouse=True)
+def keep_log() -> Iterator[None]:
+    """Put the package's log back as it was, wherever a command of the test sent it."""
+    log = logging.getLogger("hstu")
+    kept = log.handlers[:], log.propagate, log.level
+    yield
+    log.handlers, log.propagate, log.level = kept

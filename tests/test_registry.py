@@ -179,11 +179,11 @@ def test_a_registered_loss_sees_what_the_softmax_sees(columns: bool, mixture: bo
     args = load_config("retrieval", (), lines).config.retrieval
     assert args is not None and args.negatives == "uniform"
     sampled, similarity = candidates(columns, mixture)
-    found = custom_loss(args, sampled, similarity)
+    found = custom_loss(args, sampled, similarity, temperature=args.temperature)
     known = softmax_loss(sampled, similarity, temperature=args.temperature)
     assert torch.allclose(found.total, 2 * known.total, rtol=1e-5) and found.count == 5
     assert found.live_negatives == known.live_negatives
-    nobody = custom_loss(args, sampled.rows(0, 0), similarity)
+    nobody = custom_loss(args, sampled.rows(0, 0), similarity, temperature=args.temperature)
     assert nobody.count == 0 and nobody.total == 0
 
 
@@ -208,7 +208,7 @@ def test_a_loss_that_cannot_be_one_is_told(loss, words: str) -> None:
     hstu.register_loss("mine")(loss)
     args = load_config("retrieval", (), [*BINDINGS["retrieval"], "RetrievalArgs.loss='mine'"]).config.retrieval
     with pytest.raises(ConfigError, match=f"RetrievalArgs.loss = 'mine': {words}"):
-        custom_loss(args, *candidates(True, False))
+        custom_loss(args, *candidates(True, False), temperature=1.0)
 
 
 @pytest.mark.parametrize(

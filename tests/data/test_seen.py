@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hstu.config import DatasetArgs
-from hstu.data import make_splits, seen
+from hstu.data import make_splits, seen, splits
 from hstu.data.repeats import count_repeats
 from tests.samples import make_dataset
 
@@ -20,7 +20,7 @@ LENGTHS = [3, 9, 4, 12, 5, 1, 7, 20, 6, 4, 8]
 def test_seen_targets_are_those_of_a_loop(
     protocol: str, at_once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(seen, "_EVENTS_AT_ONCE", at_once)
+    monkeypatch.setattr(splits, "_EVENTS_AT_ONCE", at_once)
     dataset = make_dataset(tmp_path / "small", LENGTHS, num_items=9)
     split = make_splits(
         DatasetArgs(dataset_name="small", max_history_seqlen=4, protocol=protocol),  # type: ignore[arg-type]
