@@ -435,7 +435,7 @@ def test_every_shipped_config_loads_to_what_its_lines_say(name: str) -> None:
     assert loaded.notes == () and loaded.config.task == task
     values = {type(owner).__name__: owner for owner in vars(loaded.config).values()}
     lines = lines_of(name)
-    assert len(lines) > 10
+    assert len(lines) > 5
     for line, value in lines.items():
         owner, field = line.split(".")
         wanted = ast.literal_eval(value)
