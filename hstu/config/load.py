@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ from hstu.config.backbones import CUSTOM_BACKBONES
 from hstu.config.base import Args, ConfigError, brief
 from hstu.config.parse import Binding, read_bindings
 from hstu.config.retrieval import CUSTOM_LOSSES
-from hstu.config.sizing import UNKNOWN, DataSize, suggest
+from hstu.config.sizing import SHAPE, UNKNOWN, DataSize, suggest
 
 # A wheel has the configs inside the package; in a clone they stand beside it.
 _INSIDE = Path(__file__).resolve().parents[1] / "configs"
@@ -99,13 +99,17 @@ class LoadedConfig:
     imports: tuple[str, ...] = ()
     bound: dict[str, Binding] = dataclasses.field(default_factory=dict, repr=False)
 
-    def sized_by(self, size: DataSize) -> LoadedConfig:
+    def sized_by(self, size: DataSize, start: Mapping[str, Any] | None = None) -> LoadedConfig:
         """Return the config of ``RetrievalArgs.sized_by_data`` with what the size of the data decides.
+
+        Args:
+            size: The data set.
+            start: ``Class.field`` -> value of a run to start from, whose ``SHAPE`` is kept.
 
         Raises:
             ConfigError: as :func:`load_config`, for values that do not go with those that are set.
         """
-        values = _suggestions(self.bound, size)
+        values = _suggestions(self.bound, size, {key: start[key] for key in SHAPE if key in start} if start else {})
         bound = self.bound | values | {_SIZED: Binding(False, _SIZED)}
         listed = ", ".join(f"{key} = {binding.value!r}" for key, binding in values.items())
         counts = f"{size.users:,} users, {size.items:,} items, {size.events:,} events"
@@ -158,7 +162,7 @@ def _load(
 ) -> LoadedConfig:
     notes, built = list(notes), bound
     if task == "retrieval" and _SIZED in bound and bound[_SIZED].value is True:  # checked before its data are at hand
-        built = bound | _suggestions(bound, UNKNOWN)
+        built = bound | _suggestions(bound, UNKNOWN, {})
     try:
         config = _build(task, built, notes)
     except ConfigError as error:
@@ -170,10 +174,11 @@ def _load(
     return LoadedConfig(config=config, given=given, notes=tuple(notes), imports=modules, bound=bound)
 
 
-def _suggestions(bound: dict[str, Binding], size: DataSize) -> dict[str, Binding]:
-    """Return what the size of the data decides of the fields that are not set."""
-    values = suggest(size, {key: binding.value for key, binding in bound.items()})
-    return {key: Binding(value, f"by {_SIZED}") for key, value in values.items()}
+def _suggestions(bound: dict[str, Binding], size: DataSize, start: Mapping[str, Any]) -> dict[str, Binding]:
+    """Return what the run to start from, and else the size of the data, decides of the fields that are not set."""
+    start = {key: value for key, value in start.items() if key not in bound}
+    values = suggest(size, start | {key: binding.value for key, binding in bound.items()}) | start
+    return {key: Binding(value, f"what {_SIZED} chose") for key, value in values.items()}
 
 
 def _registering(config: args.Config) -> list[str]:

@@ -31,6 +31,13 @@ UNKNOWN = DataSize(users=10_000, items=10_000, events=100_000)
 _LABELS = 2_000  # of a step
 _PASSES = 30  # over 130,000 events; fewer over more, by the root
 _FULL_SOFTMAX = 4_096  # items, up to which a step scores all of them
+#: Of weights: a run that starts from another one has those of that one.
+SHAPE = (
+    "DatasetArgs.max_history_seqlen",
+    "NetworkArgs.hidden_size",
+    "NetworkArgs.num_attention_heads",
+    "NetworkArgs.kv_channels",
+)
 _LOSS = ("RetrievalArgs.loss", "RetrievalArgs.num_negatives")
 
 
@@ -54,7 +61,7 @@ def suggest(size: DataSize, given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _schedule(size: DataSize, given: Mapping[str, Any]) -> dict[str, Any]:
     mean = size.events / max(size.users, 1)
-    longest = 50 if mean < 25 else 200
+    longest = given.get("DatasetArgs.max_history_seqlen") or (50 if mean < 25 else 200)
     labels = max(min(mean - 2, longest / 3), 1)  # of a sample
     batch = 2 ** min(max(round(math.log2(_LABELS / labels)), 3), 10)
     epochs = min(max(round(_PASSES * math.sqrt(130_000 / max(size.events, 1))), 3), 100)
@@ -63,16 +70,16 @@ def _schedule(size: DataSize, given: Mapping[str, Any]) -> dict[str, Any]:
     steps = min(steps, given.get("TrainerArgs.max_train_iters") or steps)
     return {
         "TrainerArgs.train_batch_size": batch,
-        "TrainerArgs.eval_batch_size": 1_024 if longest == 50 else 256,
+        "TrainerArgs.eval_batch_size": 1_024 if longest <= 50 else 256,
         "TrainerArgs.max_epochs": epochs,
-        "TrainerArgs.log_interval": max(steps // 50, 1),
-        "TrainerArgs.eval_interval": max(steps // 10, 1),
+        "TrainerArgs.log_interval": min(max(steps // 50, 1), 1_000),
+        "TrainerArgs.eval_interval": min(max(steps // 10, 1), 50_000),
         "DatasetArgs.max_history_seqlen": longest,
     }
 
 
 def _shape(size: DataSize, given: Mapping[str, Any]) -> dict[str, Any]:
-    names = [f"NetworkArgs.{name}" for name in ("hidden_size", "num_attention_heads", "kv_channels")]
+    names = SHAPE[1:]
     width, heads, channels = (given.get(name) for name in names)
     width = width or (64 if size.events < 10**6 else 128 if size.events < 2 * 10**7 else 256)
     heads = heads or max(width // (channels or 32), 1)

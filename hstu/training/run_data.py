@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from pathlib import Path
 from typing import Any, Literal
 
-from hstu.config import ConfigError, DatasetArgs, LoadedConfig, task_of
+from hstu.config import ConfigError, DatasetArgs, LoadedConfig, read_settings, task_of
 from hstu.config.sizing import DataSize
 from hstu.data.column_cache import Check
 from hstu.data.reader import SequenceDataset
 from hstu.data.schema import Schema
 from hstu.parallel import Mesh
 from hstu.training.checkpoint_files import read_marker
+from hstu.training.init_from import find_source
 from hstu.training.run_directory import RunDirectory
 from hstu.training.vocabularies import require_same_vocabularies
 
@@ -55,14 +57,31 @@ def find_dataset(args: DatasetArgs, run: RunDirectory) -> Path:
     )
 
 
-def sized(loaded: LoadedConfig, path: Path) -> LoadedConfig:
-    """Return a config with the values that the size of the data set at ``path`` decides, if it asks for them."""
+def sized(loaded: LoadedConfig, path: Path, run: Path | None = None) -> LoadedConfig:
+    """Return a config with the values that the size of the data set at ``path`` decides, if it asks for them.
+
+    Args:
+        loaded: The config.
+        path: The data set.
+        run: The run that trains; it keeps the shape of weights that it has begun with, or that it is to start from.
+    """
     retrieval = loaded.config.retrieval
     if retrieval is None or not retrieval.sized_by_data:
         return loaded
     schema = Schema.load(path)
     counts = {name: int(schema.counts.get(name, 0)) for name in ("users", "items", "events")}
-    return loaded.sized_by(DataSize(**counts, has_times=schema.time is not None))
+    start = {} if run is None else _settings_at_start(run, loaded.config.trainer.init_from)
+    return loaded.sized_by(DataSize(**counts, has_times=schema.time is not None), start)
+
+
+def _settings_at_start(run: Path, init_from: str | None) -> dict[str, Any]:
+    """Return ``Class.field`` -> value of a run that has begun, or else of the one it starts from."""
+    settings = run / "operative.gin"
+    if not settings.is_file() and init_from is not None:
+        settings = find_source(init_from, run).parents[1] / "operative.gin"
+    if not settings.is_file():  # a checkpoint that lies in no run
+        return {}
+    return {key: ast.literal_eval(text) for key, text in read_settings(settings).items()}
 
 
 def own_data(run: Path, name: str) -> Path:

@@ -257,4 +257,4 @@ def _load(order: Order, run: RunDirectory, *, training: bool) -> LoadedConfig:
         raise ConfigError("--gin-config-file", "is required; for example synthetic_ranking.gin")
     start = [] if order.init_from is None else [f"TrainerArgs.init_from = {str(Path(order.init_from).resolve())!r}"]
     loaded = load_config(order.task, [given], [*order.bindings, *start])
-    return sized(loaded, find_dataset(loaded.config.dataset, run))
+    return sized(loaded, find_dataset(loaded.config.dataset, run), run.path)
