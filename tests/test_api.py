@@ -42,6 +42,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(autouse=True)
+def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which take longer than training does."""
+    monkeypatch.setattr("hstu.training.trainer.draw_curves", lambda *_: None)
+
+
 @pytest.fixture(scope="module")
 def run(place: Path) -> hstu.Run:
     events, users = planted_log()

@@ -39,6 +39,7 @@ def output(code: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_importing_the_libraries_is_silent_after_the_call():
     pytest.importorskip("torchrec")
     pytest.importorskip("megatron.core")

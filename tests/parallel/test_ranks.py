@@ -28,6 +28,8 @@ FAULTS = {
 PLAIN = [name for name, case in CASES.items() if case.plain_steps]
 # Each part of these is in another case.
 TWINS = (
+    "retrieval-adam-dynamic-uniform",
+    "retrieval-adam-in-batch",
     "ranking-adam-l2-short",
     "ranking-adagrad-clipped",
     "retrieval-adam-uniform",

@@ -211,9 +211,16 @@ WIDE = settings(max_examples=500, deadline=None, suppress_health_check=list(Heal
 QUICK = settings(WIDE, max_examples=25, derandomize=True)
 
 
-@WIDE
+@QUICK
 @given(data=st.data())
 def test_published_logs(data: st.DataObject) -> None:
+    check_published(data)
+
+
+@pytest.mark.slow
+@WIDE
+@given(data=st.data())
+def test_many_published_logs(data: st.DataObject) -> None:
     check_published(data)
 
 

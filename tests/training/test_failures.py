@@ -29,16 +29,25 @@ from hstu.training.meter import TrainingError
 from hstu.training.run_data import find_dataset
 from hstu.training.run_directory import RunDirectory, configure_logging, kept_logging
 from hstu.training.step import Stepper
-from tests.launch import ROOT, run, started, torchrun_command
+from tests.launch import ROOT, Done, forked, run, started, torchrun_command
 from tests.tiny import BINDINGS
 from tests.training.runs import losses, trainer, worst
 from tests.training.test_interruption import flags
 
 WORKER = Path(__file__).with_name("failure_worker.py")
+LAUNCHED = pytest.mark.parametrize("launch", ["forked", pytest.param("torchrun", marks=pytest.mark.slow)])
 
 
-def test_a_step_that_is_bad_on_one_rank_is_skipped_on_all(data: Path, tmp_path: Path) -> None:
-    done = run(torchrun_command(2, WORKER, "skip", str(data), str(tmp_path)), cwd=tmp_path)
+def two_ranks(launch: str, mode: str, data: Path, out: Path) -> Done:
+    """Run a mode of the worker on two ranks, which torchrun takes ten seconds to start."""
+    if launch == "forked":
+        return forked(WORKER, mode, str(data), str(out), ranks=2, cwd=out)
+    return run(torchrun_command(2, WORKER, mode, str(data), str(out)), cwd=out)
+
+
+@LAUNCHED
+def test_a_step_that_is_bad_on_one_rank_is_skipped_on_all(launch: str, data: Path, tmp_path: Path) -> None:
+    done = two_ranks(launch, "skip", data, tmp_path)
     (first, _), (second, rows) = (json.loads((tmp_path / f"progress{rank}.json").read_text()) for rank in (0, 1))
     assert first == second and (first["step"], first["dense_steps"], first["table_steps"]) == (6, 5, 5)
     named = re.search(
@@ -60,8 +69,9 @@ def test_a_mistake_of_all_ranks_is_printed_once(data: Path, tmp_path: Path) -> N
     assert "\nerror: TrainerArgs.seed" in "\n" + done.err
 
 
-def test_a_hanging_rank_ends_the_job_and_leaves_stacks(data: Path, tmp_path: Path) -> None:
-    done = run(torchrun_command(2, WORKER, "hang", str(data), str(tmp_path)), cwd=tmp_path)
+@LAUNCHED
+def test_a_hanging_rank_ends_the_job_and_leaves_stacks(launch: str, data: Path, tmp_path: Path) -> None:
+    done = two_ranks(launch, "hang", data, tmp_path)
     assert done.code != 0
     stacks = [(tmp_path / "run" / "stacks" / f"rank{rank}.txt").read_text() for rank in (0, 1)]
     assert "in sleeping" in stacks[1] and "failure_worker.py" in stacks[1]

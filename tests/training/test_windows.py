@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import polars as pl
@@ -50,11 +52,23 @@ def train(data: Path, run: Path, *bindings: str, resume: session.Resume = "auto"
     return found
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_curves() -> Iterator[None]:
+    with mock.patch("hstu.training.trainer.draw_curves"):
+        yield
+
+
 @pytest.fixture(scope="module")
 def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "whole"
     train(data, run)
     return run
+
+
+@pytest.fixture(autouse=True)
+def no_picture(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which takes longer than training does; ``trained`` has its own."""
+    monkeypatch.setattr("hstu.training.windows.draw_windows", lambda *_: None)
 
 
 def windows_of(run: Path) -> list[dict[str, Any]]:

@@ -24,12 +24,14 @@ def short(case: LayerCase, longest: int) -> LayerCase:
     return replace(case, lengths=tuple(min(n, longest) for n in case.lengths))
 
 
-@pytest.mark.parametrize("name", ["production", "kept_concat_u", "empty"])
+@pytest.mark.parametrize("name", ["production", pytest.param("kept_concat_u", marks=pytest.mark.slow), "empty"])
 def test_output_and_gradients(name: str) -> None:
     check(short(LAYERS[name], 9), torch.float32)
 
 
-@pytest.mark.parametrize("stream", [(), ("x",)], ids=["float32 stream", "float16 stream"])
+@pytest.mark.parametrize(
+    "stream", [pytest.param((), id="float32 stream", marks=pytest.mark.slow), pytest.param(("x",), id="float16 stream")]
+)
 def test_low_precision_products_beside_float32_norms(stream: tuple[str, ...]) -> None:
     tensors, options, arguments = build(short(LAYERS["production"], 9), torch.float32)
     products = ("uvqk", "uvqk_bias", "output", "output_bias", *stream)
