@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -113,6 +116,26 @@ def test_every_pin_is_in_its_range_and_every_range_ends():
         assert line.name not in pins() or pins()[line.name] in line.specifier, line
     open_ended = {line.name for line in lines if not any(bound.operator == "<" for bound in line.specifier)}
     assert open_ended == {"packaging"}, "its major version is a year"
+
+
+def test_every_requirement_has_the_lowest_version_that_its_range_allows(tmp_path: Path):
+    lines = [
+        Requirement(line) for line in [*PROJECT["dependencies"], *sum(PROJECT["optional-dependencies"].values(), [])]
+    ]
+    ranges = {line.name: line.specifier for line in lines if line.name != PROJECT["name"]}
+    (tmp_path / "requirements").mkdir()
+    script = Path(shutil.copy(ROOT / "requirements" / "lowest.py", tmp_path / "requirements"))
+
+    def constraints(text: str) -> subprocess.CompletedProcess[str]:
+        (tmp_path / "pyproject.toml").write_text(text)
+        return subprocess.run([sys.executable, "-S", script], capture_output=True, text=True)
+
+    text = (ROOT / "pyproject.toml").read_text()
+    found = dict(line.split("==") for line in constraints(text).stdout.splitlines())
+    assert found.keys() == ranges.keys()
+    assert all(f">={version}" in map(str, ranges[name]) for name, version in found.items())
+    done = constraints(text.replace('"packaging>=24.2"', '"packaging<27"'))
+    assert done.returncode == 1 and done.stderr.startswith("pyproject.toml: 'packaging<27' says no lowest version")
 
 
 def test_the_document_names_every_extra():
