@@ -1,4 +1,4 @@
-"""Parts of a user's own, under names: backbones, losses, readers of files. Whoever owns a kind keeps its registry."""
+"""Parts of a user's own, under names: backbones, losses, encoders, readers. Whoever owns a kind keeps its registry."""
 
 from __future__ import annotations
 

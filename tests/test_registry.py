@@ -1,9 +1,10 @@
-"""Backbones, losses and readers of a user's own: registered, imported by name, checked, trained, asked again."""
+"""Backbones, losses, encoders and readers of a user's own: registered, imported, checked, trained, asked again."""
 
 from __future__ import annotations
 
 import importlib
 import json
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -17,15 +18,19 @@ from torch import nn
 import hstu
 from hstu.config import ConfigError, load_config
 from hstu.config.backbones import CUSTOM_BACKBONES
+from hstu.config.features import CUSTOM_ENCODERS
 from hstu.config.retrieval import CUSTOM_LOSSES
 from hstu.data.files import FileFormat, read_table
 from hstu.data.files.formats import CUSTOM_READERS
+from hstu.layers.feature_encoders import QuantileNormalize
 from hstu.layers.similarity import DotProduct, MixtureOfLogits
+from hstu.models import build_model
 from hstu.models.backbone import make_backbone
-from hstu.models.custom import custom_loss
+from hstu.models.custom import custom_loss, make_custom_encoder
 from hstu.models.losses import SampledCandidates, softmax_loss
 from hstu.registry import Registry
 from tests.launch import ROOT, entrypoint, forked
+from tests.samples import declared_features, make_config, make_dataset
 from tests.tiny import BINDINGS, write_tiny
 
 EXAMPLES = ROOT / "examples"
@@ -34,7 +39,7 @@ EXAMPLES = ROOT / "examples"
 @pytest.fixture(autouse=True)
 def as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Registrations and imports of a test end with it."""
-    for registry in (CUSTOM_BACKBONES, CUSTOM_LOSSES, CUSTOM_READERS):
+    for registry in (CUSTOM_BACKBONES, CUSTOM_ENCODERS, CUSTOM_LOSSES, CUSTOM_READERS):
         monkeypatch.setattr(registry, "_parts", dict(registry._parts))
     monkeypatch.setattr(sys, "path", sys.path[:])
     yield
@@ -108,6 +113,11 @@ def later(tokens):
     return tokens.values + tokens.values.roll(-1, 0) * (torch.arange(len(tokens.values)) < 4)[:, None]
 
 
+class Normed(nn.BatchNorm1d):
+    def forward(self, tokens):
+        return super().forward(tokens if isinstance(tokens, torch.Tensor) else tokens.values)
+
+
 def module_of(function):
     return lambda network, max_tokens: type(
         "Module", (nn.Module,), {"forward": lambda self, tokens: function(tokens)}
@@ -119,6 +129,7 @@ def module_of(function):
     [
         (Sums, "mixes samples"),
         (module_of(later), "is not causal"),
+        (lambda network, max_tokens: Normed(network.hidden_size), "mixes samples"),  # in training alone
         (module_of(lambda tokens: tokens.values[:-1]), r"maps tokens \[6, 16\] to \[5, 16\]"),
         (module_of(lambda tokens: tokens.values / 0), "gives numbers that are not finite"),
         (module_of(lambda tokens: tokens.nothing), "fails with AttributeError"),
@@ -147,6 +158,180 @@ def test_what_a_backbone_may_be_given(monkeypatch: pytest.MonkeyPatch) -> None:
             network(*lines)
     with pytest.raises(ConfigError, match="fails with TypeError.*'steps'"):
         make_backbone(network("NetworkArgs.backbone='plain'", "NetworkArgs.backbone_options={'steps': 2}"), 17)
+
+
+ENCODERS = """
+import hstu, torch
+from torch import nn
+
+@hstu.register_encoder("squares")
+class Squares(nn.Module):
+    def __init__(self, feature, width, *, scale: float = 1.0):
+        super().__init__()
+        self.weight = nn.Parameter(scale * torch.randn(2 * (feature.width or 1), width))
+        self.missing = nn.Parameter(torch.randn(width))
+        self.drop = nn.Dropout(0.0)
+
+    def forward(self, numbers):
+        missing, x = numbers.isnan().any(1, keepdim=True), numbers.nan_to_num()
+        return torch.where(missing, self.missing, self.drop(torch.cat([x, x * x], 1) @ self.weight))
+
+@hstu.register_encoder("gated")
+class Gated(nn.Module):
+    def __init__(self, feature, width):
+        super().__init__()
+        self.gate = nn.Linear(width, width)
+
+    def forward(self, rows, lengths):
+        owner = torch.arange(len(lengths)).repeat_interleave(lengths)
+        return rows.new_zeros(len(lengths), rows.shape[1]).index_add(0, owner, rows * self.gate(rows).sigmoid())
+"""
+CHOSEN = "FeatureArgs.encoders={'price': 'squares', 'image': 'squares', 'genres': 'gated', 'likes': 'gated'}"
+
+
+@pytest.mark.slow
+def test_encoders_from_the_commands_on_one_rank_and_two(tmp_path: Path) -> None:
+    """They are checkpointed, found again by what opens the run, and learn on two ranks what they learn on one."""
+    (tmp_path / "my_encoders.py").write_text(ENCODERS)
+    make_dataset(tmp_path / "tmp_data" / "synthetic", [7, 5, 9, 12] * 15, declared=declared_features())
+    lines = (*BINDINGS["retrieval"], CHOSEN, "FeatureArgs.encoder_options={'price': {'scale': 0.5}}",
+             "TrainerArgs.max_train_iters=4", "TrainerArgs.log_interval=1", "DatasetArgs.shuffle=False",
+             "NetworkArgs.item_embedding='both'", "DatasetArgs.contextual_feature_names=None")  # fmt: skip
+    losses = []
+    for ranks in (1, 2):
+        flags = [f"--gin-bindings={line}" for line in (*lines, f"TrainerArgs.train_batch_size={32 // ranks}")]
+        flags += ["--import", "my_encoders", "--gin-config-file=custom_retrieval.gin", "--run-dir", f"run{ranks}"]
+        done = entrypoint()("retrieval", *flags, cwd=tmp_path, ranks=ranks)
+        assert done.code == 0, done.err
+        records = map(json.loads, (tmp_path / f"run{ranks}" / "metrics.jsonl").read_text().splitlines())
+        losses.append([record["loss"] for record in records if record["kind"] == "train"])
+    assert len(losses[0]) == 4 and losses[0] == pytest.approx(losses[1], abs=1e-5)
+    done = entrypoint()("retrieval", "--run-dir", "run1", "--mode", "eval", cwd=tmp_path)
+    assert done.code == 0, done.err
+    done = forked("hstu.cli.predict", "--run-dir", "run1", "--output", "p.parquet", cwd=tmp_path)
+    assert done.code == 0 and pl.read_parquet(tmp_path / "p.parquet").height == 600, done.err
+
+
+def encoder_args(*lines: str):
+    return load_config("retrieval", (), [*BINDINGS["retrieval"], *lines]).config.feature
+
+
+@pytest.fixture
+def registered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    (tmp_path / "my_encoders.py").write_text(ENCODERS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield importlib.import_module("my_encoders")
+    del sys.modules["my_encoders"]
+
+
+def test_models_read_features_through_registered_encoders(tmp_path: Path, registered) -> None:
+    """Of events, items and users, numbers scaled first; the config says where they come from."""
+    dataset = make_dataset(tmp_path / "small", (3, 4, 12), declared=declared_features())
+    lines = (CHOSEN, "FeatureArgs.number_scaling='quantile'", "DatasetArgs.contextual_feature_names=None")
+    assert load_config("retrieval", (), [*BINDINGS["retrieval"], CHOSEN]).operative.startswith("import my_encoders\n")
+    model = build_model(make_config("retrieval", *lines), dataset.schema)
+    assert model.item_encoder is not None
+    events, items, users = model.feature_tokens.events, model.item_encoder.encoders, model.feature_tokens.users
+    scaling, squares = events.encoders["price"]
+    assert isinstance(scaling, QuantileNormalize) and isinstance(squares, registered.Squares)
+    assert isinstance(items.encoders["image"], registered.Squares)
+    assert isinstance(items.encoders["genres"], registered.Gated) and isinstance(
+        users.encoders["likes"], registered.Gated
+    )
+    number = torch.tensor([[0.3], [torch.nan]])
+    x = scaling(number[:1])
+    wanted = torch.cat([torch.cat([x, x * x], 1) @ squares.weight, squares.missing[None]])
+    assert torch.equal(events.encoders("price", number), wanted)
+    rows, lengths = torch.randn(3, 8), torch.tensor([2, 0, 1])
+    gated = items.encoders["genres"]
+    kinds = {f.name: f.kind for f in items.features}
+    given = {name: rows for name, kind in kinds.items() if kind in ("multi", "categorical")}
+    numbers = {f.name: torch.zeros(3, f.width or 1) for f in items.features if f.kind in ("numeric", "vector")}
+    assert torch.equal(items(given, {"genres": lengths}, numbers)["genres"], gated(rows, lengths))
+
+
+def encoder_of(function):
+    return lambda feature, width: type("Module", (nn.Module,), {"forward": lambda self, *given: function(*given)})()
+
+
+class Careless(nn.Module):
+    """Its vectors are finite; where a number is missing its gradient is not."""
+
+    def __init__(self, feature, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, numbers):
+        return torch.where(numbers.isnan(), 0.0, numbers * self.weight)
+
+
+@pytest.mark.parametrize(
+    ("feature", "make", "words"),
+    [
+        ("price", lambda feature, width: nn.Linear(1, 6), "gives numbers that are not finite"),
+        ("price", encoder_of(lambda x: x.nan_to_num().cumsum(0).expand(-1, 6)), "mixes events"),
+        ("price", lambda feature, width: nn.Sequential(Filled(), nn.Linear(1, 6), Normed(6)), "mixes events"),
+        ("price", encoder_of(lambda x: x.nan_to_num()), r"maps numbers \[4, 1\] to \[4, 1\]; it must give \[4, 6\]"),
+        (
+            "price",
+            encoder_of(lambda x: x.nan_to_num().expand(-1, 6) / len(x) if len(x) else 3),
+            "maps numbers .* to int",
+        ),
+        ("price", Careless, "has gradients that are not finite where a value is missing"),
+        ("price", lambda feature: None, "fails with TypeError"),
+        ("genres", encoder_of(lambda rows, lengths: rows), r"maps rows \[4, 6\] of sets to \[4, 6\]"),
+        ("genres", encoder_of(lambda rows, lengths: rows.cumsum(0)[lengths.cumsum(0) - 1]), "mixes events"),
+        ("genres", encoder_of(lambda rows: rows), "fails with TypeError"),
+    ],
+)
+def test_an_encoder_that_cannot_be_one_is_told(feature: str, make, words: str) -> None:
+    hstu.register_encoder("mine")(make)
+    declared = next(one for one in declared_features() if one.name == feature)
+    with pytest.raises(ConfigError, match=rf"FeatureArgs.encoders = .*: that of '{feature}' {words}"):
+        make_custom_encoder(declared, 6, encoder_args(f"FeatureArgs.encoders={{{feature!r}: 'mine'}}"))
+
+
+class Filled(nn.Module):
+    def forward(self, numbers):
+        return numbers.nan_to_num()
+
+
+def test_trying_out_leaves_no_trace() -> None:
+    class Own(nn.Module):
+        def __init__(self, feature, width: int) -> None:
+            super().__init__()
+            self.calls: torch.Tensor
+            self.register_buffer("calls", torch.zeros(1))
+            self.frozen = nn.Dropout(0.5).eval()
+
+        def forward(self, numbers):
+            self.calls += 1
+            return self.frozen(numbers.nan_to_num()).expand(-1, 6)
+
+    hstu.register_encoder("mine")(Own)
+    price = next(one for one in declared_features() if one.name == "price")
+    before = torch.get_rng_state()
+    module = make_custom_encoder(price, 6, encoder_args("FeatureArgs.encoders={'price': 'mine'}"))
+    assert torch.equal(before, torch.get_rng_state())
+    assert module.calls == 0 and module.training and not module.frozen.training
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        (["{'price': 'mime'}"], "'mime' is not registered ('mine' so far); one of your own"),
+        (["{'price': 'mine'}", "FeatureArgs.number_encodings={'price': 'raw'}"], "stands in number_encodings too"),
+        (["{}", "FeatureArgs.encoder_options={'price': {'a': 1}}"], "'price' has no registered encoder"),
+        (["{'device': 'mine'}"], "feature 'device' is categorical; those that are numeric or vector or multi have"),
+        (["{'prise': 'mine'}"], "the model reads no feature 'prise'"),
+        (["{}", "FeatureArgs.number_encodings={'place': 'raw'}"], "feature 'place' is vector; those that are numeric"),
+    ],
+)
+def test_what_may_have_an_encoder(lines: list[str], words: str, tmp_path: Path) -> None:
+    hstu.register_encoder("mine")(Careless)
+    dataset = make_dataset(tmp_path / "small", (3, 4), declared=declared_features())
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        build_model(make_config("retrieval", f"FeatureArgs.encoders={lines[0]}", *lines[1:]), dataset.schema)
 
 
 def candidates(columns: bool, mixture: bool):

@@ -3,13 +3,36 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 from hstu.config.base import UNSET, Args
+from hstu.registry import Registry, T
 
 NumberEncoding = Literal["raw", "linear", "soft_one_hot"]
 Merging = Literal["concat", "sum", "multiply"]
+CUSTOM_ENCODERS = Registry("encoder", get_args(NumberEncoding))
+
+
+def register_encoder(name: str) -> Callable[[T], T]:
+    """Return a decorator for an encoder of features of your own, chosen by ``FeatureArgs.encoders = {feature: name}``.
+
+    What it is put on is called with the ``hstu.data.schema.Feature``, the width W of its vector, and
+    ``encoder_options[feature]`` by their names, and returns a module to vectors [n, W] of n events, items or users. Of
+    a numeric or vector feature it maps numbers [n, k] float32 (k = 1 of a numeric one, which ``number_scaling`` has
+    scaled), NaN where one is missing. Of a set it maps the rows of the table that its ids have, [m, W], set after set,
+    and the length of each set, [n] int64, which may be 0. No vector may depend on another event, item or user, also in
+    training, and both vectors and gradients are finite where values are missing: that is tried out when a model is
+    built. The module initialises its own weights, from the seed of the run, and each rank has all of them.
+
+    Args:
+        name: Of letters, digits and underscores.
+
+    Raises:
+        ValueError: for a name that is taken.
+    """
+    return CUSTOM_ENCODERS.add(name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +70,10 @@ class FeatureArgs(Args):
     number_encoding: NumberEncoding = "soft_one_hot"
     #: By name of a feature, in place of number_encoding.
     number_encodings: dict[str, NumberEncoding] = field(default_factory=dict)
+    #: Feature -> name of a registered encoder, in place of the shipped one: of numbers, vectors and sets.
+    encoders: dict[str, str] = field(default_factory=dict)
+    #: Feature -> what its registered encoder is called with, by name.
+    encoder_options: dict[str, dict[str, bool | int | float | str]] = field(default_factory=dict)
     #: Bins of "soft_one_hot".
     number_bins: int = 16
     #: Width of the vector of a number.
@@ -69,6 +96,7 @@ class FeatureArgs(Args):
         **dict.fromkeys(("unknown_rate", "swap_rate", "dropout"), (0, 1)),
         **dict.fromkeys(("widths", "number_width", "merge_hidden_size"), (1, 2**17)),
         "number_bins": (2, 2**16),
+        "encoder_options": (-(2**62), 2**62),
     }
 
     def validate(self) -> None:
@@ -76,6 +104,15 @@ class FeatureArgs(Args):
             self.require_range(name, 0, 1)
         if self.merge_hidden_size and "concat" not in (self.merge, self.item_merge, self.context_merge):
             raise self.error("merge_hidden_size", "is for features merged by 'concat', and none are; leave it out")
+        for name, encoder in self.encoders.items():
+            if CUSTOM_ENCODERS.get(encoder) is None:
+                known = ", ".join(map(repr, CUSTOM_ENCODERS.names)) or "none"
+                raise self.error("encoders", f"{encoder!r} is not registered ({known} so far); one of your own is "
+                                 "registered by a module that --import names")  # fmt: skip
+            if name in self.number_encodings:
+                raise self.error("encoders", f"{name!r} stands in number_encodings too; leave one of them out")
+        if unknown := sorted(self.encoder_options.keys() - self.encoders.keys()):
+            raise self.error("encoder_options", f"{unknown[0]!r} has no registered encoder; name it in encoders")
         for name, other in self.shared_tables.items():
             if other in self.shared_tables or name == other:
                 raise self.error("shared_tables", f"{name!r} reads the table of {other!r}, which reads another; name "

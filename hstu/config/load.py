@@ -11,6 +11,7 @@ from typing import Any, Literal
 from hstu.config import args
 from hstu.config.backbones import CUSTOM_BACKBONES
 from hstu.config.base import Args, ConfigError, brief
+from hstu.config.features import CUSTOM_ENCODERS
 from hstu.config.parse import Binding, read_bindings
 from hstu.config.retrieval import CUSTOM_LOSSES
 from hstu.config.sizing import SHAPE, UNKNOWN, DataSize, suggest
@@ -185,6 +186,7 @@ def _registering(config: args.Config) -> list[str]:
     """Return the modules that registered what ``config`` names: whoever opens the run needs them too."""
     parts = [CUSTOM_BACKBONES.get(config.network.backbone)]
     parts += [CUSTOM_LOSSES.get(config.retrieval.loss)] if config.retrieval is not None else []
+    parts += [CUSTOM_ENCODERS.get(name) for name in config.feature.encoders.values()]
     return [part.module for part in parts if part is not None and part.module is not None]
 
 

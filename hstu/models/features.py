@@ -19,6 +19,7 @@ from hstu.layers.feature_encoders import (
     Standardize,
     pool_sets,
 )
+from hstu.models.custom import make_custom_encoder
 
 _INPUTS = ("categorical", "multi", "numeric", "vector")
 
@@ -65,12 +66,18 @@ def declared_features(config: Config, schema: Schema) -> Declared:
     events = tuple(feature for feature in events if feature not in outcomes)
     found = Declared(users=users, events=events, outcomes=outcomes, items=items)
     known = {feature.name for feature in found.every}
-    named = {"widths": [*args.widths], "number_encodings": [*args.number_encodings]}
+    named = {name: [*getattr(args, name)] for name in ("widths", "number_encodings", "encoders")}
     named["shared_tables"] = [*args.shared_tables, *args.shared_tables.values()]
     known |= {feature.table for feature in found.every if feature.table} | {schema.item.name}
     for field, names in named.items():
         if unknown := sorted(set(names) - known):
             raise args.error(field, f"the model reads no feature {unknown[0]!r}; it reads: {', '.join(sorted(known))}")
+    encoded: dict[str, tuple[str, ...]] = {"number_encodings": ("numeric",), "encoders": ("numeric", "vector", "multi")}
+    for field, kinds in encoded.items():
+        for feature in found.every:
+            if feature.name in getattr(args, field) and feature.kind not in kinds:
+                raise args.error(field, f"feature {feature.name!r} is {feature.kind}; those that are "
+                                 f"{' or '.join(kinds)} have a choice")  # fmt: skip
     return found
 
 
@@ -138,9 +145,10 @@ class FeatureEncoders(nn.Module):
     def __init__(self, features: tuple[Feature, ...], widths: Mapping[str, int], args: FeatureArgs, std: float) -> None:
         super().__init__()
         self.features, self.pooling = features, args.set_pooling
-        numbers = [f for f in features if f.kind in ("numeric", "vector")]
+        custom = {f.name: _custom_encoder(f, widths[f.name], args) for f in features if f.name in args.encoders}
+        numbers = [f for f in features if f.kind in ("numeric", "vector") and f.name not in custom]
         own = {f.name: _number_encoder(f, widths[f.name], args, std) for f in numbers}
-        self.encoders = ByFeature(own)
+        self.encoders = ByFeature(custom | own)
         self.widths = {f.name: own[f.name].width if f.name in own else widths[f.name] for f in features}
         #: Those that are as they came, which no norm may change.
         self.raw = tuple(f.name for f in numbers if f.kind == "numeric" and args.encoding_of(f.name) == "raw")
@@ -164,25 +172,37 @@ class FeatureEncoders(nn.Module):
         set_lengths: Mapping[str, Tensor],
         numbers: Mapping[str, Tensor],
     ) -> Tensor:
-        if feature.name in self.encoders:
-            encoded: Tensor = self.encoders(feature.name, numbers[feature.name])
-            return encoded
-        own = rows[feature.name]
-        return pool_sets(own, set_lengths[feature.name], self.pooling) if feature.kind == "multi" else own
+        name = feature.name
+        if feature.kind in ("numeric", "vector"):
+            encoded: Tensor = self.encoders(name, numbers[name])
+        elif feature.kind != "multi":
+            encoded = rows[name]
+        elif name in self.encoders:
+            encoded = self.encoders[name](rows[name], set_lengths[name])
+        else:
+            encoded = pool_sets(rows[name], set_lengths[name], self.pooling)
+        return encoded
+
+
+def _custom_encoder(feature: Feature, width: int, args: FeatureArgs) -> nn.Module:
+    encoder = make_custom_encoder(feature, width, args)
+    scaling = _scaling(feature, args) if feature.kind == "numeric" else None
+    return encoder if scaling is None else nn.Sequential(scaling, encoder)
 
 
 def _number_encoder(feature: Feature, width: int, args: FeatureArgs, std: float) -> NumberEncoder:
     if feature.kind == "vector":
         return NumberEncoder("linear", width, in_features=feature.width or 1, std=std)
+    kind = args.encoding_of(feature.name)
+    return NumberEncoder(kind, width, scaling=_scaling(feature, args), bins=args.number_bins, std=std)
+
+
+def _scaling(feature: Feature, args: FeatureArgs) -> nn.Module | None:
     known = feature.statistics
     assert known is not None, "numeric features have statistics"
-    scaling: nn.Module | None = None
     if args.number_scaling == "standard":
-        scaling = Standardize(known.mean, known.std)
-    elif args.number_scaling == "quantile":
-        scaling = QuantileNormalize(known.quantiles)
-    kind = args.encoding_of(feature.name)
-    return NumberEncoder(kind, width, scaling=scaling, bins=args.number_bins, std=std)
+        return Standardize(known.mean, known.std)
+    return QuantileNormalize(known.quantiles) if args.number_scaling == "quantile" else None
 
 
 def make_merge(
