@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from hstu.layers.tokens import Stream
 
@@ -46,4 +48,27 @@ class Postprocess(nn.Module):
 
 def l2_normalize(x: Tensor, eps: float) -> Tensor:
     """Scale the last dimension to length one: x / max(|x|, eps)."""
-    return F.normalize(x, dim=-1, eps=eps)
+    if torch.compiler.is_exporting():
+        return F.normalize(x, dim=-1, eps=eps)
+    units: Tensor = _Normalize.apply(x, eps)
+    return units
+
+
+class _Normalize(torch.autograd.Function):
+    """``F.normalize``, whose backward pass is that of a dozen operators."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_(min=eps)
+        units = x / length
+        ctx.save_for_backward(units, length)
+        ctx.eps = eps
+        return units
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        units, length = ctx.saved_tensors
+        # A row of eps and less is divided by a constant.
+        along = torch.linalg.vecdot(grad, units)[..., None] * (length > ctx.eps)
+        return torch.addcmul(grad, units, along, value=-1).div_(length), None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import Literal
 
 import torch
@@ -71,15 +72,21 @@ class Preprocess(nn.Module):
     def layout_of(self, lengths: dict[str, Tensor], num_candidates: Tensor) -> Layout:
         """Return where the tokens of samples of such ``lengths`` lie, in host memory and without memory tokens."""
         assert self.blocks is None
-        context, actions = self._beside_items(lengths, num_candidates)
-        offsets = lengths_to_offsets(context + lengths[self.item] + actions)
-        return Layout(offsets, num_context=context, num_candidates=num_candidates)
+        offsets = lengths_to_offsets(_sum(lengths, self.item, *self._beside_items))
+        return Layout(offsets, num_context=self._num_context(lengths), num_candidates=num_candidates)
 
-    def _beside_items(self, lengths: dict[str, Tensor], num_candidates: Tensor) -> tuple[Tensor, Tensor | int]:
-        """Return how many context tokens and tokens of actions each sample has."""
-        context = sum((lengths[name] for name in self.contexts), torch.zeros_like(num_candidates))
-        doubled = self.action if self.layout == "interleave" else None
-        return context, 0 if doubled is None else lengths[doubled]
+    @property
+    def is_bare(self) -> bool:
+        """Whether the tokens are the events: one of each, and no others."""
+        return self.tokens_per_event == 1 and not self.contexts and self.blocks is None
+
+    @property
+    def _beside_items(self) -> tuple[str, ...]:
+        """Features that have tokens of their own, beside items."""
+        return self.contexts if self.action is None or self.layout != "interleave" else (*self.contexts, self.action)
+
+    def _num_context(self, lengths: dict[str, Tensor]) -> Tensor | None:
+        return _sum(lengths, *self.contexts) if self.contexts else None
 
     def stream(
         self,
@@ -101,35 +108,40 @@ class Preprocess(nn.Module):
             recent: [B] int64, events of the last session of each history, if memory stands where it begins.
         """
         events, item_offsets = timestamps.shape[0], lengths_to_offsets(lengths[self.item])
-        doubled = self.action if self.layout == "interleave" else None
-        num_context, actions = self._beside_items(lengths, num_candidates)
-        placed = None
+        num_context, placed = self._num_context(lengths), None
         if self.blocks is not None:
             history = (lengths[self.item] - num_candidates.clamp(min=1)).clamp(min=0)
             part = part or self.blocks.whole(history, recent)
             placed = PlacedMemory(self.blocks, part, item_offsets, events)
-        memory = 0 if placed is None else placed.tokens_per_sample
-        offsets = lengths_to_offsets(num_context + lengths[self.item] + actions + memory)
-        total = events + sum(sizes[name] for name in (*self.contexts, *([doubled] if doubled else [])))
-        total += memory * num_candidates.numel()
-        event_rows = self._event_rows(offsets, num_context, item_offsets, lengths[self.item] - num_candidates, events)
+        total = events + sum(sizes[name] for name in self._beside_items)
+        if self.is_bare:
+            offsets, event_rows = item_offsets, torch.arange(events, device=item_offsets.device)
+        else:
+            tokens = _sum(lengths, self.item, *self._beside_items)
+            tokens = tokens if placed is None else tokens + placed.tokens_per_sample
+            offsets = lengths_to_offsets(tokens)
+            history = lengths[self.item] - num_candidates
+            event_rows = self._event_rows(offsets, num_context, item_offsets, history, events)
         if placed is not None:
             event_rows = event_rows + placed.before
+            total += placed.tokens_per_sample * num_candidates.numel()
         rows, first = {self.item: event_rows}, offsets[:-1]
         for name in self.contexts:
             rows[name] = _rows_from(first, lengths[name], sizes[name])
             first = first + lengths[name]
         if self.action is not None:
             of_event = event_rows[_rows_from(item_offsets[:-1], lengths[self.action], sizes[self.action])]
-            rows[self.action] = of_event + 1 if doubled else of_event
-        own, is_first = _events_of(event_rows, item_offsets, offsets, total)
+            rows[self.action] = of_event + 1 if self.tokens_per_event > 1 else of_event
+        own = is_first = None
+        if not self.is_bare:
+            own, is_first = _events_of(event_rows, item_offsets, offsets, total)
         bounded = offsets.device.type != "cpu" or torch.compiler.is_exporting()  # lengths are not read
         layout = Layout(
             offsets,
             max_seqlen=self.max_tokens if bounded else None,
             num_context=num_context,
             num_candidates=num_candidates,
-            timestamps=_token_times(timestamps, own),
+            timestamps=timestamps if own is None else _token_times(timestamps, own),
         )
         stream = Stream(
             layout=layout,
@@ -137,7 +149,7 @@ class Preprocess(nn.Module):
             tokens_per_event=self.tokens_per_event,
             feature_rows=rows,
         )
-        return stream if placed is None else placed.put(stream, own, is_first)
+        return stream if placed is None or own is None or is_first is None else placed.put(stream, own, is_first)
 
     def forward(self, embedded: dict[str, Tensor], stream: Stream) -> Tokens:
         """Fill the stream and encode positions.
@@ -155,8 +167,10 @@ class Preprocess(nn.Module):
         if stream.local is not None:
             places = {name: own[own >= 0] for name, own in places.items()}
         added = None if self.action is None or self.layout == "interleave" else values.pop(self.action)
-        x = torch.cat(list(values.values()))
-        x = x.new_zeros(stream.num_local, x.shape[1]).index_copy(0, torch.cat([places[name] for name in values]), x)
+        x = torch.cat(list(values.values())) if len(values) > 1 else values[self.item]
+        if not self.is_bare or stream.local is not None:
+            rows = torch.cat([places[name] for name in values])
+            x = x.new_zeros(stream.num_local, x.shape[1]).index_copy(0, rows, x)
         if added is not None and self.action is not None:
             x = self._merge(x, added.to(x.dtype), places[self.action], places[self.item])
         encoded: Tokens = self.positions(Tokens(**vars(stream), values=x))
@@ -171,11 +185,16 @@ class Preprocess(nn.Module):
         return x.index_copy(0, item_places, merged.to(x.dtype))
 
     def _event_rows(
-        self, offsets: Tensor, num_context: Tensor, item_offsets: Tensor, num_history: Tensor, total: int
+        self, offsets: Tensor, num_context: Tensor | None, item_offsets: Tensor, num_history: Tensor, total: int
     ) -> Tensor:
         sequence, place = sequences_and_positions(item_offsets, total)
-        history = torch.minimum(place, num_history[sequence])
-        return offsets[sequence] + num_context[sequence] + place + (self.tokens_per_event - 1) * history
+        first = offsets[:-1] if num_context is None else offsets[:-1] + num_context
+        rows = first[sequence] + place
+        return rows if self.tokens_per_event == 1 else rows + torch.minimum(place, num_history[sequence])
+
+
+def _sum(lengths: dict[str, Tensor], *names: str) -> Tensor:
+    return reduce(torch.add, [lengths[name] for name in names])
 
 
 def _rows_from(first: Tensor, lengths: Tensor, total: int) -> Tensor:

@@ -57,6 +57,19 @@ def test_epsilon_bounds_the_length_of_small_vectors() -> None:
     torch.testing.assert_close(l2_normalize(torch.tensor([[3e-4, 4e-4]]), 1e-2), torch.tensor([[0.03, 0.04]]))
 
 
+def test_gradients_of_units() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(5, 3, 4, dtype=torch.float64)
+    x[0], x[1, 0] = 0.0, 1e-3 * x[1, 0]  # shorter than eps
+    x.requires_grad_()
+    found = l2_normalize(x, 0.1)
+    wanted = torch.nn.functional.normalize(x, dim=-1, eps=0.1)
+    torch.testing.assert_close(found, wanted)
+    grad = torch.randn_like(x)
+    (own,), (other,) = torch.autograd.grad(found, x, grad), torch.autograd.grad(wanted, x, grad)
+    torch.testing.assert_close(own, other)
+
+
 @pytest.mark.parametrize("activation", ["relu", "gelu", "silu"])
 @pytest.mark.parametrize("bias", [True, False])
 def test_mlp_has_an_activation_between_layers_and_none_at_the_end(activation: str, bias: bool) -> None:

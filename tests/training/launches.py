@@ -36,13 +36,17 @@ _WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique
 
 
 class Counted(TorchDispatchMode):
-    """Counts operators that launch, by name and by the line of ``hstu`` that asks for them, and lines that wait."""
+    """Counts operators that launch, by name and by the line of ``hstu`` that asks for them, and lines that wait.
+
+    Of the host's own work, which a clock would not tell the same twice: all ``operators``, and ``calls`` of functions.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.launches: Counter[str] = Counter()
         self.places: Counter[str] = Counter()
         self.waits: list[str] = []
+        self.operators = self.calls = self.lookups = 0
         self.paused = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -53,10 +57,15 @@ class Counted(TorchDispatchMode):
             by_mask = any(x is not None and x.dtype == torch.bool for x in chosen)
             if by_mask or (name in _WAITS and not _place().endswith(_ON_HOST)):
                 self.waits.append(f"{name} {_place()}")
+            self.operators += 1
             if not views and name not in _FREE:
                 self.launches[name] += 1
                 self.places[_place()] += 1
         return func(*args, **(kwargs or {}))
+
+    def profile(self, frame: Any, event: str, _: Any) -> None:
+        """Count a call of a function of the package, for ``sys.setprofile``."""
+        self.calls += event == "call" and not self.paused and "/hstu/" in frame.f_code.co_filename
 
     def kernel(self, *_: Any, **__: Any) -> None:
         """Count a launch of a kernel of ours."""
@@ -111,7 +120,12 @@ def counted(run: Trainer) -> Iterator[Counted]:
         def launcher_cls(self, source: Any, metadata: Any) -> Any:
             return count.kernel
 
-    tables = run.parallel.tables
+    tables, answer = run.parallel.tables, paused(run.parallel.tables.forward)
+
+    def looked_up(*features: Any) -> Any:
+        count.lookups += 1
+        return answer(*features)
+
     modules = [m for name, m in sys.modules.items() if name.startswith("hstu.") and hasattr(m, "values_readable")]
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(null_driver, "NullDriver", Driver))
@@ -127,6 +141,8 @@ def counted(run: Trainer) -> Iterator[Counted]:
         stack.enter_context(mock.patch.object(jagged, "located", located))
         stack.enter_context(mock.patch.object(reference, "located", located))
         stack.enter_context(mock.patch.object(HeldRows, "step", paused(HeldRows.step)))
-        stack.enter_context(mock.patch.object(tables, "forward", paused(tables.forward)))
+        stack.enter_context(mock.patch.object(tables, "forward", looked_up))
         stack.enter_context(count)
+        stack.callback(sys.setprofile, sys.getprofile())
+        sys.setprofile(count.profile)
         yield count

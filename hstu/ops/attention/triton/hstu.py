@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import reduce
 from typing import Any
 
 import torch
@@ -105,30 +106,36 @@ class TritonAttention:
     def _unit(self, grad: Tensor, v: Tensor) -> Tensor:
         """Units per 1.0 such that no sum of score gradients can overflow 63 bits, ``[1]`` float64."""
         largest = torch.linalg.vector_norm(grad, float("inf")) * torch.linalg.vector_norm(v, float("inf")).double()
-        count = grad.numel() * self.keys.longest
         # The slope of SiLU stays below 1.1.
-        bound = largest * (1.1 * self.factors[1] * count)
-        return (2.0**62 / bound.clamp(min=1e-200)).clamp(max=2.0**300 / math.pi).view(1)
+        bound = 1.1 * self.factors[1] * grad.numel() * self.keys.longest
+        return (2.0**62 / bound / largest.clamp(min=math.pi * 2.0**-238 / bound)).view(1)  # at most 2^300 / pi
 
 
 class TableSums:
     """Gradients of both tables while they are summed, in fixed point: ``unit`` a 1.0."""
 
     def __init__(self, tables: Tables, needs: tuple[bool, bool], unit: Tensor) -> None:
-        self._tables = tables
-        sums = [
-            torch.zeros(table.numel(), dtype=torch.int64, device=unit.device) if table is not None and need else None
-            for table, need in zip(tables, needs, strict=True)
-        ]
-        self.gradients = Gradients(sums[0], sums[1], unit)
+        wanted = [table if need else None for table, need in zip(tables, needs, strict=True)]
+        self._sizes = [0 if table is None else table.numel() for table in wanted]
+        self._dtypes = [None if table is None else table.dtype for table in wanted]
+        self._sums = torch.zeros(sum(self._sizes), dtype=torch.int64, device=unit.device)
+        d_position, d_time = self._of_tables(self._sums)
+        self.gradients = Gradients(d_position, d_time, unit)
 
     def result(self) -> Tables:
         """Return the sums in the dtypes of the tables."""
+        wide = reduce(torch.promote_types, [dtype for dtype in self._dtypes if dtype is not None])
+        # Divided in float64 and rounded once, in one kernel.
+        sums = torch.div(self._sums, self.gradients.unit, out=self._sums.new_empty(self._sums.shape, dtype=wide))
         d_position, d_time = (
-            None if table is None or own is None else (own.double() / self.gradients.unit).to(table.dtype)
-            for own, table in zip(self.gradients[:2], self._tables, strict=True)
+            None if part is None else part.to(dtype)
+            for part, dtype in zip(self._of_tables(sums), self._dtypes, strict=True)
         )
         return d_position, d_time
+
+    def _of_tables(self, sums: Tensor) -> list[Tensor | None]:
+        parts = zip(self._dtypes, sums.split(self._sizes), strict=True)
+        return [None if dtype is None else part for dtype, part in parts]
 
 
 class _TritonAttention(torch.autograd.Function):

@@ -264,9 +264,15 @@ def _relative(keys: Layout, times: Tensor) -> Tensor:
     assert own is not None
     if not own.numel():
         return own.int()
-    first = own[keys.offsets[:-1].clamp(max=own.numel() - 1)]
-    relative = times - torch.repeat_interleave(first, keys.lengths, output_size=own.numel())
+    first = keys.keep("first times", lambda: _first_times(keys, own))
+    relative = times - first
     # Two tokens differ by at most twice the larger distance from the first.
     if values_readable(own) and int(relative.abs().max()) > _INT32_MAX // 2:
         raise ValueError("timestamps of a sample span more than 34 years: give seconds, or use the reference")
     return relative.int()
+
+
+def _first_times(keys: Layout, own: Tensor) -> Tensor:
+    """Time of the first token of the sample of each token, ``[T]`` int64."""
+    first = own[keys.offsets[:-1].clamp(max=own.numel() - 1)]
+    return torch.repeat_interleave(first, keys.lengths, output_size=own.numel())
