@@ -5,8 +5,9 @@
     python benchmarks/reader.py --only read --features
 
 A token is an item or an action, as the model would see them. Data sets are random; each measurement runs in a
-process of its own, on one core, without workers. With --features each event has a price, a brand and a set of up to
-three tags more, which are read as well.
+process of its own, on one core, without workers; a second is one of that core's work, whatever else it does. With
+--features each event has a price, a brand and a set of up to three tags more, which are read as well, in turns with a
+data set without them: `of_plain` is the share of its speed.
 
 `workers` asks what a reader beside the training thread costs it: a loop that holds the interpreter, as one that
 launches kernels does (small operations, about 20 ms a step), is timed with batches that are there already, with those
@@ -120,14 +121,14 @@ def read(folder: Path, seqlen: int, seconds: float) -> dict[str, float]:
     dataset = SequenceDataset.open(folder)
     opened = time.perf_counter() - begin
     loader = make_loader(dataset, seqlen, TOKENS_PER_BATCH)
-    tokens, private, epoch, begin = 0, 0, 0, time.perf_counter()
-    while epoch == 0 or time.perf_counter() - begin < seconds:
+    tokens, private, epoch, begin = 0, 0, 0, time.process_time()
+    while epoch == 0 or time.process_time() - begin < seconds:
         for batch in loader.epoch(epoch):
             tokens += batch.ids("item").numel() + batch.ids("action").numel()
             used = memory.memory_info()
             private = max(private, used.rss - used.shared - before.rss + before.shared)
         epoch += 1
-    elapsed = time.perf_counter() - begin
+    elapsed = time.process_time() - begin
     mapped = memory.memory_info().shared - before.shared
     return {
         "open_seconds": round(opened, 3),
@@ -188,6 +189,13 @@ def measure(folder: Path, seqlen: int, seconds: float) -> dict[str, float]:
     return json.loads(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
 
 
+def share_of(folder: Path, plain: Path, seqlen: int, seconds: float) -> float:
+    """Speed of ``folder`` by that of ``plain``: the median of five rounds that measure both."""
+    measure(plain, seqlen, 0)
+    rounds = [[measure(path, seqlen, seconds)["tokens_per_second"] for path in (folder, plain)] for _ in range(5)]
+    return round(float(np.median([own / other for own, other in rounds])), 2)
+
+
 def compare(arguments: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
     """Measure speed by length of sequence, and memory by size of the data set."""
     results: dict[str, list[dict[str, float]]] = {"speed": [], "memory": []}
@@ -195,12 +203,16 @@ def compare(arguments: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
     jobs += [("memory", events, 200) for events in arguments.sizes]
     with tempfile.TemporaryDirectory() as scratch:
         for number, (kind, events, seqlen) in enumerate(jobs):
-            folder = Path(scratch, str(number))
+            folder, plain = Path(scratch, str(number)), Path(scratch, f"{number}-plain")
             write(folder, events, seqlen, arguments.features)
             first = measure(folder, seqlen, 0)
             row = {"events": events, "seqlen": seqlen, "load": round(os.getloadavg()[0], 1)}
             row |= measure(folder, seqlen, arguments.seconds if kind == "speed" else 0)
             row["first_open_seconds"] = first["open_seconds"]
+            if kind == "speed" and arguments.features:
+                write(plain, events, seqlen)
+                row["of_plain"] = share_of(folder, plain, seqlen, arguments.seconds)
+                print(f"       with three features: {row['of_plain']} of the speed without")
             results[kind].append(row)
             print(
                 f"{kind:6} {events:>12,} events of {seqlen:>6,}: {row['tokens_per_second']:>12,} tokens/s, "

@@ -85,7 +85,7 @@ class Collator:
         recent = None
         if self.memory_room is not None:
             events, is_target, recent = self._fit_sessions(dataset.schema, events, is_target, candidates)
-        predicted = {name: np.asarray(events.of_events[name]) for name in self.label_features}
+        predicted = {name: _label(events.of_events[name]) for name in self.label_features}
         events = self._known_at_request(dataset.schema, events, candidates if training else targets)
         if not training:
             events = self._met_alone(dataset.schema, events)
@@ -318,10 +318,15 @@ class Collator:
             names.append(name)
         return keyed_features(
             names,
-            torch.from_numpy(np.concatenate(values)),
+            torch.from_numpy(np.concatenate(values, dtype=np.int64)),
             torch.from_numpy(np.concatenate(lengths)),
             [value.size for value in values],
         )
+
+
+def _label(values: Values) -> np.ndarray:
+    assert isinstance(values, np.ndarray), "sets are no labels"
+    return values.astype(np.int64 if values.ndim == 1 else np.float32, copy=False)
 
 
 def _whole_history(dataset: Histories, split: Split, rows: np.ndarray) -> torch.Tensor:

@@ -25,8 +25,8 @@ class Sequences:
         items: Item ids, sequence after sequence, int64 [T].
         actions: Action ids, int64 [T], or None.
         times: Seconds, int64 [T], or None.
-        of_users: Other features of users that were asked for -> B values.
-        of_events: Features of events that were asked for -> T values.
+        of_users: Other features of users that were asked for -> B values; ids in the type of their column.
+        of_events: Features of events that were asked for -> T values, likewise.
     """
 
     users: np.ndarray
@@ -159,10 +159,10 @@ class SequenceDataset:
         if feature.kind == "multi":
             return self._sets(feature, index, np.ones_like(index), index)
         if feature.has_ids:
-            return self._ids(feature, index)
+            return self._checked(feature, self._columns[feature.name].take(index))
         column = self._columns[feature.name]
         # Single numbers are taken faster than rows of one.
-        return column.reshape(-1)[index][:, None] if column.shape[1] == 1 else column[index]
+        return column.reshape(-1).take(index)[:, None] if column.shape[1] == 1 else column.take(index, axis=0)
 
     def _sets(self, feature: Feature, first: np.ndarray, lengths: np.ndarray, index: np.ndarray) -> Sets:
         """Sets of runs of ``lengths`` [B] rows that begin at ``first`` [B], which are the rows ``index`` [T]."""
@@ -171,13 +171,14 @@ class SequenceDataset:
         ends = np.cumsum(sizes)
         offsets = np.empty(len(index) + 1, np.int64)
         # Within a run, sets lie as in the column.
-        np.add(starts[index], np.repeat(ends - sizes - begin, lengths), out=offsets[:-1])
+        np.add(starts.take(index), np.repeat(ends - sizes - begin, lengths), out=offsets[:-1])
         offsets[-1] = ends[-1] if len(ends) else 0
-        ids = self._columns[feature.name][runs(begin, sizes)]
+        ids = self._columns[feature.name].take(runs(begin, sizes))
         return Sets(offsets, self._checked(feature, ids))
 
     def _ids(self, feature: Feature, index: np.ndarray) -> np.ndarray:
-        return self._checked(feature, self._columns[feature.name][index])
+        # `take` is a third faster than indexing.
+        return self._checked(feature, self._columns[feature.name].take(index)).astype(np.int64, copy=False)
 
     def _checked(self, feature: Feature, ids: np.ndarray) -> np.ndarray:
         # One more than the vocabulary's stands for what is missing, and in requests for what training never met.
@@ -187,7 +188,7 @@ class SequenceDataset:
                 f"{self.path}: the column of {feature.name!r} is damaged: it holds {ids.max()} of "
                 f"{feature.vocab_size} ids; python -m hstu.cli.inspect {self.path} makes it again"
             )
-        return ids.astype(np.int64, copy=False)
+        return ids
 
     def count_before(self, time: int) -> np.ndarray:
         """Return the number of events of each user before ``time``, int64 [U].

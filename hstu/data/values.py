@@ -15,7 +15,7 @@ class Sets(NamedTuple):
 
     Attributes:
         offsets: Where each begins and the last ends, int64 [n + 1].
-        ids: Their members, int64 [offsets[n]].
+        ids: Their members, integers [offsets[n]].
     """
 
     offsets: np.ndarray
@@ -28,7 +28,7 @@ class Sets(NamedTuple):
 
 
 Values: TypeAlias = np.ndarray | Sets
-"""Ids [n] int64, numbers [n, w] float32, or n sets."""
+"""Ids [n], integers, numbers [n, w] float32, or n sets."""
 
 
 def count(values: Values) -> int:
@@ -47,7 +47,9 @@ def take(values: Values, index: np.ndarray) -> Values:
 def runs(first: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """Return ``first_b``, ``first_b + 1``, ... of runs of ``lengths`` [B], one after the other, int64 [sum]."""
     shift = first - (np.cumsum(lengths) - lengths)
-    return np.arange(lengths.sum()) + np.repeat(shift, lengths)
+    places = np.repeat(shift, lengths)
+    places += np.arange(len(places))
+    return places
 
 
 def missing(feature: Feature, number: int) -> Values:

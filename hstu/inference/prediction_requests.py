@@ -86,7 +86,8 @@ class PredictionRequests:
                 columns["action_id"] = pa.array(targets.actions)
             for name, true in targets.of_events.items():
                 assert isinstance(true, np.ndarray)
-                columns[name if true.ndim == 2 else f"{name}_id"] = pa.array(true.reshape(-1))
+                label, kind = (name, pa.float32()) if true.ndim == 2 else (f"{name}_id", pa.int64())
+                columns[label] = pa.array(true.reshape(-1), kind)
             columns["event"] = pa.array(self.split.stop[samples] - 1)
         return self._with_controls(columns, samples, items)
 
