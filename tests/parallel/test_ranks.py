@@ -60,7 +60,10 @@ LATER = [name for name in SPLITS if name not in QUICK]
 
 
 class Results(dict[int, dict[str, Any]]):
-    """What the worker finds, by number of ranks, each launched when it is first asked for; -n: n ranks, slow cases."""
+    """What the worker finds, by number of ranks, each launched when it is first asked for; -n: n ranks, slow cases.
+
+    Of slow cases and those of four ranks it runs the ``chosen`` (pytest -k) alone.
+    """
 
     REQUESTS = {
         1: {
@@ -86,9 +89,9 @@ class Results(dict[int, dict[str, Any]]):
         4: {"cases": [(name, None) for name in GRIDS]},
     }
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, chosen: set[str]) -> None:
         super().__init__()
-        self.root = root
+        self.root, self.chosen = root, chosen
         self.moves: dict[tuple[int, int], dict[str, Any]] = {}
         write_tiny(root / "even" / "synthetic", num_users=200)
         write_tiny(root / "short" / "synthetic", num_users=65)
@@ -98,9 +101,13 @@ class Results(dict[int, dict[str, Any]]):
 
     def __missing__(self, ranks: int) -> dict[str, Any]:
         folder = {"save": str(self.root / f"saved{-ranks}")} if ranks < 0 else {}
-        if not (self.root / "bert").exists() and any("text" in name for name, _ in self.REQUESTS[ranks]["cases"]):
+        request = dict(self.REQUESTS[ranks])
+        if ranks < 0 or ranks == 4:
+            request["cases"] = [case for case in request["cases"] if case[0] in self.chosen]
+            request["plain"] = [name for name in request.get("plain", ()) if name in self.chosen]
+        if not (self.root / "bert").exists() and any("text" in name for name, _ in request["cases"]):
             save_model(self.root / "bert", WORDS)
-        self[ranks] = self.launch(abs(ranks), self.REQUESTS[ranks] | folder)
+        self[ranks] = self.launch(abs(ranks), request | folder)
         return self[ranks]
 
     def of(self, ranks: int, name: str) -> Any:
@@ -111,7 +118,8 @@ class Results(dict[int, dict[str, Any]]):
         """Return what LATER lose on ``after`` ranks when they begin with the state that ``before`` ranks saved."""
         if (before, after) not in self.moves:
             assert self[-before]
-            request = {"cases": [(name, None) for name in LATER], "load": str(self.root / f"saved{before}")}
+            cases = [(name, None) for name in LATER if name in self.chosen]
+            request = {"cases": cases, "load": str(self.root / f"saved{before}")}
             self.moves[before, after] = self.launch(after, request)
         return self.moves[before, after]
 
@@ -125,8 +133,9 @@ class Results(dict[int, dict[str, Any]]):
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return Results(tmp_path_factory.mktemp("ranks"))
+def results(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Results:
+    chosen = {item.callspec.params.get("name") for item in request.session.items if hasattr(item, "callspec")}
+    return Results(tmp_path_factory.mktemp("ranks"), chosen)
 
 
 def marked(names: Iterable[str]) -> list[Any]:
