@@ -62,7 +62,7 @@ def test_text_ranks_items_that_were_never_trained(tmp_path: Path) -> None:
     # Measured: id 0.115, text and id 0.286, with other data, weights and order 0.170 and 0.359: 15 standard errors.
     error = math.sqrt((id_all * (1 - id_all) + both_all * (1 - both_all)) / USERS)
     assert both_all > id_all + 4 * error
-    # Measured: id 0.016 and 0.047, text and id 0.326 and 0.440, chance 0.040. All users of a cluster rank untrained rows
-    # alike, so that the rows are 24 draws, of a standard deviation of 0.024 together.
+    # Measured: id 0.016 and 0.047, text and id 0.326 and 0.440, chance 0.040. All users of a cluster rank untrained
+    # rows alike, so that the rows are 24 draws, of a standard deviation of 0.024 together.
     assert abs(id_cold - chance) < 0.096
     assert both_cold > chance + 0.096
