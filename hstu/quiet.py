@@ -64,10 +64,10 @@ def silence_known_notices() -> None:
 
 
 @contextlib.contextmanager
-def warn_only(what: str) -> Iterator[None]:
+def warn_only(what: str, kind: type[Exception] = Exception) -> Iterator[None]:
     """Turn a failure in a block that is only for the eye, a picture or a curve, into one warning that says ``what``."""
     try:
         yield
-    except Exception as error:
+    except kind as error:
         reason = (str(error).splitlines() or [""])[0]
         logger.warning("%s (%s: %s)", what, type(error).__name__, reason)

@@ -2,7 +2,8 @@
 
 Curves of all runs together, test scores with standard errors beside baselines (of python -m hstu.cli.baselines) and
 best possible, the data set, fields in which the configs differ, speed and memory, and ten test users each: history,
-what came then, and what was recommended. --items names items by a column of a file.
+what came then, what was recommended, and who attends to whom. --items names items by a column of a file. Under torchrun
+the ranks ask the models together.
 """
 
 from __future__ import annotations

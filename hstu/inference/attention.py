@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 
 from hstu.config.backbones import RECOMPUTE
 from hstu.data.batch import Batch
+from hstu.data.reader import Histories
+from hstu.data.splits import Split
 from hstu.inference.export import new_directory
 from hstu.inference.opened import Opened
 from hstu.inference.prediction_requests import PredictionRequests, RequestSpec, make_prediction_requests
@@ -25,7 +28,7 @@ from hstu.ops import positions_in_sequence
 
 logger = logging.getLogger(__name__)
 
-WHOLE_LAYERS = tuple(f"NetworkArgs.{name} = False" for name in RECOMPUTE)
+WHOLE_LAYERS = ("NetworkArgs.recompute = 'none'", *(f"NetworkArgs.{name} = False" for name in RECOMPUTE))
 """Bindings to open a run with: a layer that computes in one operation shows no weights."""
 _WIDEST = 256  # head that attention takes
 _NAMED = 40  # tokens that still have room for their names
@@ -55,17 +58,11 @@ def write_attention(opened: Opened, spec: RequestSpec, output: Path, num_users: 
     users: list[dict[str, Any]] = []
     opened.model.eval()
     for row in range(min(num_users, len(requests.split))):
-        rows = np.array([row])
-        # Every rank runs the same sample, for lookups are collective.
-        batch = opened.loader.collate(requests.dataset, requests.split, rows, rows, 0).to(mesh.device)
-        request, layers = attention_of(opened.model, batch)
-        if request.rows.numel() == 0:
+        request, layers = _attention_of_row(opened, requests.dataset, requests.split, row)
+        if not layers:
             continue  # nothing is asked of a user without a history
-        length = int(request.rows[-1]) + 1
-        for number, weights in enumerate(layers):
-            square = weights[:length, :, :length].transpose(0, 1)
-            tensors[f"{len(users)}/layer{number}"] = square.contiguous().cpu()
-        names = token_names(opened, requests, request)[:length]
+        tensors |= {f"{len(users)}/layer{number}": weights for number, weights in enumerate(layers)}
+        names = token_names(opened, requests, request)[: layers[0].shape[1]]
         users.append({"user": requests.users[row].as_py(), "tokens": names})
     if not users:
         raise ValueError("--users: none of them has an event; choose others")
@@ -78,19 +75,70 @@ def write_attention(opened: Opened, spec: RequestSpec, output: Path, num_users: 
     logger.info("%s: attention of %d users", output, len(users))
 
 
+@torch.no_grad()
+def attention_pictures(opened: Opened, split: Split, rows: np.ndarray, longest: int) -> list[bytes | None]:
+    """Return PNG files of the attention of test samples, or None where there is none to show; all ranks call it.
+
+    The layers stand side by side, means over heads, each as bright as its largest weight makes it; of masked items the
+    row that is predicted is the last one.
+
+    Args:
+        opened: Opened with ``WHOLE_LAYERS``.
+        split: Samples of its data set.
+        rows: Of the split.
+        longest: Most events of a sample that is drawn.
+    """
+    if not has_weights(opened):
+        return [None] * len(rows)
+    opened.model.eval()
+    lengths = np.minimum(split.stop[rows], opened.config.dataset.max_history_seqlen)
+    short = [int(row) if length <= longest else None for row, length in zip(rows, lengths, strict=True)]
+    found = [[] if row is None else _attention_of_row(opened, opened.dataset, split, row)[1] for row in short]
+    return [_png(layers) if layers else None for layers in found]
+
+
+def _attention_of_row(opened: Opened, dataset: Histories, split: Split, row: int) -> tuple[Lookup, list[Tensor]]:
+    """Return what was asked of one sample, and of each layer [H, n, n] up to the last token that answers, if one does.
+
+    Every rank runs the same sample, for lookups are collective.
+    """
+    rows = np.array([row])
+    batch = opened.loader.collate(dataset, split, rows, rows, 0).to(opened.assembly.mesh.device)
+    request, layers = attention_of(opened.model, batch)
+    if request.rows.numel() == 0:
+        return request, []
+    length = int(request.rows[-1]) + 1
+    return request, [weights[:length, :, :length].transpose(0, 1).contiguous().cpu() for weights in layers]
+
+
+def _png(layers: list[Tensor]) -> bytes:
+    from matplotlib import colormaps
+    from matplotlib.image import imsave
+
+    means = [weights.mean(0) for weights in layers]
+    squares = [colormaps["viridis"]((mean / mean.max().clamp(min=1e-12)).clamp(min=0).numpy()) for mean in means]
+    gap = np.ones((len(squares[0]), 1, 4)) * (1, 1, 1, 0)
+    picture = np.concatenate([part for square in squares for part in (square, gap)][:-1], 1)
+    imsave(file := BytesIO(), picture, format="png")
+    return file.getvalue()
+
+
+def has_weights(opened: Opened) -> bool:
+    """Return whether the layers of the backbone have attention weights to show."""
+    layers = getattr(opened.model.backbone, "layers", None)
+    return isinstance(layers, nn.ModuleList) and all(hasattr(layer, "attention") for layer in layers)
+
+
 def require_weights(opened: Opened) -> None:
     """Raise ``ValueError`` for a backbone whose layers have no attention weights to show."""
-    layers = getattr(opened.model.backbone, "layers", None)
-    if not isinstance(layers, nn.ModuleList) or not all(hasattr(layer, "attention") for layer in layers):
+    if not has_weights(opened):
         name = opened.config.network.backbone
         raise ValueError(
             f"NetworkArgs.backbone = {name!r}: shows no attention weights; hstu, sasrec, llama and bert do"
         )
-    for name in RECOMPUTE:
-        if getattr(opened.config.network, name):
-            raise ValueError(
-                f"NetworkArgs.{name} = True: layers in one operation show no weights; open the run with False"
-            )
+    network = opened.config.network
+    if network.recompute == "selective" or any(getattr(network, name) for name in RECOMPUTE):
+        raise ValueError(f"layers in one operation show no weights; open the run with {'; '.join(WHOLE_LAYERS)}")
 
 
 def attention_of(model: RankingModel | RetrievalModel, batch: Batch) -> tuple[Lookup, list[Tensor]]:

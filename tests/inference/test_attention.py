@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -83,3 +84,14 @@ def test_weights_are_those_that_the_model_used(
             else:
                 expected = scores.masked_fill(~visible[:, None], -torch.inf).softmax(-1)
             torch.testing.assert_close(own[:, :, :n].double(), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("line", ["NetworkArgs.recompute='selective'", "NetworkArgs.recompute_gate=True"])
+def test_layers_in_one_operation_are_opened_whole(dataset: SequenceDataset, line: str) -> None:
+    def require(*lines: str) -> None:
+        config = make_config("retrieval", *lines)
+        attention.require_weights(SimpleNamespace(config=config, model=build(dataset, config)))  # type: ignore[arg-type]
+
+    with pytest.raises(ValueError, match="show no weights; open the run with NetworkArgs.recompute = 'none'"):
+        require(line)
+    require(line, *attention.WHOLE_LAYERS)

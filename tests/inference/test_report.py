@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import re
@@ -9,19 +10,27 @@ import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib.image
 import numpy as np
 import polars as pl
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import hstu
 from hstu.cli import report
+from hstu.inference.attention import WHOLE_LAYERS, attention_pictures, write_attention
+from hstu.inference.opened import open_trained
+from hstu.inference.prediction_requests import RequestSpec
 from hstu.inference.report import write
 from hstu.interrupt import Stopped
 from hstu.parallel import Mesh
 from tests.inference.test_predict import planted_log
-from tests.tiny import BINDINGS
+from tests.launch import ROOT, torchrun_command
+from tests.launch import run as launched
+from tests.tiny import BINDINGS, write_tiny
 
 NAMES = dict(user="who", item="what", time="when", action="did")
 
@@ -148,12 +157,67 @@ def test_names_of_items_are_text(home: Path, tmp_path: Path) -> None:
     assert "<script" not in page.html and "&lt;script&gt;alert(7)&lt;/script&gt; &amp;  (sku 7)" in page.html
 
 
+def test_each_example_has_its_attention(home: Path, tmp_path: Path) -> None:
+    """Layer by layer the colours of the weights that the attention command writes; none of a backbone without."""
+    opened = open_trained(home / "a", "best", [*WHOLE_LAYERS], Mesh.of_process())
+    split = opened.assembly.loaders["test"].split
+    rows = np.array([3, 8])
+    pictures = attention_pictures(opened, split, rows, longest=100)
+    users = opened.dataset.vocabulary(opened.dataset.schema.user.name)[split.users[rows]]
+    spec = RequestSpec(split="test", users=pl.DataFrame({"who": users.tolist()}))
+    write_attention(opened, spec, tmp_path / "attention", 2)
+    tensors = load_file(tmp_path / "attention" / "attention.safetensors")
+    for number, picture in enumerate(pictures):
+        means = [tensors[f"{number}/layer{layer}"].mean(0) for layer in range(2)]
+        drawn, size = matplotlib.image.imread(io.BytesIO(picture)), len(means[0])
+        assert size > 4 and drawn.shape == (size, 2 * size + 1, 4) and not drawn[:, size, 3].any()
+        for left, mean in zip((0, size + 1), means, strict=True):
+            wanted = matplotlib.colormaps["viridis"]((mean / mean.max()).clamp(min=0).numpy())
+            assert np.abs(drawn[:, left : left + size] - wanted).max() < 1 / 128
+    assert attention_pictures(opened, split, rows, longest=3) == [None, None]
+    opened.model.backbone = torch.nn.Identity()
+    assert attention_pictures(opened, split, rows, longest=100) == [None, None]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("split", ["", "ContextParallelArgs.context_parallel_size=2"])
+def test_ranks_make_it_together_at_the_end(tmp_path: Path, split: str) -> None:
+    """Two ranks write what one process writes of their run afterwards."""
+    write_tiny(tmp_path / "tmp_data" / "synthetic")
+    lines = (*BINDINGS["retrieval"], "TrainerArgs.report=True", "TrainerArgs.max_train_iters=4")
+    flags = ["--gin-config-file=custom_retrieval.gin"]
+    flags += [f"--gin-bindings={line}" for line in (*lines, *filter(None, [split]))]
+    command = torchrun_command(2, ROOT / "examples" / "pretrain_gr_retrieval.py", *flags, "--run-dir", "run")
+    done = launched(command, cwd=tmp_path)
+    assert done.code == 0 and done.out.count("report: ") == 1, done.err
+    assert report.main([str(tmp_path / "run"), "--output", str(tmp_path / "one.html")]) == 0
+    both = [re.sub(r">\d\.\d{3}<|data:image/png[^\"]*", "", path.read_text())  # scores of items differ by rounding
+            for path in (tmp_path / "run" / "report.html", tmp_path / "one.html")]  # fmt: skip
+    assert both[0] == both[1] and "user " in both[0]
+
+
+def test_of_several_ranks_what_befalls_one_alone_ends_all(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the others would wait for it."""
+
+    def fail(error: BaseException) -> None:
+        raise error
+
+    mesh = Mesh.of_process()
+    several = SimpleNamespace(world_size=2, on_main=mesh.on_main)
+    for error in (MemoryError("out of memory"), Stopped(2)):
+        monkeypatch.setattr(write, "write_report", lambda *_, error=error: fail(error))
+        with pytest.raises(type(error)):
+            write.report_at_end(home / "a", several)
+    monkeypatch.setattr(write, "write_report", lambda *_: fail(ValueError("all ranks know")))
+    write.report_at_end(home / "a", several)
+
+
 def test_attention_pictures_are_inside(home: Path, tmp_path: Path) -> None:
     shutil.copytree(home / "a", tmp_path / "a", symlinks=True)
     matplotlib.image.imsave(tmp_path / "a" / "figures" / "attention_layer0.png", np.eye(4))
     assert report.main([str(tmp_path / "a"), "--output", str(tmp_path / "r.html")]) == 0
     page = Page(tmp_path / "r.html")
-    assert "attention" in page.ids and sum(link.startswith("data:image/png;base64,") for link in page.links) == 1
+    assert "attention" in page.ids and sum(link.startswith("data:image/png;base64,") for link in page.links) == 11
 
 
 def test_mistakes_are_one_line(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

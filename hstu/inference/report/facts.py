@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 
 from hstu.config import read_settings
+from hstu.inference.attention import attention_pictures
 from hstu.inference.run import Run
 from hstu.training.run_directory import RunDirectory
 
 NEWEST = 8  # events of a history that are shown
+DRAWN = 128  # events of the longest history whose attention is
 _SPEED = {
     "tokens_per_second": "tokens a second",
     "sequences_per_second": "sequences a second",
@@ -104,6 +106,7 @@ class Example:
         target: The item of the event.
         answers: Of retrieval: item and score, best first. Of ranking: what is predicted and the number.
         action: Of ranking, what happened.
+        attention: A PNG file: who attends to whom, where the backbone shows it and the history is short enough.
     """
 
     user: str
@@ -112,6 +115,7 @@ class Example:
     target: str
     answers: list[tuple[str, float]]
     action: str | None = None
+    attention: bytes | None = None
 
 
 def examples(run: Run, count: int, k: int) -> list[Example]:
@@ -129,6 +133,7 @@ def examples(run: Run, count: int, k: int) -> list[Example]:
     target = dataset.gather(users, stop, stop + 1)
     ends = np.cumsum(seen.lengths)
     answers = _answers(run, names, stop, k)
+    pictures = attention_pictures(opened, split, rows, DRAWN)
     return [
         Example(
             user=str(names[n]),
@@ -137,6 +142,7 @@ def examples(run: Run, count: int, k: int) -> list[Example]:
             target=str(items[target.items[n]]),
             answers=answers.get((names[n], int(stop[n])), []),
             action=_action(run, target.actions, n),
+            attention=pictures[n],
         )
         for n in range(len(rows))
     ]

@@ -31,7 +31,7 @@ grid-template-columns:repeat(auto-fit,minmax(min(100%,320px),1fr))}
 figure,details{margin:0;padding:.7rem;background:var(--box);border-radius:.5rem}figcaption{font-weight:600}
 svg{width:100%;height:auto;display:block}svg text{fill:var(--dim);font-size:12px}.grid{stroke:var(--rule)}
 .level{stroke:var(--dim);stroke-dasharray:6 4;stroke-width:1.5}polyline{fill:none;stroke-width:2}
-img{max-width:100%;height:auto}summary{cursor:pointer;padding:.2rem}.hit{background:var(--hit)}
+img{max-width:100%;height:auto}.pixels{width:100%;image-rendering:pixelated}summary{cursor:pointer;padding:.2rem}.hit{background:var(--hit)}
 .key{display:inline-block;width:.8em;height:.8em;border-radius:50%;margin-right:.4em}.dim{color:var(--dim)}
 ol,ul{margin:.3rem 0;padding-left:1.4rem}
 """ + "".join(
@@ -188,17 +188,29 @@ def _examples(run: str, found: Sequence[Example], names: dict[str, str]) -> str:
         cards.append(
             f"<details open><summary>user {escape(example.user)}, {example.length:,} events</summary>"
             + (f"<p class=dim>{older:,} older events, then</p>" if older else "")
-            + f"<ul>{history}</ul>{asked}<ol>{answers or '<li>no answer</li>'}</ol></details>"
+            + f"<ul>{history}</ul>{asked}<ol>{answers or '<li>no answer</li>'}</ol>{_attention(example)}</details>"
         )
     return f'<h3>{escape(run)}</h3><div class="grid-of">{"".join(cards)}</div>' if cards else ""
+
+
+def _attention(example: Example) -> str:
+    if example.attention is None:
+        return ""
+    about = "Attention of each layer, mean over heads: the token of a row attends to those of columns, oldest first"
+    return f'<figure><figcaption class="dim">{about}</figcaption>{_image(example.attention, about, "pixels")}</figure>'
+
+
+def _image(png: bytes, about: str, kind: str) -> str:
+    data = base64.b64encode(png).decode()
+    return f'<img class="{kind}" alt="{about}" src="data:image/png;base64,{data}">'
 
 
 def _pictures(runs: Sequence[Facts]) -> str:
     figures = []
     for run in runs:
         for path in run.pictures:
-            data, about = base64.b64encode(path.read_bytes()).decode(), escape(f"{run.name}: {path.stem}")
-            image = f'<img alt="{about}" src="data:image/png;base64,{data}">'
+            about = escape(f"{run.name}: {path.stem}")
+            image = _image(path.read_bytes(), about, "drawn")
             figures.append(f"<figure><figcaption>{about}</figcaption>{image}</figure>")
     return f'<div class="grid-of">{"".join(figures)}</div>' if figures else ""
 
