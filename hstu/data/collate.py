@@ -13,7 +13,7 @@ from hstu.data.reader import Histories, Sequences
 from hstu.data.schema import Schema, unknown_id
 from hstu.data.sessions import of_last_session, session_column
 from hstu.data.splits import Split
-from hstu.data.values import Sets, Values, missing, take, without
+from hstu.data.values import Sets, Values, missing, only, take, without
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class Collator:
             each context and epoch, and of the events whose action does; 0: there is no unknown value.
         met: Context -> which of its ids training meets, [vocab_size + 1] bool; to others the unknown value is given
             after training. Contexts that are left out have all been met.
-        met_by_events: The same of categorical features of events.
+        met_values: The same of categories of events, and of members of sets, which leave theirs.
         sessions: What parts events into sessions, ``DatasetArgs.sessions``.
         memory_room: Events before the last session of a sample, and of it, that stand around its memory tokens; None:
             these stand at a distance from the end, or there are none.
@@ -64,7 +64,7 @@ class Collator:
     memory_room: tuple[int, int] | None = None
     unknown_rate: float = 0.0
     met: dict[str, np.ndarray] = field(default_factory=dict)
-    met_by_events: dict[str, np.ndarray] = field(default_factory=dict)
+    met_values: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def max_events(self) -> int:
@@ -205,13 +205,13 @@ class Collator:
         return replace(events, of_events=events.of_events | blank)
 
     def _met_alone(self, schema: Schema, events: Sequences) -> Sequences:
-        """Give the unknown value to what training never met."""
-        found = dict(events.of_events)
-        for name, met in self.met_by_events.items():
-            ids = found[name]
-            assert isinstance(ids, np.ndarray)
-            found[name] = np.where(met[ids], ids, unknown_id(schema, name))
-        return replace(events, of_events=found)
+        """Give the unknown value to what training never met, and leave it out of sets."""
+
+        def met(values: dict[str, Values]) -> dict[str, Values]:
+            names = values.keys() & self.met_values.keys()
+            return values | {n: only(values[n], self.met_values[n], unknown_id(schema, n)) for n in names}
+
+        return replace(events, of_events=met(events.of_events), of_users=met(events.of_users))
 
     def _declared(self, events: Sequences) -> list[tuple[str, Values]]:
         """Return the declared features to carry, in the order of their keys: those of events, then of users."""

@@ -52,14 +52,16 @@ def met_contexts(dataset: SequenceDataset, train: Split, names: tuple[str, ...])
     return {name: _marked(values[name], unknown_id(dataset.schema, name) + 1) for name in names}
 
 
-def met_by_events(dataset: SequenceDataset, train: Split, collate: Collator) -> dict[str, np.ndarray]:
-    """Return of each categorical feature of events which ids training shows, as ``met_contexts`` does."""
-    features = [f for f in dataset.schema.of("event", "categorical") if f.name in collate.event_features]
+def met_values(dataset: SequenceDataset, train: Split, collate: Collator) -> dict[str, np.ndarray]:
+    """Return of categories of events and of sets of events and users which ids training shows, as ``met_contexts``."""
+    schema, carried = dataset.schema, (*collate.event_features, *collate.user_features)
+    features = (*schema.of("event", "categorical", "multi"), *schema.of("user", "multi"))
+    features = tuple(feature for feature in features if feature.name in carried)
     found = {feature.name: np.zeros((feature.vocab_size or 0) + 1, bool) for feature in features}
     for rows in sample_blocks(train) if found else ():
         events, _, _ = collate.visible(dataset, train, rows)
         for name, met in found.items():
-            met[events.of_events[name]] = True
+            met[_ids((events.of_events | events.of_users)[name])] = True
     for met in found.values():
         met[-1] = False
     return found

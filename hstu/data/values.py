@@ -66,6 +66,17 @@ def without(values: Values, lost: np.ndarray, feature: Feature) -> Values:
     return insert(take(values, np.flatnonzero(~lost)), np.flatnonzero(lost), missing(feature, int(lost.sum())))
 
 
+def only(values: Values, known: np.ndarray, instead: int) -> Values:
+    """Return ids or sets of them with those alone that are ``known`` [ids] bool.
+
+    Others become ``instead``; of sets they are left out.
+    """
+    if not isinstance(values, Sets):
+        return np.where(known[values], values, instead)
+    kept = known[values.ids]
+    return Sets(np.concatenate([np.zeros(1, np.int64), np.cumsum(kept)])[values.offsets], values.ids[kept])
+
+
 def insert(values: Values, places: np.ndarray, new: Values) -> Values:
     """Return ``values`` with ``new`` among them, which stand at ``places``, ascending, of the result."""
     total = count(values) + len(places)
@@ -88,10 +99,10 @@ def concatenate(parts: list[Values]) -> Values:
 def arrow_of(values: Values) -> pa.Array:
     """Return ids and sets of them as int64, numbers as float32, as lists of a fixed size where they are several."""
     if isinstance(values, Sets):
-        return pa.ListArray.from_arrays(pa.array(values.offsets.astype(np.int32)), pa.array(values.ids))
+        return pa.ListArray.from_arrays(pa.array(values.offsets.astype(np.int32)), pa.array(values.ids, pa.int64()))
     if values.ndim == 2 and values.shape[1] > 1:
         return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
-    return pa.array(values.reshape(-1))
+    return pa.array(values.reshape(-1), pa.int64() if values.ndim == 1 else pa.float32())
 
 
 class MisfitError(ValueError):

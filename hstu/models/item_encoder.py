@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from hstu.config import Config, ConfigError, FeatureArgs
 from hstu.data.batch import POOL, keyed_features
-from hstu.data.schema import Schema
+from hstu.data.schema import Schema, unknown_id
+from hstu.data.values import only
 from hstu.layers.feature_encoders import FeatureMerge
 from hstu.models.binding import Inputs
 from hstu.models.features import FeatureEncoders, make_merge, part_widths
@@ -114,10 +115,10 @@ class ItemEncoder(nn.Module):
             if feature.name in met:
                 ids[~torch.from_numpy(met[feature.name]).to(ids.device)[ids.long()]] = int(unknown)
         for place, feature in enumerate(self.sets):
-            offsets, members = dataset.item_features(feature.name)
+            sets = dataset.item_features(feature.name)
             if feature.name in met:
-                kept = met[feature.name][members]
-                offsets, members = np.concatenate([[0], np.cumsum(kept)])[offsets], members[kept]
+                sets = only(sets, met[feature.name], unknown_id(dataset.schema, feature.name))
+            offsets, members = sets
             getattr(self, f"set_offsets_{place}").copy_(torch.tensor(offsets))
             getattr(self, f"set_ids_{place}")[: len(members)] = torch.tensor(members)
         for place, feature in enumerate(self.numbers):

@@ -12,7 +12,7 @@ import torch
 from hstu.config import Config
 from hstu.data.loader import BatchLoader
 from hstu.data.reader import SequenceDataset
-from hstu.data.seen import met_by_events, met_categories, met_contexts, trained_items
+from hstu.data.seen import met_categories, met_contexts, met_values, trained_items
 from hstu.data.splits import Split, make_splits
 from hstu.models import RetrievalModel, build_model, fit_to_data, make_collator
 from hstu.models.item_text import make_item_text
@@ -69,9 +69,9 @@ class Assembly:
         without_loss = dataset.action_ids(config.dataset.actions_without_loss)
         collate = replace(make_collator(config, dataset.schema), actions_without_loss=without_loss)
         self.met = met_contexts(dataset, splits["train"], collate.contexts) if config.feature.unknown_rate else {}
-        of_events = met_by_events(dataset, splits["train"], collate) if config.feature.unknown_rate else {}
-        collate = replace(collate, met=dict(self.met), met_by_events=of_events)
-        self.met |= of_events
+        values = met_values(dataset, splits["train"], collate) if config.feature.unknown_rate else {}
+        collate = replace(collate, met=dict(self.met), met_values=values)
+        self.met |= values
         self.loaders = {
             name: BatchLoader(
                 dataset=dataset,

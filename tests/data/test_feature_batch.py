@@ -14,7 +14,7 @@ from hstu.data.batch import Batch
 from hstu.data.collate import Collator
 from hstu.data.reader import Histories
 from hstu.data.requests import Requests
-from hstu.data.seen import met_by_events
+from hstu.data.seen import met_values
 from hstu.data.values import Sets, Values, count, insert, missing, take
 from tests.samples import declared_features, make_dataset
 
@@ -222,17 +222,33 @@ def test_categories_that_training_never_met_are_unknown_afterwards(tmp_path: Pat
     dataset = make_dataset(tmp_path / "small", LENGTHS, declared=declared)
     collator = Collator(task="retrieval", max_history=6, event_features=EVENTS)
     splits = leave_one_out(dataset.lengths)
-    met = met_by_events(dataset, splits["train"], collator)
-    assert set(met) == {"device", "ending"}
+    met = met_values(dataset, splits["train"], collator)
+    assert set(met) == {"device", "ending", "tags", "marks"}
     # Of the longest history training sees the most recent 7 events, and of no event the one that is held out.
     seen = [
         dataset.gather(np.array([u]), np.array([max(0, n - 2 - 7)]), np.array([n - 2]), ("device",)).of_events["device"]
         for u, n in enumerate(LENGTHS)
     ]
     assert set(np.flatnonzero(met["device"])) == set(np.concatenate(seen).tolist()) - {60}
-    later = replace(collator, met_by_events=met)
+    later = replace(collator, met_values=met)
     known = np.array(of_batch(collate(collator, dataset, "test"), "device"))
     found = np.array(of_batch(collate(later, dataset, "test"), "device"))
     assert (found == np.where(met["device"][known], known, 60)).all() and (found != known).any()
     before, after = (collate(one, dataset, "train") for one in (collator, later))
     assert torch.equal(before.features.values(), after.features.values())
+
+
+def test_members_that_training_never_met_leave_their_sets(dataset: SequenceDataset) -> None:
+    collator = Collator(task="retrieval", max_history=6, event_features=EVENTS, user_features=("likes", "face"))
+    train = leave_one_out(dataset.lengths)["train"]
+    met, users = met_values(dataset, train, collator), np.unique(train.users)
+    own = dataset.gather(users, np.zeros_like(users), np.zeros_like(users), ("likes",)).of_users["likes"]
+    assert isinstance(own, Sets) and set(np.flatnonzero(met["likes"])) == set(own.ids.tolist()) and not met["likes"][-1]
+    some = {name: np.array([False, True, True, False, True, True, False]) for name in ("likes", "tags")}
+    plain, found = (collate(one, dataset, "test") for one in (collator, replace(collator, met_values=some)))
+    for name in ("likes", "tags"):
+        lengths = plain.set_lengths["tags"] if name == "tags" else plain.lengths("likes")
+        sets = [own.tolist() for own in plain.ids(name).split(lengths.tolist())]
+        expected = [[member for member in own if member not in (0, 3)] for own in sets]
+        lengths = found.set_lengths["tags"] if name == "tags" else found.lengths("likes")
+        assert [own.tolist() for own in found.ids(name).split(lengths.tolist())] == expected != sets
