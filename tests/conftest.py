@@ -41,9 +41,8 @@ def leave_job() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def keep_log() -> Iterator[None]:
-    """Put the package's log back as it was, wherever a command of the test sent it."""
+def fresh_log() -> None:
+    """Give each test the package's log as an import leaves it, wherever a command of a test or a fixture sent it."""
     log = logging.getLogger("hstu")
-    kept = log.handlers[:], log.propagate, log.level
-    yield
-    log.handlers, log.propagate, log.level = kept
+    log.handlers, log.propagate = [], True
+    log.setLevel(logging.NOTSET)

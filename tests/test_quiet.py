@@ -74,3 +74,20 @@ def test_calling_twice_adds_nothing():
     before = len(logging.getLogger("torch.fx._symbolic_trace").filters), len(warnings.filters)
     silence_known_notices()
     assert (len(logging.getLogger("torch.fx._symbolic_trace").filters), len(warnings.filters)) == before
+
+
+@pytest.fixture(scope="module")
+def a_command() -> None:
+    """What a run does to the log, in a fixture that stands before those of a test."""
+    log = logging.getLogger("hstu")
+    log.handlers, log.propagate = [logging.NullHandler()], False
+    log.setLevel(logging.ERROR)
+
+
+def test_no_test_meets_the_log_of_another_one_or_of_a_fixture(
+    a_command: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = logging.getLogger("hstu.quiet")
+    with caplog.at_level(logging.INFO):
+        log.info("heard")
+    assert caplog.messages == ["heard"] and logging.getLogger("hstu").handlers == []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 import time
 from pathlib import Path
@@ -156,7 +155,6 @@ def another_progress(path: Path) -> None:
 def test_a_damaged_latest_is_passed_over(
     copy: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, damage: Any
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("hstu"), "propagate", True)
     (file,) = (copy / step(6)).glob("*.safetensors")
     damage(file)
     assert find_checkpoint(copy, "latest") == (copy / step(5)).resolve()
@@ -176,7 +174,6 @@ def test_a_checkpoint_without_checksums_is_refused(copy: Path) -> None:
 def test_a_damaged_best_is_named_and_searched_anew(
     data: Path, copy: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("hstu"), "propagate", True)
     (file,) = (copy / "best").resolve().glob("*.safetensors")
     one_bit(file)
     with trainer(data, copy.parent, "ranking", *SIX) as run:

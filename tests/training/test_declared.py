@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -93,12 +91,8 @@ def runs(home: Path) -> dict[str, dict[str, float]]:
 
 
 @pytest.fixture(autouse=True)
-def in_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def in_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(home)
-    log = logging.getLogger("hstu")
-    kept = log.handlers[:], log.propagate, log.level
-    yield
-    log.handlers, log.propagate, log.level = kept
 
 
 @pytest.mark.parametrize("task", LINES)

@@ -181,7 +181,6 @@ def test_a_checkpoint_that_fails_while_a_run_fails_is_told(
 
     monkeypatch.setattr(Checkpointer, "__exit__", leaving)
     monkeypatch.setattr(Checkpointer, "_write", failing)
-    monkeypatch.setattr(logging.getLogger("hstu"), "propagate", True)
     stop_at(monkeypatch, 2)
     with trainer(data, tmp_path, "ranking", "TrainerArgs.ckpt_save_interval=2") as run_, pytest.raises(_Interrupted):
         run_.train()
@@ -293,7 +292,6 @@ def test_a_run_directory_that_is_removed_is_one_line(
 def test_lost_and_broken_records_are_told_when_a_run_goes_on(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("hstu"), "propagate", True)
     with trainer(data, tmp_path, "ranking", "TrainerArgs.max_train_iters=4") as run_:
         run_.train()
     metrics, told = tmp_path / "metrics.jsonl", []

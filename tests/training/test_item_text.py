@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -49,12 +47,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def in_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def in_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(home)
-    log = logging.getLogger("hstu")
-    kept = log.handlers[:], log.propagate, log.level
-    yield
-    log.handlers, log.propagate, log.level = kept
 
 
 def lines(home: Path, *more: str) -> tuple[str, ...]:
