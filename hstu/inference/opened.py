@@ -16,6 +16,7 @@ from hstu.parallel import Mesh
 from hstu.training.assembly import Assembly
 from hstu.training.checkpoint import Checkpointer
 from hstu.training.checkpoint_files import find_checkpoint, no_checkpoint
+from hstu.training.item_text import with_kept_model
 from hstu.training.run_data import find_dataset, open_dataset, recorded_task, require_vocabularies, trained_on
 from hstu.training.run_directory import RunDirectory
 from hstu.training.windows import last_window
@@ -97,6 +98,7 @@ def open_trained(run_dir: str | Path, choice: str, bindings: list[str], mesh: Me
     columns = trained_on(run).get("columns", {})
     dataset = open_dataset(find_dataset(config.dataset, run), mesh)
     require_vocabularies(checkpoint, dataset, mesh, resume=False)
+    config = with_kept_model(config, run.path)
     with torch.random.fork_rng():  # a checkpoint holds a random state, which the caller's is not to become
         assembly = Assembly(config, dataset, mesh)
         own = assembly.identity, assembly.vocabularies

@@ -17,7 +17,7 @@ from hstu.ops import Layout, Mask, lengths_to_offsets, positions_in_sequence, se
 Pooling = Literal["token", "mean"]
 
 _SAME = 3e-5  # share of the largest output that is rounding, over all layers of a model
-_TOKENIZERS = (
+TOKENIZERS = (
     "tokenizer.json",
     "tokenizer.model",
     "spiece.model",
@@ -25,6 +25,8 @@ _TOKENIZERS = (
     "vocab.txt",
     "vocab.json",
 )
+"""Files of which a tokenizer has one."""
+_PROBE = "The naïve café: 100% Größe, 東京 ☂ (no. 7)"  # letters of both cases, accents, signs and spaces
 _TEXTS_AT_ONCE = 10_000
 
 
@@ -171,8 +173,8 @@ class Tokenizer:
         except ImportError:
             raise ValueError("it needs the transformers library: pip install 'hstu[hf]'") from None
         folder = Path(path) if Path(path).is_dir() else Path(path).parent
-        if not any((folder / name).is_file() for name in _TOKENIZERS):  # the library makes up one then
-            raise ValueError(f"there is no tokenizer ({', '.join(_TOKENIZERS)}) in {folder}; save it there")
+        if not any((folder / name).is_file() for name in TOKENIZERS):  # the library makes up one then
+            raise ValueError(f"there is no tokenizer ({', '.join(TOKENIZERS)}) in {folder}; save it there")
         with one_line("has no tokenizer that can be read"):
             self._tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
 
@@ -180,6 +182,11 @@ class Tokenizer:
     def size(self) -> int:
         """Tokens that it gives."""
         return len(self._tokenizer)
+
+    def fingerprint(self) -> str:
+        """Return what tells this tokenizer from others."""
+        known = sorted(self._tokenizer.get_vocab().items()), self._tokenizer(_PROBE)["input_ids"]
+        return hashlib.sha256(repr(known).encode()).hexdigest()[:16]
 
     def __call__(self, texts: Sequence[str], max_tokens: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the tokens of texts, one after another, int32 [T], and how many each has, int64 [n].

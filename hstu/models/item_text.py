@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +21,8 @@ from hstu.layers.text_model import TextModel, Tokenizer
 if TYPE_CHECKING:
     from hstu.data.reader import SequenceDataset
 
+KEPT = "text_model.json"
+"""In a directory without weights that a run keeps of a language model: which model it is, and where it was."""
 _READ_AT_ONCE = 1 << 14  # texts of a catalogue
 
 
@@ -49,6 +52,8 @@ class ItemText(nn.Module):
     ) -> None:
         super().__init__()
         self.args, self.columns, self.dtype = args, columns, dtype
+        #: Of a directory that a run keeps: ``content`` of the model, and ``model``, where it was; else None.
+        self.kept: dict[str, str] | None = _kept(args)
         reader = make_text_model(args)
         #: The model that learns.
         self.model: TextModel | None = None
@@ -80,6 +85,7 @@ class ItemText(nn.Module):
         self._tokens, self._offsets = torch.empty(0, dtype=torch.int32), torch.zeros(1, dtype=torch.int64)
         self._numbers = torch.empty(0, dtype=torch.int64)  # those of ``numbers``, in host memory
         self._catalogue: Tensor | None = None
+        self._tokenizer = ""  # what tells it from others
 
     def train(self, mode: bool = True) -> ItemText:
         """Switch as any module; vectors of weights that may change are forgotten."""
@@ -106,6 +112,7 @@ class ItemText(nn.Module):
         if tokenizer.size > reader.vocab_size:
             raise args.error("model", f"its tokenizer has {tokenizer.size} tokens, the model {reader.vocab_size}: "
                              f"they do not belong together; save both in one directory")  # fmt: skip
+        self._tokenizer = tokenizer.fingerprint()
         number_of = {text: number for number, text in enumerate(dict.fromkeys(texts))}
         self._numbers = torch.tensor([number_of[text] for text in texts])
         self.numbers = self._numbers.to(self.numbers.device)
@@ -150,12 +157,15 @@ class ItemText(nn.Module):
         return int(self._offsets.diff()[texts].sum()) + texts.numel() * (self.args.pooling == "token")
 
     def content(self, *, of_run: bool) -> str:
-        """Return what tells these vectors from others; ``of_run``: whatever the texts, and what the model learns."""
-        args, reader = self.args, self.model or self.frozen[0]
-        frozen = self.model is None
-        own = (reader.fingerprint(weights=frozen), args.prompt, args.max_tokens, args.pooling, str(self.dtype))
-        digest = hashlib.sha256(repr(own).encode())
-        for values in () if of_run else (self._tokens, self._offsets):
+        """Return what tells these vectors from others; ``of_run``: whatever the texts, and what the model learns.
+
+        Texts are to be read before.
+        """
+        content = self._content() if self.kept is None else self.kept["content"]
+        if of_run:
+            return content
+        digest = hashlib.sha256(content.encode())
+        for values in (self._tokens, self._offsets):
             digest.update(values.numpy().tobytes())
         return digest.hexdigest()[:16]
 
@@ -171,6 +181,12 @@ class ItemText(nn.Module):
         self.mean.copy_(mean)
         self.deviation.copy_(deviation)
         self.frozen.clear()
+
+    def _content(self) -> str:
+        args, reader = self.args, self.model or self.frozen[0]
+        models = reader.fingerprint(weights=self.model is None), self._tokenizer
+        own = (*models, args.prompt, args.max_tokens, args.pooling, str(self.dtype))
+        return hashlib.sha256(repr(own).encode()).hexdigest()[:16]
 
     def _frozen_vectors(self, texts: Tensor) -> Tensor:
         with torch.no_grad():
@@ -218,13 +234,25 @@ def make_text_model(args: ItemTextArgs) -> TextModel:
         ConfigError: if there is none, or it does not fit.
     """
     assert args.model is not None
-    pretrained = args.init == "pretrained"
+    pretrained = args.init == "pretrained" and _kept(args) is None  # whose weights a checkpoint has, or nobody needs
     try:
         if not Path(args.model).exists():
             raise ValueError("there is no such directory; save a model and its tokenizer there, with save_pretrained")
         return TextModel(args.model, pooling=args.pooling, max_tokens=args.max_tokens, pretrained=pretrained)
     except ValueError as error:
         raise args.error("model", str(error)) from None
+
+
+def _kept(args: ItemTextArgs) -> dict[str, str] | None:
+    file = Path(args.model or "") / KEPT
+    if not file.is_file():
+        return None
+    try:
+        found: dict[str, str] = json.loads(file.read_bytes())
+        found["content"], found["model"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise args.error("model", f"{file} is damaged ({error!r}); name the directory of the model") from None
+    return found
 
 
 def make_item_text(config: Config, schema: Schema) -> ItemText:

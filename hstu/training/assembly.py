@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from hstu.parallel.balance import balance, sample_costs
 from hstu.training.checkpoint import model_identity
 from hstu.training.evaluate import Scorer, best_possible, decide_filter_seen, evaluate
 from hstu.training.hardware import on_device
-from hstu.training.item_text import make_vectors, starting_rows
+from hstu.training.item_text import keep_text_model, make_vectors, starting_rows
 from hstu.training.memory import require_memory
 from hstu.training.vocabularies import describe_vocabularies, embedded_features
 from hstu.training.watchdog import beat
@@ -136,6 +137,13 @@ class Assembly:
         tables.fill()
         tables.forget_cached_rows()
         tables.tables = tuple(replace(t, start=None) for t in tables.tables)
+
+    def keep_text_model(self, run: Path) -> None:
+        """Keep in the directory ``run`` what answers need of the language model of items, if there is one."""
+        text = None if self.model.item_encoder is None else self.model.item_encoder.text
+        content = self.text_content
+        if text is not None and content is not None:
+            self.mesh.on_main(lambda: keep_text_model(text, content, run))
 
     @cached_property
     def trained_items(self) -> torch.Tensor:

@@ -1,20 +1,24 @@
-"""Vectors of a frozen language model: each text is read once by one rank, and kept on disk beside the data set."""
+"""What is kept of language models: vectors of frozen ones beside the data set; in a run all but the weights."""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from hstu.config import Config
 from hstu.data.checksums import block_sums, find_damage
-from hstu.models.item_text import ItemText
+from hstu.layers.text_model import TOKENIZERS
+from hstu.models.item_text import KEPT, ItemText
 from hstu.parallel import Mesh
 from hstu.training.watchdog import beat
 
@@ -23,6 +27,8 @@ logger = logging.getLogger(__name__)
 _PREFIX = ".text-"  # of what is kept; behind it what tells its contents from others
 _ROWS = 4096  # texts read by a rank in one go; the same whatever the ranks, so that vectors are
 _MOMENTS = 1 << 16  # rows summed at once
+_FOLDER = "text_model"  # of a run
+_FILES = (*TOKENIZERS, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")
 
 
 def make_vectors(text: ItemText, folder: Path, mesh: Mesh) -> None:
@@ -32,10 +38,16 @@ def make_vectors(text: ItemText, folder: Path, mesh: Mesh) -> None:
         text: The texts, read.
         folder: The data set, on a disk that all ranks share.
         mesh: The ranks.
+
+    Raises:
+        ConfigError: if the model is gone, and there are no vectors of these texts.
     """
     content = mesh.on_main(lambda: text.content(of_run=False))
     path = folder / f"{_PREFIX}{content}.npy"
     problem = mesh.on_main(lambda: _problem(path, text))
+    if problem is not None and text.kept is not None:
+        there = f"{path} {problem}" if path.is_file() else f"there are no vectors of these texts ({path})"
+        raise replace(text.args, model=text.kept["model"]).error("model", f"is gone, and {there}; put it back")
     if problem is not None:
         if path.is_file():
             logger.warning("%s %s; it is made again", path, problem)
@@ -124,6 +136,52 @@ def _publish(partial: Path, path: Path) -> None:
     for file in (partial, sums):
         file.chmod(0o644)
     os.replace(partial, path)
+
+
+def keep_text_model(text: ItemText, content: str, run: Path) -> None:
+    """Keep in the directory of a run what it needs of its language model beside weights: configuration and tokenizer.
+
+    Args:
+        text: The texts.
+        content: Which model it is.
+        run: The directory.
+
+    Raises:
+        ValueError: if it cannot be written, or the model is one of which a run has kept this.
+    """
+    if text.kept is not None:
+        raise text.args.error("model", "a run keeps this without weights; name the directory of the model, which was "
+                              f"{text.kept['model']}")  # fmt: skip
+    assert text.args.model is not None
+    source, folder, partial = Path(text.args.model), run / _FOLDER, run / f".{_FOLDER}.partial"
+    config = source if source.is_file() else source / "config.json"
+    record = json.dumps({"content": content, "model": str(source.resolve())})
+    if (folder / KEPT).is_file() and (folder / KEPT).read_text() == record:
+        return
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        shutil.copyfile(config, partial / "config.json")
+        for file in (config.parent / name for name in _FILES):
+            if file.is_file():
+                shutil.copyfile(file, partial / file.name)
+        (partial / KEPT).write_text(record)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(partial, folder)
+    except OSError as error:
+        raise ValueError(f"{folder}: cannot be written ({error.strerror or error})") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def with_kept_model(config: Config, run: Path) -> Config:
+    """Return ``config`` for who only asks a run: with what it keeps of its language model, where that is gone."""
+    args, folder = config.item_text, run / _FOLDER
+    if not args.is_vector or Path(args.model or "").exists() or not (folder / KEPT).is_file():
+        return config
+    logger.info("ItemTextArgs.model = %r is gone: %s", args.model,
+                "vectors of its texts are kept" if args.freeze else "its weights are in the checkpoint")  # fmt: skip
+    return replace(config, item_text=replace(args, model=str(folder)))
 
 
 def _moments(vectors: np.ndarray) -> tuple[Tensor, Tensor]:

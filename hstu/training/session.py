@@ -17,6 +17,7 @@ from hstu.quiet import warn_only
 from hstu.training.card import write_card
 from hstu.training.checkpoint_files import find_checkpoint, no_checkpoint
 from hstu.training.init_from import find_source
+from hstu.training.item_text import with_kept_model
 from hstu.training.logging import check_loggers, format_metrics
 from hstu.training.run_data import (
     dataset_record,
@@ -205,7 +206,7 @@ def score(order: Order, mesh: Mesh, run: RunDirectory) -> None:
     problem = mesh.on_main(lambda: _problem(run)) if started else None
     if problem is not None:
         logger.warning("%s; the scores are only printed", problem)
-    trainer = Trainer(loaded.config, dataset, mesh, run)
+    trainer = Trainer(with_kept_model(loaded.config, run.path), dataset, mesh, run)
     for note in trainer.notes:
         logger.info("%s", note)
     records = trainer.evaluate(checkpoint)

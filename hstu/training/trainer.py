@@ -130,6 +130,7 @@ class Trainer:
             self.mesh.on_main(lambda: self.run.append({"kind": "init", "step": 0, **started_from}))
         here, record = self.dataset.vocabularies, self.checkpointer.vocabularies
         self.mesh.on_main(lambda: keep_vocabularies(here, record, self.run.path))
+        self.assembly.keep_text_model(self.run.path)
         seconds, stacks = self.config.trainer.hang_timeout_seconds, self.run.path / "stacks"
         self.mesh.on_main(lambda: keep_stacks(stacks))
         with (

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,6 +21,7 @@ from hstu.models.item_text import ItemText
 from hstu.parallel import Mesh
 from hstu.training.checkpoint_files import CheckpointError
 from hstu.training.plan import measure_demand
+from tests import launch
 from tests.tiny import BINDINGS
 from tests.toy_text import WORDS, save_model, text_dataset
 from tests.training.runs import losses, trainer
@@ -122,12 +125,16 @@ def test_another_model_behind_the_same_name_is_refused(home: Path, tmp_path: Pat
     with trainer(data(home), tmp_path / "run", "retrieval", *given, mesh=mesh) as run:
         run._save()
         run.checkpointer.wait()
-    save_model(tmp_path / "model", [*WORDS, "new"])
-    with (
-        trainer(data(home), tmp_path / "run", "retrieval", *given, mesh=mesh) as run,
-        pytest.raises(CheckpointError, match=r"is of another model: ItemTextArgs.model \(contents\)"),
-    ):
-        run.resume(tmp_path / "run" / "checkpoints" / "step_000000000")
+    for words in (
+        [*WORDS, "new"],
+        WORDS[::-1],
+    ):  # another shape; the same model, whose tokenizer numbers words otherwise
+        save_model(tmp_path / "model", words)
+        with (
+            trainer(data(home), tmp_path / "run", "retrieval", *given, mesh=mesh) as run,
+            pytest.raises(CheckpointError, match=r"is of another model: ItemTextArgs.model \(contents\)"),
+        ):
+            run.resume(tmp_path / "run" / "checkpoints" / "step_000000000")
 
 
 @pytest.mark.parametrize("kind", ["row_wise", "data_parallel"])
@@ -173,9 +180,10 @@ def fitted(home: Path, run_dir: Path, *, freeze: bool, **more: Any) -> hstu.Run:
 
 @pytest.mark.parametrize("freeze", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_run_answers_as_it_was_scored(home: Path, tmp_path: Path, freeze: bool) -> None:
-    """From a table of items with titles to predictions and vectors."""
+    """From a table of items with titles to predictions and vectors, which need no directory of the language model."""
+    shutil.copytree(home / "bert", tmp_path / "bert")
     more = {} if freeze else {"NetworkArgs.backbone": "hf:gpt2", "NetworkArgs.item_embedding": "categorical"}
-    run = fitted(home, tmp_path / "run", freeze=freeze, **more)
+    run = fitted(home, tmp_path / "run", freeze=freeze, **{"ItemTextArgs.model": str(tmp_path / "bert")} | more)
     assert run.config.network.item_embedding == ("both" if freeze else "categorical")
     assert run.evaluate("test")["metrics"] == pytest.approx(run.scores, abs=1e-12)
     flags = ["--run-dir", str(run.path), "--split", "test", "--top-k", "10", "--output", f"{tmp_path}/out.parquet"]
@@ -184,6 +192,21 @@ def test_a_run_answers_as_it_was_scored(home: Path, tmp_path: Path, freeze: bool
     assert run.scores["HR@10"] == found.filter(pl.col("item") == pl.col("target")).height / 40 > 0
     assert export.main(["--run-dir", str(run.path), "--output", str(tmp_path / "vectors")]) == 0
     assert pl.read_parquet(tmp_path / "vectors" / "items.parquet")["vector"].to_numpy().shape == (24, 16)
+    (tmp_path / "bert").rename(tmp_path / "elsewhere")
+    assert predict.main([*flags[:-1], f"{tmp_path}/again.parquet"]) == 0
+    assert pl.read_parquet(tmp_path / "again.parquet").equals(found)
+    given = ("--gin-config-file", str(run.path / "operative.gin"), "--run-dir", str(run.path), "--mode", "eval")
+    done = launch.entrypoint()("retrieval", *given, cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert json.loads((run.path / "eval.json").read_text())["metrics"] == run.scores
+    if freeze:
+        (vectors,) = run._opened.dataset.path.glob(".text-*.npy")
+        vectors.unlink()
+        with pytest.raises(ConfigError, match=rf"model = '{tmp_path}/bert': is gone, and there are no vectors"):
+            hstu.open_run(run.path).recommend()
+    else:
+        with pytest.raises(ConfigError, match="a run keeps this without weights; name the directory of the model"):
+            fitted(home, tmp_path / "other", freeze=freeze, **more | {"ItemTextArgs.model": f"{run.path}/text_model"})
 
 
 def test_items_without_texts_are_found_before_anything_is_trained(home: Path, tmp_path: Path) -> None:
