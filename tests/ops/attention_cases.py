@@ -192,5 +192,7 @@ def check(
         assert kernel[key].shape == truth.shape and kernel[key].dtype == dtype
         if truth.numel():
             factor = 2 if key == "out" else 3
-            allowed = factor * (plain[key].double() - truth).abs().max() + 1e-6 * truth.abs().max()
+            # The exact result has the error of one rounding as well; of zeros, the terms that cancel have it.
+            unit = torch.finfo(dtype).eps / 2 * (truth.abs().max() or 1.0)
+            allowed = factor * (plain[key].double() - truth).abs().max() + max(unit, 1e-6 * truth.abs().max())
             assert (kernel[key].double() - truth).abs().max() <= allowed, key

@@ -173,11 +173,13 @@ def reduce_bias(
             own = _load_times(tokens.time, j0 + tl.arange(0, COLUMNS), block)
             low, high = _bucket_range(asked, own, bias)
             seconds = tl.abs(asked[:, None] - _load_times(tokens.time, j0 + column, block))
-            above = tl.sum(tl.sum(ds, 1), 0)
+            # Each bucket by its own pairs: a difference of sums over the tile would have the error of the whole tile.
+            least = 0
             for bucket in range(low, high):
-                beyond = tl.sum(tl.sum(tl.where(seconds >= tl.load(bias.thresholds + bucket), ds, 0.0), 1), 0)
-                d_time += tl.where(lane == bucket, above - beyond, 0.0)
-                above = beyond
-            d_time += tl.where(lane == high, above, 0.0)
+                beyond = tl.load(bias.thresholds + bucket)
+                inside = (seconds >= least) & (seconds < beyond)
+                d_time += tl.where(lane == bucket, tl.sum(tl.sum(tl.where(inside, ds, 0.0), 1), 0), 0.0)
+                least = beyond
+            d_time += tl.where(lane == high, tl.sum(tl.sum(tl.where(seconds >= least, ds, 0.0), 1), 0), 0.0)
     if gradients.time is not None:
         _accumulate(gradients.time, lane, d_time, lane <= bias.num_buckets, unit)

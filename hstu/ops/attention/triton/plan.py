@@ -222,7 +222,8 @@ class Batch:
         order = own.keep("order", lambda: torch.argsort(own.lengths, descending=True))
         ends = own.keep(("ends", size), lambda: ((own.lengths[order] + (size - 1)) // size).cumsum(0))
         number = (self.q_total if by_rows else self.k_total) // size + own.num_samples
-        width = max(1, triton.cdiv(keys.longest, columns) if by_rows else triton.cdiv(layout.longest, rows))
+        # Two at least: Triton 3.6 loses a 1 that stands in a struct of a struct.
+        width = max(2, triton.cdiv(keys.longest, columns) if by_rows else triton.cdiv(layout.longest, rows))
         blocks = ends.new_empty(number, BLOCK_FIELDS, dtype=torch.int32)
         plan = Plan(blocks, ends.new_empty(number, width, dtype=torch.int32), width)
         layouts = Layouts(layout.offsets, keys.offsets, keys.num_context, keys.num_candidates, order, ends)
