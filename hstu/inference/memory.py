@@ -285,7 +285,7 @@ def _record(opened: Opened, blocks: MemoryBlocks, split: str) -> MemoryRecord:
         dtype_str=network.dtype_str,
         layers=network.num_layers,
         contexts=contexts,
-        tokens=contexts + int(blocks.tokens_before(blocks.num_stored)),
+        tokens=contexts + blocks.tokens_before(blocks.num_stored),
         key_shape=(heads, network.kv_channels),
         value_shape=(heads, network.value_channels or network.kv_channels),
     )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hstu.layers.tokens import Stream
-from hstu.ops import positions_in_sequence, sequence_ids
+from hstu.ops import host_to_device, positions_in_sequence, sequence_ids
 
 
 @dataclass(frozen=True)
@@ -45,15 +45,17 @@ class MemoryBlocks:
         """Blocks of a stored memory."""
         return self.offsets.index(self.compressed) + 1
 
-    def segments(self, numbers: Tensor) -> Tensor:
-        """Return how many blocks stand before the events of ``numbers``: their segment, int64 of that shape."""
-        offsets = torch.tensor(self.offsets, device=numbers.device)
-        return torch.searchsorted(offsets, numbers, right=True)
+    def tokens_before(self, segment: int) -> int:
+        """Return the memory tokens before ``segment``, which is the number of blocks that stand before it."""
+        return sum(self.sizes[:segment])
 
-    def tokens_before(self, segments: Tensor | int) -> Tensor:
-        """Return the memory tokens before ``segments``, int64 of that shape."""
-        ends = torch.tensor((0, *self.sizes)).cumsum(0)
-        return ends[segments] if isinstance(segments, int) else ends.to(segments.device)[segments]
+    def on(self, device: torch.device) -> BlocksOnDevice:
+        """Return where the blocks stand, in tensors on ``device``, which is not waited for."""
+        of_tokens = [block for block, size in enumerate(self.sizes) for _ in range(size)]
+        before = [self.tokens_before(segment) for segment in range(len(self.sizes) + 1)]
+        parts = self.offsets, before, of_tokens
+        numbers = host_to_device(torch.tensor([number for part in parts for number in part], dtype=torch.int64), device)
+        return BlocksOnDevice(*numbers.split([len(part) for part in parts]))
 
     def whole(self, events: Tensor, recent: Tensor | None) -> Part:
         """Return the part that has everything.
@@ -68,10 +70,24 @@ class MemoryBlocks:
             return Part(first=first, blocks=range(len(self.offsets)), asked=self.compressed + recent)
         return Part(first=self.history - events, blocks=range(len(self.offsets)))
 
-    def of_tokens(self, first: int, last: int, device: torch.device) -> Tensor:
-        """Return the block of each token of blocks ``first`` to ``last`` (exclusive), int64."""
-        blocks = [block for block in range(first, last) for _ in range(self.sizes[block])]
-        return torch.tensor(blocks, device=device, dtype=torch.int64)
+
+@dataclass(frozen=True)
+class BlocksOnDevice:
+    """Where the blocks stand, on the device of a batch.
+
+    Attributes:
+        offsets: [blocks] int64, as :class:`MemoryBlocks` has them.
+        before: [blocks + 1] int64, memory tokens before each segment.
+        of_tokens: [K] int64, the block of each token.
+    """
+
+    offsets: Tensor
+    before: Tensor
+    of_tokens: Tensor
+
+    def segments(self, numbers: Tensor) -> Tensor:
+        """Return how many blocks stand before the events of ``numbers``: their segment, int64 of that shape."""
+        return torch.searchsorted(self.offsets, numbers, right=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,20 +121,22 @@ class PlacedMemory:
     """
 
     def __init__(self, blocks: MemoryBlocks, part: Part, item_offsets: Tensor, events: int) -> None:
-        self.blocks, self.part = blocks, part
-        self.tokens_per_sample = sum(blocks.sizes[part.blocks.start : part.blocks.stop])
+        self.part, self.on_device = part, blocks.on(item_offsets.device)
+        #: Of all tokens, those of the part.
+        self.tokens = slice(blocks.tokens_before(part.blocks.start), blocks.tokens_before(part.blocks.stop))
+        self.tokens_per_sample = self.tokens.stop - self.tokens.start
         sequence = sequence_ids(item_offsets, events)
         # All candidates have one number, as they have one position.
         last = torch.full_like(part.first, blocks.history) if part.asked is None else part.asked
         number = part.first[sequence] + positions_in_sequence(item_offsets, events)
         self.number = torch.minimum(number, last[sequence])
-        self.segment = blocks.segments(self.number)
-        self.before, following = self._tokens_before(self.segment), blocks.segments(self.number + 1)
+        self.segment = self.on_device.segments(self.number)
+        self.before, following = self._tokens_before(self.segment), self.on_device.segments(self.number + 1)
         self._after = self._tokens_before(following) - self.before
 
     def _tokens_before(self, segments: Tensor) -> Tensor:
         here = segments.clamp(self.part.blocks.start, self.part.blocks.stop)
-        return self.blocks.tokens_before(here) - self.blocks.tokens_before(self.part.blocks.start)
+        return self.on_device.before[here] - self.tokens.start
 
     def put(self, stream: Stream, events: Tensor, before_events: Tensor) -> Stream:
         """Return ``stream``, which has room for the blocks, with memory, segments and positions.
@@ -128,20 +146,20 @@ class PlacedMemory:
             events: [T] int64, the last event at or before each token; any for one that has none.
             before_events: [T] bool, tokens before the first event of their sample.
         """
-        layout, part, blocks = stream.layout, self.part, self.blocks
+        layout, part, blocks = stream.layout, self.part, self.on_device
         device, total = layout.offsets.device, events.numel()
-        block = blocks.of_tokens(part.blocks.start, part.blocks.stop, device)
-        offset = torch.tensor(blocks.offsets, device=device)[block]
-        token = torch.arange(block.numel(), device=device) + blocks.tokens_before(part.blocks.start)
-        history = stream.tokens_per_event * (offset - part.first[:, None]).clamp(min=0)
+        block = blocks.of_tokens[self.tokens]
+        offset = blocks.offsets[block]
         in_part = torch.arange(block.numel(), device=device)
+        token = in_part + self.tokens.start
+        history = stream.tokens_per_event * (offset - part.first[:, None]).clamp(min=0)
         rows = (layout.offsets[:-1, None] + layout.context[:, None] + history + in_part).flatten()
 
         contexts = layout.context if part.context is None else layout.context + part.context
         place = positions_in_sequence(layout.offsets, total)
         segments, positions = torch.zeros_like(place), place
         if self.number.numel():
-            start = stream.tokens_per_event * self.number + blocks.tokens_before(self.segment) - stream.event_rows
+            start = stream.tokens_per_event * self.number + blocks.before[self.segment] - stream.event_rows
             owner = sequence_ids(layout.offsets, total)
             events = events.clamp(max=self.number.numel() - 1)
             of_event = contexts[owner] + start[events] + torch.arange(total, device=device)

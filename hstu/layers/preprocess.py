@@ -163,7 +163,8 @@ class Preprocess(nn.Module):
         places = {name: stream.places(stream.feature_rows[name]) for name in values}
         if stream.memory is not None and self.memory is not None:
             places[_MEMORY], token = stream.places(stream.memory[0]), stream.memory[1]
-            values[_MEMORY] = self.memory.to(values[self.item].dtype)[token[places[_MEMORY] >= 0]]
+            token = token if stream.local is None else token[places[_MEMORY] >= 0]
+            values[_MEMORY] = self.memory.to(values[self.item].dtype)[token]
         if stream.local is not None:
             places = {name: own[own >= 0] for name, own in places.items()}
         added = None if self.action is None or self.layout == "interleave" else values.pop(self.action)

@@ -135,7 +135,7 @@ def stored_layout(blocks: MemoryBlocks, contexts: int, times: Tensor) -> Layout:
     """
     (size, tokens), device = times.shape, times.device
     segments = torch.zeros(tokens, dtype=torch.int32, device=device)
-    segments[contexts:] = blocks.of_tokens(0, blocks.num_stored, device)
+    segments[contexts:] = blocks.on(device).of_tokens[: blocks.tokens_before(blocks.num_stored)]
     return Layout(
         torch.arange(size + 1, device=device) * tokens,
         max_seqlen=tokens,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hstu.data.reader import Histories
 from hstu.data.splits import Split
+from hstu.ops import host_to_device
 
 POOL_SIZE = 8192
 """Negatives of a larger catalogue are drawn from a pool of at most this many items, new for each step."""
@@ -96,9 +97,9 @@ class NegativeSampler:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         if self.strategy == "log_uniform":
             uniform = torch.rand(POOL_SIZE, generator=generator, dtype=torch.float64)
-            return self._log_uniform(_copied(uniform, labels.device))
+            return self._log_uniform(host_to_device(uniform, labels.device))
         drawn = torch.randint(self.num_items, (POOL_SIZE,), generator=generator)
-        return _copied(drawn.unique(), labels.device)
+        return host_to_device(drawn.unique(), labels.device)
 
     def drawable(self, pool: Tensor, step: int) -> int | Tensor:
         """Return how many of the ``pool`` of ``step``, from the first on, may be drawn from."""
@@ -114,8 +115,8 @@ class NegativeSampler:
             rows = torch.arange(self.num_rows)
             if self.num_rows > POOL_SIZE:
                 rows = torch.randint(self.num_rows, (POOL_SIZE,), generator=generator).unique()
-            others = _copied(torch.randint(self.num_items, rows.shape, generator=generator), device)
-            ids, number = self.holders(_copied(rows, device))
+            others = host_to_device(torch.randint(self.num_items, rows.shape, generator=generator), device)
+            ids, number = self.holders(host_to_device(rows, device))
             ids = ids[torch.arange(len(ids), device=device) % number.clamp(min=1)]
             pool = torch.where(number > 0, ids, others), torch.where(number > 0, number, len(ids))
             self._pools = {s: p for s, p in self._pools.items() if step - _UNDER_WAY < s < step} | {step: pool}
@@ -156,11 +157,6 @@ def _distinct_first(values: Tensor) -> Tensor:
     """Return the distinct ``values`` [n] in order, and ``_NOTHING`` behind them up to [n], so that no size is asked."""
     ordered = values.sort().values
     return torch.where(ordered.diff(prepend=ordered[:1] - 1) != 0, ordered, _NOTHING).sort().values
-
-
-def _copied(values: Tensor, device: torch.device) -> Tensor:
-    """Return ``values`` from host memory on ``device``, which is not waited for."""
-    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 def count_items(dataset: Histories, split: Split) -> Tensor:

@@ -73,7 +73,8 @@ class ReplacedRetrievalModel(MaskedRetrievalModel):
         """Return the logits that the items of events are not the true ones, and which local events these are, [e]."""
         events = torch.arange(request.batch.num_events, device=request.rows.device)
         rows = self.postprocess.rows(request.stream, events)
-        events, rows = events[rows >= 0], rows[rows >= 0]
+        if request.stream.local is not None:
+            events, rows = events[rows >= 0], rows[rows >= 0]
         vectors = RetrievalModel.token_vectors(self, embedded, request)  # nothing is hidden
         hidden = self.run(vectors, request.stream, rows, self.backbone)
         return self.discriminator(hidden).squeeze(1), events

@@ -14,6 +14,7 @@ from hstu.ops.jagged import (
 )
 from hstu.ops.layer import LayerOptions, LayerWeights, hstu_layer
 from hstu.ops.softmax import pool_cross_entropy
+from hstu.ops.transfer import host_to_device
 
 __all__ = [
     "Layout",
@@ -24,6 +25,7 @@ __all__ = [
     "add_positions",
     "concat_jagged",
     "debug_checks",
+    "host_to_device",
     "hstu_attention",
     "hstu_layer",
     "interleave_jagged",

@@ -13,13 +13,22 @@ from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torch import Tensor, nn
 from torchrec import EmbeddingCollection, EmbeddingConfig, JaggedTensor, KeyedJaggedTensor, optim
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
+from torchrec.distributed.embedding_sharding import BaseSparseFeaturesDist
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import PlannerError
-from torchrec.distributed.types import CacheParams, ModuleShardingPlan, ShardingEnv, ShardingPlan
+from torchrec.distributed.types import (
+    Awaitable,
+    CacheParams,
+    ModuleShardingPlan,
+    NoWait,
+    ShardingEnv,
+    ShardingPlan,
+)
 
 from hstu.config import ConfigError, EmbeddingArgs, OptimizerArgs
+from hstu.data.batch import keyed_features
 from hstu.models.embedding import Embeddings, EmbeddingTables, Table, table_named
 from hstu.parallel.fused_adam import adam_on_host
 from hstu.parallel.mesh import Mesh
@@ -145,12 +154,12 @@ class ShardedTables(Embeddings):
             features: Ids.
             ahead: Whether other batches are computed before this one.
         """
-        place, chosen = {name: index for index, name in enumerate(features.keys())}, {}
-        for width in self.collections:
-            # TorchRec fixes the order of features by the first batch and would not notice another one.
-            wanted = [place[name] for name in self._features[width]]
-            chosen[width] = features if wanted == list(range(len(place))) else features.permute(wanted)
-        return chosen
+        names, sizes = features.keys(), features.length_per_key()
+        # TorchRec fixes the order of features by the first batch and would not notice another one.
+        return {
+            width: features if wanted == names else _chosen(features, sizes, [names.index(name) for name in wanted])
+            for width, wanted in self._features.items()
+        }
 
     def hold(self, rows: dict[str, Tensor]) -> HeldRows:
         """Return ``rows``, as they were found, cut off from the sharded tables until these are to step."""
@@ -174,6 +183,29 @@ class ShardedTables(Embeddings):
                     weights = table.initial_rows(row, row + rows)
                     stored = nn.functional.pad(weights, (0, _stored_width(table) - table.width))
                     shard.tensor.copy_(stored[:, column : column + columns])
+
+
+class _AlreadyHere(BaseSparseFeaturesDist[KeyedJaggedTensor]):
+    """Sends ids to the shards of a rank that has all of them: nothing is sent, and nothing asked of the device.
+
+    TorchRec's own modules sort, count and list the ids on the way, which a rank alone waits for and then lets lie.
+    """
+
+    def forward(self, sparse_features: KeyedJaggedTensor) -> Awaitable[Awaitable[KeyedJaggedTensor]]:
+        """Return ``sparse_features``."""
+        return NoWait(NoWait(sparse_features))
+
+
+def _chosen(features: KeyedJaggedTensor, sizes: list[int], wanted: list[int]) -> KeyedJaggedTensor:
+    """Return the ``wanted`` of ``features``, by number; ``KeyedJaggedTensor.permute`` copies these to the device."""
+    names, lengths = features.keys(), features.lengths().view(len(sizes), -1).unbind(0)
+    values = features.values().split(sizes)
+    return keyed_features(
+        [names[i] for i in wanted],
+        torch.cat([values[i] for i in wanted]),
+        torch.cat([lengths[i] for i in wanted]),
+        [sizes[i] for i in wanted],
+    )
 
 
 def _topology(mesh: Mesh) -> Topology:
@@ -270,7 +302,7 @@ def _shard(
     collection: EmbeddingCollection, sharder: EmbeddingCollectionSharder, plan: ModuleShardingPlan, mesh: Mesh
 ) -> DistributedModelParallel:
     with adam_on_host():
-        return DistributedModelParallel(
+        sharded = DistributedModelParallel(
             collection,
             env=ShardingEnv.from_process_group(torch.distributed.group.WORLD),
             device=mesh.device,
@@ -278,3 +310,6 @@ def _shard(
             sharders=[sharder],
             init_data_parallel=False,
         )
+    for sharding in sharded.module._sharding_type_to_sharding.values() if mesh.world_size == 1 else ():
+        sharding.create_input_dist = lambda device=None: _AlreadyHere()
+    return sharded

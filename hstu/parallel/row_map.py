@@ -330,13 +330,15 @@ class RowHistory:
 
     def note(self, step: int, places: Tensor, evicted: Tensor) -> None:
         """Take down that ``places`` [n] were trained in ``step``, and that ``evicted`` [m] lost their rows."""
-        self.steps[places] = step
+        # Numbers that are assigned are first copied to the device; numbers to fill with are not.
+        self.steps.index_fill_(0, places, step)
         part = (part_of(evicted) - self.parts.start) // self.parts.step
         part, order = torch.where(evicted < BLOCKED, part, len(self.parts)).sort(stable=True)
         index = torch.arange(len(part), device=part.device)
         number = self.evictions[part] + index - torch.where(_starts(part), index, 0).cummax(0).values
         where = (part * self.length + number % self.length).clamp(max=len(self.evicted) - 1)
-        self.evicted[where], self.evicted_steps[where] = evicted[order], step
+        self.evicted[where] = evicted[order]
+        self.evicted_steps.index_fill_(0, where, step)
         self.evictions.index_add_(0, part, torch.ones_like(part))
 
     def evicted_since(self, number: int, step: int) -> Tensor:

@@ -17,16 +17,18 @@ import torch
 from hstu.config import Config
 from hstu.data import SequenceDataset
 from hstu.data.loader import BatchLoader
+from hstu.data.seen import met_categories, trained_items
 from hstu.data.splits import leave_one_out
 from hstu.models import build_model, make_collator
 from hstu.models.negatives import count_items
 from hstu.parallel import Mesh
 from hstu.training.step import Stepper
 from tests.launch import ROOT, run, torchrun_command
-from tests.parallel.cases import CASES, DECLARED, IN_BATCH, MEMORY, PIPELINED, SPLITS, TASKS, Case, config_of, dynamic
+from tests.parallel.cases import CASES, SPLITS, WAITLESS, config_of
 from tests.parallel.worker import train, train_plain
 from tests.samples import declared_features, make_dataset
 from tests.tiny import write_tiny
+from tests.toy_text import WORDS, save_model, text_dataset
 from tests.training.runs import trainer
 
 
@@ -57,27 +59,6 @@ FEATURES = (
 )
 CHOSEN = {name: CASES[name] for name in CASES} | {name: SPLITS[name] for name in FEATURES}
 RANDOM = ("tensor-ranking-concat",)  # dropout draws other numbers on another device
-RESEARCH = ("NetworkArgs.preset='research'",)
-BFLOAT16 = ("NetworkArgs.dtype_str='bfloat16'", "NetworkArgs.residual_dtype_str='bfloat16'")
-#: Sets of items are left out: how many ids they hold only the device knows.
-NO_SETS = ("FeatureArgs.item_features=('brand', 'weight', 'image')",)
-WAITLESS: dict[str, Case] = {
-    name: Case(name, task, bindings, data)  # type: ignore[arg-type]
-    for name, task, bindings, data in (
-        ("ranking", "ranking", BFLOAT16, "even"),
-        ("retrieval", "retrieval", (*BFLOAT16, *RESEARCH), "even"),
-        ("pipelined", "retrieval", (*PIPELINED, *BFLOAT16), "even"),
-        ("clipped", "ranking", ("OptimizerArgs.clip_grad=0.05",), "even"),
-        ("in batch", "retrieval", IN_BATCH, "even"),
-        ("one negative", "retrieval", ("RetrievalArgs.loss='bce'", "RetrievalArgs.num_negatives=1"), "even"),
-        ("mixture", "retrieval", ("RetrievalArgs.similarity='mol'",), "even"),
-        ("masked", "retrieval", ("NetworkArgs.backbone='bert'", "NetworkArgs.kv_channels=8"), "even"),
-        ("memory", "ranking", (*MEMORY, *RESEARCH), "even"),
-        ("declared", "ranking", (*DECLARED, *TASKS, *NO_SETS), "declared"),
-        ("dynamic", "ranking", dynamic(item_id=67), "even"),
-        ("dynamic pipelined", "retrieval", (*dynamic("lfu", item_id=100), *PIPELINED), "even"),
-    )
-}
 
 
 def spread(names: Any, what: str, parts: int) -> list[Any]:
@@ -92,7 +73,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     write_tiny(root / "short" / "synthetic", num_users=65)
     lengths = np.random.default_rng(0).integers(2, 16, size=80)
     make_dataset(root / "declared" / "synthetic", lengths.tolist(), num_actions=2, declared=declared_features())
-    return {name: root / name / "synthetic" for name in ("even", "short", "declared")}
+    text_dataset(root / "text" / "synthetic", lengths.tolist(), num_actions=2)
+    return {name: root / name / "synthetic" for name in ("even", "short", "declared", "text")}
 
 
 def first_loss(config: Config, dataset: SequenceDataset, mesh: Mesh) -> float:
@@ -101,20 +83,28 @@ def first_loss(config: Config, dataset: SequenceDataset, mesh: Mesh) -> float:
 
     assembly = Assembly(config, dataset, mesh)
     model = build_model(config, dataset.schema, allocate_tables=True)
-    if model.item_encoder is not None and assembly.model.item_encoder is not None:
-        for name, values in assembly.model.item_encoder.named_buffers():
-            model.item_encoder.get_buffer(name).copy_(values.cpu())
+    loader = assembly.loaders["train"]
+    if model.item_encoder is not None:
+        model.item_encoder.read(dataset, met_categories(dataset, trained_items(dataset, loader.split, loader.collate)))
+        theirs = assembly.model.item_encoder and assembly.model.item_encoder.text
+        if theirs is not None and theirs.vectors is not None:  # which a frozen model has made of the texts
+            model.item_encoder.text.give(theirs.vectors, theirs.mean.cpu(), theirs.deviation.cpu())
     if config.retrieval is not None:
-        split = assembly.loaders["train"].split
-        model.sampler.set_counts(count_items(dataset, split))  # type: ignore[union-attr]
-    batch = next(iter(assembly.loaders["train"].epoch(0, 0)))
+        model.sampler.set_counts(count_items(dataset, loader.split))  # type: ignore[union-attr]
+    batch = next(iter(loader.epoch(0, 0)))
     loss = model(batch)
     return float(loss.total) / loss.count
 
 
 @pytest.mark.parametrize("name", spread(CHOSEN, "losses", 9))
-def test_losses_of_the_first_steps(name: str, data: dict[str, Path]) -> None:
+def test_losses_of_the_first_steps(
+    name: str, data: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     case = replace(CHOSEN[name], steps=STEPS)
+    if case.data == "text":  # whose model is a folder where the run is started
+        pytest.importorskip("transformers")
+        save_model(tmp_path / "bert", WORDS)
+        monkeypatch.chdir(tmp_path)
     config, dataset = config_of(case, 1), SequenceDataset.open(data[case.data])
     with Mesh.create() as mesh:
         assert mesh.device.type == "cuda"

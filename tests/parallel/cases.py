@@ -366,3 +366,27 @@ def config_of(case: Case, world_size: int) -> Config:
         ]
     bindings.append(f"TrainerArgs.train_batch_size={case.global_batch // data_ranks // micro_batches}")
     return load_config(case.task, [], bindings).config  # type: ignore[arg-type]
+
+
+BFLOAT16 = ("NetworkArgs.dtype_str='bfloat16'", "NetworkArgs.residual_dtype_str='bfloat16'")
+#: Sets of items are left out: how many ids they hold only the device knows.
+NO_SETS = ("FeatureArgs.item_features=('brand', 'weight', 'image')",)
+# For one rank on a GPU, whose host waits for nothing in a step.
+WAITLESS = {
+    case.name: case
+    for case in (
+        Case("ranking", "ranking", BFLOAT16),
+        Case("retrieval", "retrieval", (*BFLOAT16, "NetworkArgs.preset='research'")),
+        Case("pipelined", "retrieval", (*PIPELINED, *BFLOAT16)),
+        Case("clipped", "ranking", ("OptimizerArgs.clip_grad=0.05",)),
+        Case("in-batch", "retrieval", IN_BATCH),
+        Case("one-negative", "retrieval", ("RetrievalArgs.loss='bce'", "RetrievalArgs.num_negatives=1")),
+        Case("mixture", "retrieval", ("RetrievalArgs.similarity='mol'",)),
+        Case("masked", "retrieval", BERT),
+        Case("replaced", "retrieval", (*BERT, *REPLACED)),
+        Case("memory", "ranking", (*MEMORY, "NetworkArgs.preset='research'")),
+        Case("declared", "ranking", (*DECLARED, *TASKS, *NO_SETS), "declared"),
+        Case("dynamic", "ranking", dynamic(item_id=67)),
+        Case("dynamic-pipelined", "retrieval", (*dynamic("lfu", item_id=100), *PIPELINED)),
+    )
+}

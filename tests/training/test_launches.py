@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from hstu.training import step
-from tests.training.launches import Counted, counted
+from tests.parallel.cases import WAITLESS, Case
+from tests.samples import declared_features, make_dataset
+from tests.training.launches import Asked, Counted, counted
 from tests.training.runs import trainer
 
 pytest.importorskip("triton")
@@ -28,15 +33,47 @@ ML_100K = (
 #: MOST is what this step may launch beside the tables; docs/speed.md says of what it consists. An operator costs the
 #: host some 6 us and a call of a function 0.2 us: with these bounds below 3 ms in all.
 MOST, MOST_OPERATORS, MOST_CALLS = 250, 420, 1050
-BCE = ("RetrievalArgs.loss='bce'", "RetrievalArgs.num_negatives=1")
-IN_BATCH = ("RetrievalArgs.num_negatives=-1", "RetrievalArgs.sampling_strategy='in_batch'")
-CASES: dict[str, tuple[str, ...]] = {
-    "ml-100k": ("retrieval", *ML_100K),
-    "ranking": ("ranking", "OptimizerArgs.clip_grad=0.5"),
-    "in batch": ("retrieval", *IN_BATCH),
-    "one negative": ("retrieval", *BCE),
+CASES = WAITLESS | {"ml-100k": Case("ml-100k", "retrieval", ML_100K)}
+QUICK = ("ml-100k", "clipped", "declared", "dynamic-pipelined")
+ROWS = torch.tensor([1, 0])
+#: What a host waits for, if the tensor is on a device.
+WAITS: dict[str, Callable[[Tensor], object]] = {
+    "_local_scalar_dense": lambda x: int(x[0]),
+    "tolist": lambda x: x.tolist(),
+    "cpu": lambda x: x.cpu(),
+    "numpy": lambda x: x.numpy(),
+    "nonzero": lambda x: x.nonzero(),
+    "_unique2": lambda x: x.unique(),
+    "bincount": lambda x: x.bincount(),
+    "masked_select": lambda x: x.masked_select(x > 0),
+    "repeat_interleave": lambda x: torch.arange(2).repeat_interleave(x),
+    "index": lambda x: x[x > 0],
+    "index_put_": lambda x: x.index_put_((x > 0,), ROWS),
+    "index_put": lambda x: x.__setitem__(ROWS, 0),
+    "tensor": lambda x: torch.tensor([0, 1], device=x.device),
+    "to": lambda x: torch.tensor([0, 1]).to(x.device),
 }
-SLOW = ("in batch", "one negative")
+#: What it does not wait for.
+WAITLESS_CALLS: tuple[Callable[[Tensor], object], ...] = (
+    lambda x: x[0],
+    lambda x: x[ROWS],
+    lambda x: x.__setitem__(0, 0),
+    lambda x: x.__setitem__(x > 0, 0),
+    lambda x: x.__setitem__(ROWS, x.clone()),
+    lambda x: x.index_fill_(0, ROWS, 0),
+    lambda x: torch.arange(2).repeat_interleave(x, output_size=5),
+    lambda x: x.repeat_interleave(2),
+    lambda x: torch.tensor([0, 1]).to(x.device, non_blocking=True),
+    lambda x: x.to(torch.int32),
+)
+
+
+@pytest.fixture(scope="module")
+def declared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    lengths = np.random.default_rng(0).integers(2, 16, size=80)
+    path = tmp_path_factory.mktemp("launches") / "synthetic"
+    make_dataset(path, lengths.tolist(), num_actions=2, declared=declared_features())
+    return path
 
 
 def second_step(data: Path, path: Path, task: str, *bindings: str) -> Counted:
@@ -52,9 +89,12 @@ def second_step(data: Path, path: Path, task: str, *bindings: str) -> Counted:
     return count
 
 
-@pytest.mark.parametrize("name", ["ml-100k", "ranking", *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW)])
-def test_launches_and_waits_of_a_step(name: str, data: Path, tmp_path: Path) -> None:
-    count = second_step(data, tmp_path, *CASES[name])
+@pytest.mark.parametrize(
+    "name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in sorted({*CASES} - {*QUICK}))]
+)
+def test_launches_and_waits_of_a_step(name: str, data: Path, declared: Path, tmp_path: Path) -> None:
+    case = CASES[name]
+    count = second_step(declared if case.data == "declared" else data, tmp_path, case.task, *case.bindings)
     assert not count.waits
     assert count.lookups == 1, "rows of batch and pool are asked for together"
     # By rows and by columns, for two layers forward and backward.
@@ -63,6 +103,20 @@ def test_launches_and_waits_of_a_step(name: str, data: Path, tmp_path: Path) -> 
         found = sum(count.launches.values()), count.operators, count.calls
         assert found[0] <= MOST, (found, count.places.most_common(20))
         assert found[1] <= MOST_OPERATORS and found[2] <= MOST_CALLS, found
+
+
+@pytest.mark.parametrize("name", WAITS)
+def test_each_kind_of_wait_is_found(name: str) -> None:
+    with Counted() as count, Asked(count):
+        WAITS[name](torch.tensor([2, 3]))
+    assert [wait.split()[0] for wait in count.waits] == [name]
+
+
+def test_what_needs_no_wait_is_none() -> None:
+    with Counted() as count, Asked(count):
+        for call in WAITLESS_CALLS:
+            call(torch.tensor([2, 3]))
+    assert not count.waits
 
 
 def test_a_wait_is_found(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
