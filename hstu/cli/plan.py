@@ -9,10 +9,17 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hstu.cli.flags import Parser, add_import_flag, import_modules, underscore_flags
-from hstu.config import ConfigError, load_config, task_of
+from hstu.config import Config, ConfigError, load_config, task_of
+
+if TYPE_CHECKING:
+    from hstu.data.batch import Batch
+    from hstu.data.reader import SequenceDataset
+    from hstu.training.hardware import Gpu
 
 _SHOWN = 8
 
@@ -29,6 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--gpus_per_node", type=int, default=8)
     parser.add_argument("--gpu", choices=["h100", "h200", "b200"], default="h100")
+    parser.add_argument("--longest", action="store_true", help="how long a sequence fits, by NetworkArgs.recompute")
     parser.add_argument("--efficiency", type=float, default=0.4, help="share of the peak that arithmetic reaches")
     args = parser.parse_args(underscore_flags(sys.argv[1:] if argv is None else argv))
     try:
@@ -63,7 +71,12 @@ def plan(args: argparse.Namespace) -> int:
     split, size = make_splits(config.dataset, dataset, config.recent_targets)["train"], config.trainer.train_batch_size
     collate = make_collator(config, dataset.schema)
     loader = BatchLoader(dataset=dataset, split=split, collate=collate, batch_size=size, shuffle=True)
-    demand, gpu = measure_demand(config, dataset, next(loader.epoch(0))), GPUS[args.gpu]
+    batch, gpu = next(loader.epoch(0)), GPUS[args.gpu]
+    if args.longest:
+        few = next(replace(loader, batch_size=max(1, size // 4)).epoch(0))
+        print(longest_table(config, dataset, (few, batch), gpu, args))
+        return 0
+    demand = measure_demand(config, dataset, batch)
     plans = make_plans(config, demand, gpu, args.nodes, args.gpus_per_node, args.efficiency)
     rows = sum(table.rows for table in demand.tables)
     print(
@@ -92,6 +105,33 @@ def plan(args: argparse.Namespace) -> int:
         f"TensorModelParallelArgs.sequence_parallel={best.tensor > 1}, which leaves {best.data} data rank(s)"
     )
     return 0
+
+
+def longest_table(
+    config: Config, dataset: SequenceDataset, batches: tuple[Batch, Batch], gpu: Gpu, args: argparse.Namespace
+) -> str:
+    """Return the longest sequence of a data rank by what is computed again, and by context ranks.
+
+    Raises:
+        ConfigError: if the ``batches``, a small one and a larger one, have as many tokens.
+    """
+    from hstu.training.plan import longest_sequence, measure_demand
+
+    lines = [f"tokens of one sequence that fit into {args.gpu} GPUs ({gpu.memory / 1e9:.0f} GB), thousands"]
+    for recompute in ("none", "selective", "full"):
+        try:
+            chosen = replace(config, network=replace(config.network, recompute=recompute))
+            few, many = (measure_demand(chosen, dataset, batch) for batch in batches)
+        except ConfigError as error:
+            lines.append(f"{recompute:10} {error}")
+            continue
+        if few.tokens >= many.tokens:
+            raise ConfigError("--longest", "compares batches of two sizes: TrainerArgs.train_batch_size must be larger")
+        each, found = longest_sequence(chosen, few, many, gpu, args.nodes, args.gpus_per_node)
+        if len(lines) == 1:
+            lines.append("recompute  bytes a token |" + "".join(f" ctx {context:<5}" for context in found))
+        lines.append(f"{recompute:10} {each:13,.0f} |" + "".join(f" {tokens / 1e3:9,.0f}" for tokens in found.values()))
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -81,6 +81,8 @@ class HSTULayer(nn.Module):
         self.config = config
         #: ``parallelize`` may exchange it for one that spans ranks.
         self.attention: Callable[..., Tensor] = hstu_attention
+        #: Whether one operation does the layer on a CPU as it does on a GPU.
+        self.fused = False
         qk, v = config.num_heads * config.qk_channels, config.num_heads * config.value_channels
         self.splits = [v, v, qk, qk]
         self.uvqk = nn.Linear(config.hidden_size, sum(self.splits), bias=config.projection_bias)
@@ -137,7 +139,7 @@ class HSTULayer(nn.Module):
         assert whole or not recomputes
         if torch.compiler.is_exporting():  # plain operations alone
             return False
-        return whole and (recomputes or (x.is_cuda and config.backend != "reference"))
+        return whole and (recomputes or ((x.is_cuda or self.fused) and config.backend != "reference"))
 
     def _fused(self, x: Tensor, tokens: Tokens) -> Tensor:
         config, device = self.config, x.device.type

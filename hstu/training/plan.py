@@ -3,8 +3,8 @@
 Per GPU, with world = data x context x tensor ranks, and rates from the data sheets:
 
 - memory: weights and gradients of 4 bytes (backbone matrices over the tensor ranks), moments, tables and their moments
-  as TorchRec's planner puts them, and activations: what one pass over a real batch keeps for its backward pass,
-  measured here and divided by context and tensor ranks (which split tokens too, by sequence parallelism);
+  as TorchRec's planner puts them, and activations: the most that a forward and backward pass over a real batch has at
+  once, measured here and divided by context and tensor ranks (which split tokens too, by sequence parallelism);
 - arithmetic: counted operations at ``efficiency`` of the peak;
 - memory traffic: moments once, weights once and activations three times a batch;
 - tables: rows of the looked-up ids, out and back; dense gradients: a ring all-reduce; context: keys and values to the
@@ -20,16 +20,20 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import finalize
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torchrec import KeyedJaggedTensor
 from torchrec.distributed.planner import Topology
 
 from hstu.config import Config, ConfigError, ContextParallelArgs, TensorModelParallelArgs
 from hstu.data.batch import Batch
 from hstu.data.reader import SequenceDataset
+from hstu.layers.hstu import HSTULayer
 from hstu.models import RankingModel, RetrievalModel, build_model
 from hstu.models.embedding import Embeddings, Table
 from hstu.parallel.embedding import place
@@ -37,6 +41,7 @@ from hstu.training.batch_flops import batch_flops, matrix_elements
 from hstu.training.hardware import Gpu
 
 _FLOAT = 4
+_USED = 0.9  # of a GPU's memory: the rest is for what no plan counts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +52,7 @@ class Demand:
         dense: Elements of the dense weights, replicated tables among them.
         backbone: Those of them that tensor ranks share.
         tables: The sharded tables.
-        activations: Bytes kept for the backward pass.
+        activations: Most bytes of a forward and backward pass at once.
         flops: Operations of a forward and backward pass.
         tokens: Tokens of the stream.
         lookups: Bytes of the rows looked up.
@@ -104,8 +109,11 @@ class _Blank(Embeddings):
 
 
 def measure_demand(config: Config, dataset: SequenceDataset, batch: Batch) -> Demand:
-    """Build the model without its tables, and pass ``batch`` of one data rank through it."""
+    """Build the model without its tables, and pass ``batch`` of one data rank through it, in the form for GPUs."""
     model = build_model(config, dataset.schema, allocate_tables=False)
+    for layer in model.modules():
+        if isinstance(layer, HSTULayer):
+            layer.fused = True
     if model.item_encoder is not None:
         model.item_encoder.read(dataset)
     every = model.embeddings.tables
@@ -118,42 +126,58 @@ def measure_demand(config: Config, dataset: SequenceDataset, batch: Batch) -> De
         dense=sum(p.numel() for p in model.parameters()) + replicated,
         backbone=matrix_elements(model.backbone),
         tables=tables,
-        activations=kept_for_backward(model, batch),
+        activations=activation_bytes(model, batch),
         flops=batch_flops(model, config, model.training_batch(batch)),
         tokens=model.num_tokens(batch),
         lookups=sum(count * widths.get(name, 0) for name, count in sizes.items()) * _FLOAT,
     )
 
 
-def kept_for_backward(model: RankingModel | RetrievalModel, batch: Batch) -> int:
-    """Return the bytes of the tensors, weights aside, that a forward pass over ``batch`` keeps.
+def activation_bytes(model: RankingModel | RetrievalModel, batch: Batch) -> int:
+    """Return the most bytes that a forward and backward pass over ``batch`` has at once, weights and their sums aside.
 
-    Where the backward pass computes layers again, what one layer keeps for a while is among them.
+    What operators allocate for themselves alone is not seen, nor counted what stays: buffers that a CPU uses again.
+    Gradients of weights are added up and gone, as in training.
     """
-    stack: Any = model.backbone
-    size = _kept(model, batch)
-    if not getattr(stack, "recompute", False):
-        return size
-    stack.recompute = False
-    whole = _kept(model, batch)
-    stack.recompute = True
-    return size + (whole - size) // len(stack.layers)
+    weights = [p for p in model.parameters() if p.requires_grad]
+    hooks = [weight.register_post_accumulate_grad_hook(_forget) for weight in weights]
+    with _Live() as live:
+        model(batch).total.backward()
+    for hook in hooks:
+        hook.remove()
+    return live.most - live.now
 
 
-def _kept(model: RankingModel | RetrievalModel, batch: Batch) -> int:
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, Tensor] = {}
+def _forget(weight: Tensor) -> None:
+    weight.grad = None
 
-    def keep(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage().data_ptr() not in weights:
-            kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = model(batch)
-    size = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-    assert loss.total.requires_grad
-    return size
+class _Live(TorchDispatchMode):
+    """Follows the bytes of the tensors that operators make, from the first to the last who has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        before = {id(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        for tensor in tree_leaves(found):
+            if isinstance(tensor, Tensor) and id(storage := tensor.untyped_storage()) not in before:
+                self._meet(storage)
+        return found
+
+    def _meet(self, storage: torch.UntypedStorage) -> None:
+        if id(storage) not in self._known:
+            self._known.add(id(storage))
+            self.now += storage.nbytes()
+            self.most = max(self.most, self.now)
+            finalize(storage, self._leave, id(storage), storage.nbytes())
+
+    def _leave(self, key: int, size: int) -> None:
+        self._known.remove(key)
+        self.now -= size
 
 
 def make_plans(config: Config, demand: Demand, gpu: Gpu, nodes: int, per_node: int, efficiency: float) -> list[Plan]:
@@ -177,7 +201,22 @@ def make_plans(config: Config, demand: Demand, gpu: Gpu, nodes: int, per_node: i
 
 def fits(plan: Plan, gpu: Gpu) -> bool:
     """Return whether a plan leaves a tenth of the memory for what it does not count."""
-    return plan.memory <= 0.9 * gpu.memory
+    return plan.memory <= _USED * gpu.memory
+
+
+def longest_sequence(
+    config: Config, few: Demand, many: Demand, gpu: Gpu, nodes: int, per_node: int
+) -> tuple[float, dict[int, float]]:
+    """Return the bytes of a token, and by context ranks how many tokens a sequence may have, alone on its data rank.
+
+    Tables, weights and what batches of ``few`` and of ``many`` tokens have in common stay as they are; zero tokens
+    where these do not fit.
+    """
+    each = (many.activations - few.activations) / max(1, many.tokens - few.tokens)
+    fixed = max(0.0, many.activations - each * many.tokens)
+    plans = sorted(make_plans(config, many, gpu, nodes, per_node, 1.0), key=lambda plan: plan.context)
+    free = {p.context: _USED * gpu.memory - p.dense_memory - p.table_memory - fixed for p in plans if p.tensor == 1}
+    return each, {context: max(0.0, size) * context / each for context, size in free.items()}
 
 
 def table_memory(config: Config, tables: tuple[Table, ...], gpu: Gpu, nodes: int, per_node: int) -> float:

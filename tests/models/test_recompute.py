@@ -11,7 +11,8 @@ from torch import Tensor
 
 from hstu.config import ConfigError
 from hstu.data import SequenceDataset
-from hstu.training.plan import kept_for_backward
+from hstu.layers.hstu import HSTULayer
+from hstu.training.plan import activation_bytes
 from tests.models.test_models import batch_of, build
 from tests.samples import make_config, make_dataset
 
@@ -44,7 +45,7 @@ def results(dataset: SequenceDataset, recompute: str, *lines: str) -> tuple[dict
     loss.total.backward()
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     counted = runs[:]
-    return {"loss": loss.total.detach()} | found, kept_for_backward(model, batch), counted
+    return {"loss": loss.total.detach()} | found, activation_bytes(model, batch), counted
 
 
 @pytest.mark.parametrize("backbone, recompute", CHOICES)
@@ -57,6 +58,14 @@ def test_the_same_with_dropout(dataset: SequenceDataset, backbone: str, recomput
         assert all(torch.equal(found[name], x) for name, x in wanted.items())
     else:  # the fused layer draws other dropout
         assert torch.isfinite(found["loss"])
+
+
+def test_one_operation_as_on_a_gpu_can_be_computed_again(
+    dataset: SequenceDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(HSTULayer, "_is_fused", lambda *_: True)
+    (wanted, kept, _), (found, less, _) = results(dataset, "none"), results(dataset, "full")
+    assert less < kept and all(torch.equal(found[name], x) for name, x in wanted.items())
 
 
 def test_selective_is_the_fused_layer_of_the_three_switches(dataset: SequenceDataset) -> None:
@@ -84,6 +93,6 @@ def test_what_is_kept_does_not_grow_with_layers(dataset: SequenceDataset, tmp_pa
     for layers in (2, 6):
         config = make_config("retrieval", f"NetworkArgs.num_layers={layers}", "NetworkArgs.recompute='full'")
         model, batch = build(dataset, config), batch_of(dataset, config)
-        sizes[layers] = kept_for_backward(model, batch)
+        sizes[layers] = activation_bytes(model, batch)
         tokens = model.num_tokens(batch)
     assert sizes[6] - sizes[2] == pytest.approx(4 * tokens * 8 * 4, abs=64)

@@ -11,7 +11,7 @@ from hstu.config import ConfigError
 from hstu.models import build_model
 from hstu.training import memory
 from hstu.training.memory import free_bytes, least_needs
-from hstu.training.plan import kept_for_backward
+from hstu.training.plan import activation_bytes
 from hstu.training.summary import memory_rows
 from tests.training.runs import trainer
 
@@ -25,7 +25,7 @@ def test_needs_are_what_a_run_takes(data: Path, tmp_path: Path, task: str, backb
         assert dense.size == 2 * rows[0][3], "weights, gradients, and the two moments of Adam"
         assert tables.size == sum(row[3] + row[4] for row in rows[1:])
         batch = next(run.loaders["train"].epoch(0))
-        kept = kept_for_backward(build_model(run.config, run.dataset.schema), batch)
+        kept = activation_bytes(build_model(run.config, run.dataset.schema), batch)
         assert 0.05 * kept < activations.size < kept
 
 

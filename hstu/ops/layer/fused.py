@@ -82,8 +82,9 @@ class FusedLayer(torch.autograd.Function):
         """All gradients; those of u, v, q and k are written side by side into one tensor."""
         call: LayerCall = ctx.call
         options, kernels = call.options, call.kernels
-        x, norm_w, norm_b, uvqk_w, uvqk_b, gate_w, gate_b, out_w, out_b, position, time = ctx.saved_tensors[:11]
-        n, mean, deviation, z, active, o, o_mean, o_deviation, gated = ctx.saved_tensors[11:]
+        saved = ctx.saved_tensors  # asked for once, as where the forward pass is computed again they are made then
+        x, norm_w, norm_b, uvqk_w, uvqk_b, gate_w, gate_b, out_w, out_b, position, time = saved[:11]
+        n, mean, deviation, z, active, o, o_mean, o_deviation, gated = saved[11:]
         norm, gate_norm = (norm_w, norm_b), (gate_w, gate_b)
         active = kernels.activate(z, options.silu_columns) if active is None else active
         u, v, q, k = call.split(active)
