@@ -117,9 +117,17 @@ def next_part(directory: Path) -> int:
 
 
 def write_part(directory: Path, number: int, users: list[str], tensors: dict[str, Tensor]) -> None:
-    """Write a file of ``users``, with a row of each of ``tensors`` for each; it is there whole or not at all."""
-    with _atomic(directory / f"part-{number:08d}.safetensors") as partial:
-        save_file({name: x.contiguous() for name, x in tensors.items()}, partial, {"users": json.dumps(users)})
+    """Write a file of ``users``, with a row of each of ``tensors`` for each; it is there whole or not at all.
+
+    Raises:
+        ValueError: if it cannot be written.
+    """
+    file = directory / f"part-{number:08d}.safetensors"
+    with _atomic(file) as partial:
+        try:
+            save_file({name: x.contiguous() for name, x in tensors.items()}, partial, {"users": json.dumps(users)})
+        except SafetensorError as error:  # as that of a full disk
+            raise ValueError(f"{file}: cannot be written ({error}); the same command goes on once it can be") from None
 
 
 def read_index(file: Path, number: int) -> pl.DataFrame:

@@ -12,6 +12,7 @@ _REMEDIES = {
     errno.EDQUOT: "free space there, or ask for more",
     errno.EFBIG: "choose a file system that takes larger files",
     errno.ENOENT: "was its directory removed?",
+    errno.EEXIST: "choose another place",  # a file where there should be a directory
     errno.EISDIR: "choose another place",
     errno.ENOTDIR: "choose another place",
     errno.EACCES: "choose a place that you may write",

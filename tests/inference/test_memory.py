@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import resource
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,11 +12,13 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+import torch
 
 import hstu
 from hstu.cli import memory, predict
 from hstu.data.table import preprocess_interactions
 from hstu.inference import memory as stored
+from hstu.inference.memory_files import write_part
 from hstu.layers.hstu import HSTUStack
 from hstu.serving.bodies import Recommend
 from hstu.serving.model import ModelOptions, ServedModel
@@ -222,6 +225,21 @@ def test_memory_of_something_else_is_refused(
     (folder / "memory.json").unlink()
     assert memory.main(["--run-dir", "retrieval", "--output", str(folder)]) == 2
     assert "holds files of users without memory.json" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    assert memory.main(["--run-dir", "retrieval", "--output", str(tmp_path / "file")]) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path}/file: File exists; choose another place\n"
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
+    tensors = {"keys_values": torch.zeros(2, 1000)}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(ValueError, match=r"part-00000003.safetensors: cannot be written \(.*File too large"):
+            write_part(tmp_path, 3, ["a", "b"], tensors)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_python_and_the_server_answer_from_memory(directory: Path, tmp_path: Path) -> None:
