@@ -34,6 +34,8 @@ _RECORDS: tuple[tuple[str, str], ...] = (
     ("torch.fx._symbolic_trace", r"is_fx_tracing will return true"),
     # FBGEMM 1.6 is made for torch 2.11, but its own table of releases ends at 1.5 (said on the root logger).
     ("", r"\s*(\x1b\[33m)?\s*_fbgemm_torch_compat_table has no entry for 1\.6\."),
+    # A CUDA build of torch, where there is a toolkit and no GPU: torch.utils builds no extensions here.
+    ("torch.utils.cpp_extension", r"No CUDA runtime is found, using CUDA_HOME"),
     # Announces a debugging aid that stays off.
     ("megatron.core.rerun_state_machine", r"RerunStateMachine initialized|Implicit initialization of Rerun"),
 )
