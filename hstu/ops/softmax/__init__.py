@@ -11,12 +11,14 @@ from hstu.ops.checks import values_readable
 from hstu.ops.softmax.chunked import pool_cross_entropy_chunked
 from hstu.ops.softmax.problem import Problem
 from hstu.ops.softmax.reference import pool_cross_entropy_reference
-from hstu.ops.softmax.sampled import pool_cross_entropy_sampled
+from hstu.ops.softmax.sampled import is_compiled, pool_cross_entropy_sampled
 
 __all__ = ["pool_cross_entropy"]
 
 BACKENDS = ("auto", "reference", "chunked", "sampled", "triton")
-FEW = 1 / 12  # share of the pool under which a dot product for each sampled place is cheaper than the whole product
+# Share of the pool under which a dot product for each sampled place is cheaper than the whole product. In compiled loops
+# half the pool costs a third of the product at width 64, and as much as it at width 256.
+FEW, FEW_COMPILED = 1 / 12, 1 / 2
 
 
 def pool_cross_entropy(
@@ -66,7 +68,8 @@ def pool_cross_entropy(
             and query.dtype != torch.float64
             and find_spec("triton") is not None
         )
-        few = columns is not None and 0 < columns.shape[1] < FEW * pool.shape[0]
+        share = FEW_COMPILED if is_compiled(query, positive, pool) else FEW
+        few = columns is not None and 0 < columns.shape[1] < share * pool.shape[0]
         backend = "triton" if fits and columns is not None else "sampled" if few else "chunked"
     problem = Problem(positive_ids, pool_ids, temperature, columns)
     if backend == "triton":

@@ -31,9 +31,14 @@ def pool_cross_entropy_sampled(
     """
     if problem.columns is None:
         raise ValueError("backend 'sampled' is for sampled columns: use backend='chunked' for the whole pool")
-    if pool.numel() <= CACHED and compiled_loops_for(query, positive, pool):
+    if is_compiled(query, positive, pool):
         return pool_cross_entropy_compiled(query, positive, pool, problem, problem.columns)
     return _SampledCrossEntropy.apply(query, positive, pool, problem, problem.columns)
+
+
+def is_compiled(query: Tensor, positive: Tensor, pool: Tensor) -> bool:
+    """Whether compiled loops take these."""
+    return pool.numel() <= CACHED and compiled_loops_for(query, positive, pool)
 
 
 class _SampledCrossEntropy(torch.autograd.Function):
