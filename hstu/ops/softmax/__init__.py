@@ -16,8 +16,8 @@ from hstu.ops.softmax.sampled import is_compiled, pool_cross_entropy_sampled
 __all__ = ["pool_cross_entropy"]
 
 BACKENDS = ("auto", "reference", "chunked", "sampled", "triton")
-# Share of the pool under which a dot product for each sampled place is cheaper than the whole product. In compiled loops
-# half the pool costs a third of the product at width 64, and as much as it at width 256.
+# Share of the pool under which a dot product for each sampled place is cheaper than the whole product. In compiled
+# loops half the pool costs a third of the product at width 64, and as much as it at width 256.
 FEW, FEW_COMPILED = 1 / 12, 1 / 2
 
 
