@@ -201,7 +201,11 @@ def test_a_model_that_does_not_fit_its_files_is_refused(dataset: SequenceDataset
     save_model(tmp_path / "bare", WORDS, weights=False)
     with pytest.raises(ConfigError, match="there are no weights .* in that directory"):
         text_of(dataset, tmp_path / "bare")
-    assert text_of(dataset, tmp_path / "bare", "ItemTextArgs.init='random'").frozen
+    file = tmp_path / "bare" / "config.json"
+    by_file, by_folder = (text_of(dataset, path, "ItemTextArgs.init='random'") for path in (file, file.parent))
+    for text in (by_file, by_folder):
+        text.read(dataset)
+    assert by_file.frozen and by_file.content(of_run=False) == by_folder.content(of_run=False)
     for file in (tmp_path / "bare").glob("tokenizer*"):
         file.unlink()
     with pytest.raises(ConfigError, match="there is no tokenizer .tokenizer.json, "):
