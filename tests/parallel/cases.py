@@ -340,6 +340,8 @@ GRIDS = {
         Case("data-2-context-2-retrieval", "retrieval", (*RESEARCH, *IN_BATCH), "short", context=2, steps=12),
         Case("pipeline-context-2", "retrieval", (*RESEARCH, "TrainerArgs.pipeline_type='native'"), context=2, steps=12),
         Case("data-2-context-2-declared", "ranking", (*DECLARED, *CANDIDATES), "declared", context=2, steps=12),
+        Case("data-2-context-2-memory", "ranking", (*SGD, *CANDIDATES, *MEMORY), "short", context=2, steps=12),
+        Case("context-2-tensor-2-memory", "retrieval", (*SGD, *RESEARCH, *MEMORY), context=2, tensor=2, steps=12),
         Case("data-4-dynamic", "ranking", (*FAST_TABLES, *dynamic(item_id=67)), steps=12),
         Case("data-2-context-2-dynamic", "ranking", (*FAST_TABLES, *dynamic(item_id=67)), context=2, steps=12),
         Case("data-2-tensor-2-ranking", "ranking", (*SGD, *CANDIDATES), tensor=2, steps=12),

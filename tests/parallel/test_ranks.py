@@ -174,7 +174,8 @@ def test_three_ranks_lose_what_one_loses(results: Results, name: str) -> None:
 def assert_same(found: dict[str, Any], wanted: dict[str, Any]) -> None:
     assert worst(found["losses"], wanted["losses"][-len(found["losses"]) :]) < 1e-5
     assert found["counters"] == wanted["counters"]
-    assert found["scores"] == pytest.approx(wanted["scores"], rel=1e-5)
+    # Samples whose scores differ by rounding alone change places: ten pairs of an AUC after few steps.
+    assert found["scores"] == pytest.approx(wanted["scores"], rel=1e-5, abs=5e-4)
 
 
 @pytest.mark.parametrize("name", marked((*QUICK, *LATER)))
