@@ -13,8 +13,10 @@ from hstu.config import load_config
 from hstu.models.backbone import make_backbone
 from hstu.parallel.mesh import Group, parallel_state
 from hstu.parallel.tensor import TensorParallel
-from hstu.training.batch_flops import batch_flops, matrix_elements
+from hstu.training.batch_flops import _item_elements, batch_flops, encoded_pool, feature_products, matrix_elements
 from hstu.training.summary import memory_rows, memory_table
+from tests.models.test_features import LENGTHS, WAYS, batch_of, build, config_of
+from tests.samples import declared_features, make_dataset
 from tests.tiny import BINDINGS
 from tests.training.runs import grid, trainer
 
@@ -48,6 +50,25 @@ def test_products_of_the_backbone_are_those_that_torch_counts(data: Path, tmp_pa
             assert counter.get_total_flops() == 2 * matrix_elements(run.model.backbone)
         else:
             assert matrix_elements(run.model.backbone) == 2 * 2 * gates * 16 * 16
+
+
+@pytest.mark.parametrize(
+    ("kind", "way"), [("candidates", "defaults"), ("next", "merged"), ("next", "sums"), ("history", "raw")]
+)
+def test_products_of_features_are_those_that_torch_counts(tmp_path: Path, kind: str, way: str) -> None:
+    dataset = make_dataset(tmp_path / "small", LENGTHS, num_items=30, declared=declared_features())
+    config = config_of(kind, *WAYS[way])
+    model, batch = build(dataset, config), batch_of(dataset, config)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(batch)
+    counted = {name.partition(".")[2]: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
+    pool = 0 if config.retrieval is None else encoded_pool(model, batch) * _item_elements(model.item_encoder)
+    expected = 2 * (feature_products(model, batch) + pool)
+    assert (
+        sum(counted.get(part, 0) for part in ("feature_tokens", "item_encoder.encoders", "item_encoder.merge"))
+        == expected
+    )
+    assert expected > 0
 
 
 @pytest.mark.parametrize("backbone", ["hstu", "sasrec", "llama"])
