@@ -46,7 +46,7 @@ def feature_products(model: RankingModel | RetrievalModel, batch: Batch) -> int:
     tokens, users, events = model.feature_tokens, batch.num_candidates.numel(), batch.num_events
     actions = 0 if tokens.action is None else batch.ids(tokens.action).numel()
     merged = {"users": users, "events": events, "outcomes": actions}
-    parts = [(tokens.users, users), (tokens.events, events), (tokens.outcomes, events)]
+    parts: list[tuple[nn.Module, int]] = [(tokens.users, users), (tokens.events, events), (tokens.outcomes, events)]
     parts += [(merge, merged[name]) for name, merge in tokens.merges.items()]
     items = 0 if model.item_encoder is None else events * _item_elements(model.item_encoder)
     return items + sum(matrix_elements(part) * rows for part, rows in parts)
