@@ -42,7 +42,7 @@ NOT_RUN = {
 FOREIGN = {
     *("--help", "--version", "--nproc_per_node", "--max-restarts", "--master_port", "--standalone", "--no-deps"),
     *("--no-index", "--find-links", "--no-build-isolation", "--only-binary", "--python-version", "--platform"),
-    *("--dest", "--system-site-packages"),
+    *("--dest", "--sdist", "--system-site-packages"),
 }
 
 
