@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+from importlib.util import find_spec
 from typing import Any
 
 
@@ -14,13 +16,15 @@ def in_notebook() -> bool:
 
 
 def progress_bar(**options: Any) -> Any:
-    """Return a bar of tqdm with ``options``; None where there is neither a terminal nor a notebook."""
-    if in_notebook():
-        from tqdm.auto import tqdm
+    """Return a bar of tqdm with ``options``; None without a terminal or notebook, or where warnings alone are shown."""
+    handlers = logging.getLogger("hstu").handlers
+    quiet = any(handler.level > logging.INFO for handler in handlers if not isinstance(handler, logging.FileHandler))
+    if quiet or not (in_notebook() or sys.stdout.isatty()):
+        return None
+    if in_notebook() and find_spec("ipywidgets"):
+        from tqdm.notebook import tqdm
 
         return tqdm(**options)
-    if not sys.stdout.isatty():
-        return None
     from tqdm import tqdm as plain
 
     return plain(**options)

@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "megatron": r"hstu\.(parallel|training\.optimizer)(\.|$)",
     "triton": r"hstu\.ops\.(\w+\.)*triton\w*(\.|$)",
     "gin": r"hstu\.config(\.|$)",
+    "absl": r"hstu\.cli\.",
     "transformers": r"hstu\.layers\.(huggingface|text_model)$",
     "numba": COMPILED_LOOPS,
     "llvmlite": COMPILED_LOOPS,
@@ -122,6 +123,7 @@ def test_libraries():
         ("hstu.ops.attention.planted", "from numba import njit", "numba"),
         ("hstu.ops.attention.numba_planted", "import torch", "torch"),
         ("hstu.cli.planted", "import gin", "gin"),
+        ("hstu.training.planted", "from absl import flags", "absl"),
         ("hstu.cli.planted", "def f():\n    import fastapi", "fastapi"),
     ],
 )

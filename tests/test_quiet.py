@@ -9,6 +9,7 @@ import warnings
 
 import pytest
 
+from hstu import bar
 from hstu.quiet import silence_known_notices
 
 IMPORTS = """
@@ -91,3 +92,18 @@ def test_no_test_meets_the_log_of_another_one_or_of_a_fixture(
     with caplog.at_level(logging.INFO):
         log.info("heard")
     assert caplog.messages == ["heard"] and logging.getLogger("hstu").handlers == []
+
+
+def test_bars_are_for_who_looks_and_wants_to_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a terminal or a notebook, there without its widgets too; none where warnings alone are shown."""
+    assert bar.progress_bar(total=3) is None, "the tests have no terminal"
+    handler = logging.StreamHandler()
+    monkeypatch.setattr(logging.getLogger("hstu"), "handlers", [handler])
+    for where in ((sys.stdout, "isatty"), (bar, "in_notebook")):
+        with monkeypatch.context() as patched, warnings.catch_warnings(action="error"):
+            patched.setattr(*where, lambda: True)
+            patched.setattr(bar, "find_spec", lambda name: None)
+            for level, shown in ((logging.INFO, True), (logging.WARNING, False)):
+                handler.setLevel(level)
+                made = bar.progress_bar(total=3, disable=True)
+                assert (made is not None) == shown

@@ -101,7 +101,8 @@ def evaluate(
 
 def _batches(loader: BatchLoader, config: Config, mesh: Mesh) -> Iterator[Batch]:
     total = min(loader.steps_per_epoch, config.trainer.max_eval_iters or loader.steps_per_epoch)
-    bar = progress_bar(desc=loader.split.name, total=total, leave=False, unit="batch") if mesh.is_main else None
+    options = dict(desc=loader.split.name, total=total, leave=False, unit="batch", delay=1.0)  # none of a short one
+    bar = progress_bar(**options) if mesh.is_main else None
     if mesh.is_main and bar is None and total > _LONG:
         logger.info("scoring %d batches of %s; TrainerArgs.max_eval_iters shortens this", total, loader.split.name)
     with contextlib.nullcontext() if bar is None else bar:
