@@ -38,9 +38,9 @@ EXAMPLES = ROOT / "examples"
 
 @pytest.fixture(autouse=True)
 def as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Registrations and imports of a test end with it."""
+    """Registrations and imports of a test end with it, and it meets none of others."""
     for registry in (CUSTOM_BACKBONES, CUSTOM_ENCODERS, CUSTOM_LOSSES, CUSTOM_READERS):
-        monkeypatch.setattr(registry, "_parts", dict(registry._parts))
+        monkeypatch.setattr(registry, "_parts", {})
     monkeypatch.setattr(sys, "path", sys.path[:])
     yield
     for name, module in list(sys.modules.items()):
