@@ -79,7 +79,7 @@ def write_attention(opened: Opened, spec: RequestSpec, output: Path, num_users: 
 def attention_pictures(opened: Opened, split: Split, rows: np.ndarray, longest: int) -> list[bytes | None]:
     """Return PNG files of the attention of test samples, or None where there is none to show; all ranks call it.
 
-    The layers stand side by side, means over heads, each as bright as its largest weight makes it; of masked items the
+    The layers stand side by side, means over heads, as bright as they are large, of either sign; of masked items the
     row that is predicted is the last one.
 
     Args:
@@ -115,8 +115,8 @@ def _png(layers: list[Tensor]) -> bytes:
     from matplotlib import colormaps
     from matplotlib.image import imsave
 
-    means = [weights.mean(0) for weights in layers]
-    squares = [colormaps["viridis"]((mean / mean.max().clamp(min=1e-12)).clamp(min=0).numpy()) for mean in means]
+    means = [weights.mean(0).abs() for weights in layers]  # SiLU lets weights be negative
+    squares = [colormaps["viridis"]((mean / mean.max().clamp(min=1e-12)).numpy()) for mean in means]
     gap = np.ones((len(squares[0]), 1, 4)) * (1, 1, 1, 0)
     picture = np.concatenate([part for square in squares for part in (square, gap)][:-1], 1)
     imsave(file := BytesIO(), picture, format="png")

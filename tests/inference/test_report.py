@@ -168,11 +168,12 @@ def test_each_example_has_its_attention(home: Path, tmp_path: Path) -> None:
     write_attention(opened, spec, tmp_path / "attention", 2)
     tensors = load_file(tmp_path / "attention" / "attention.safetensors")
     for number, picture in enumerate(pictures):
+        assert (tensors[f"{number}/layer0"] < 0).any(), "weights of HSTU have a sign"
         means = [tensors[f"{number}/layer{layer}"].mean(0) for layer in range(2)]
         drawn, size = matplotlib.image.imread(io.BytesIO(picture)), len(means[0])
         assert size > 4 and drawn.shape == (size, 2 * size + 1, 4) and not drawn[:, size, 3].any()
         for left, mean in zip((0, size + 1), means, strict=True):
-            wanted = matplotlib.colormaps["viridis"]((mean / mean.max()).clamp(min=0).numpy())
+            wanted = matplotlib.colormaps["viridis"]((mean.abs() / mean.abs().max()).numpy())
             assert np.abs(drawn[:, left : left + size] - wanted).max() < 1 / 128
     assert attention_pictures(opened, split, rows, longest=3) == [None, None]
     opened.model.backbone = torch.nn.Identity()

@@ -31,7 +31,8 @@ grid-template-columns:repeat(auto-fit,minmax(min(100%,320px),1fr))}
 figure,details{margin:0;padding:.7rem;background:var(--box);border-radius:.5rem}figcaption{font-weight:600}
 svg{width:100%;height:auto;display:block}svg text{fill:var(--dim);font-size:12px}.grid{stroke:var(--rule)}
 .level{stroke:var(--dim);stroke-dasharray:6 4;stroke-width:1.5}polyline{fill:none;stroke-width:2}
-img{max-width:100%;height:auto}.pixels{width:100%;image-rendering:pixelated}summary{cursor:pointer;padding:.2rem}.hit{background:var(--hit)}
+img{max-width:100%;height:auto}.pixels{width:100%;image-rendering:pixelated}
+details figcaption{font-weight:400;font-size:.85rem}summary{cursor:pointer;padding:.2rem}.hit{background:var(--hit)}
 .key{display:inline-block;width:.8em;height:.8em;border-radius:50%;margin-right:.4em}.dim{color:var(--dim)}
 ol,ul{margin:.3rem 0;padding-left:1.4rem}
 """ + "".join(
@@ -196,7 +197,7 @@ def _examples(run: str, found: Sequence[Example], names: dict[str, str]) -> str:
 def _attention(example: Example) -> str:
     if example.attention is None:
         return ""
-    about = "Attention of each layer, mean over heads: the token of a row attends to those of columns, oldest first"
+    about = "Attention by layer, mean over heads, oldest first: the token of a row attends to bright columns"
     return f'<figure><figcaption class="dim">{about}</figcaption>{_image(example.attention, about, "pixels")}</figure>'
 
 
