@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hstu.metrics import retrieval
 from hstu.metrics.retrieval import per_user_metric, sampled_ranks, target_ranks
 
 
@@ -19,7 +20,11 @@ def naive_rank(scores: list[float], target: int, excluded: set[int]) -> float:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_ranks_with_ties_and_exclusions_are_those_of_a_loop(seed: int) -> None:
+@pytest.mark.parametrize("wide", [9, 10])
+def test_ranks_with_ties_and_exclusions_are_those_of_a_loop(
+    seed: int, wide: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retrieval, "_WIDE", wide)
     generator = torch.Generator().manual_seed(seed)
     scores = torch.randint(-3, 4, (12, 9), generator=generator).float()
     targets = torch.randint(9, (12,), generator=generator)
