@@ -215,14 +215,7 @@ def generate(
     planted = draw_features(config.planted_features, events, config.num_brands, config.num_clusters, seeds[6])
     leads = config.feature_weight * bool(planted.share.any())
     model = replace(model, lead_weight=leads, lead_share=planted.share)
-    drifts = config.popularity_drift > 0
-    models = drifting(model, config.popularity_drift, seeds[7]) if drifts else [model]
-    spans = spans_of(times) if drifts else np.zeros(events, np.int64)
-    if config.cold_share:
-        cold = draw_cold(model.cluster, config.cold_share, seeds[9])
-        warm = np.where(cold, 0.0, model.choice)
-        models = [replace(model, choice=warm / np.bincount(model.cluster, warm)[model.cluster]), model]
-        spans = in_last_two(lengths)
+    models, spans = _models_of_spans(config, model, times, lengths, seeds)
     given = Circumstances(planted.lead, spans)
     items = _draw_all(models, types, lengths, given, draws, progress)
     # For who does not see the price the order is the same as of the mean over prices, which rises with it.
@@ -266,6 +259,25 @@ def generate(
         | {feature.name: originals for feature, _, originals in texts},
         categories={"cluster": model.cluster} | {feature.name: ids for feature, ids, _ in texts},
     )
+
+
+def _models_of_spans(
+    config: SyntheticConfig,
+    model: PlantedModel,
+    times: np.ndarray,
+    lengths: np.ndarray,
+    seeds: list[np.random.SeedSequence],
+) -> tuple[list[PlantedModel], np.ndarray]:
+    """Return the probabilities of each span, of time or before a user's last two events, and the span of events [T]."""
+    if config.cold_share:
+        cold = draw_cold(model.cluster, config.cold_share, seeds[9])
+        warm = np.where(cold, 0.0, model.choice)
+        return [replace(model, choice=warm / np.bincount(model.cluster, warm)[model.cluster]), model], in_last_two(
+            lengths
+        )
+    if config.popularity_drift:
+        return drifting(model, config.popularity_drift, seeds[7]), spans_of(times)
+    return [model], np.zeros(len(times), np.int64)
 
 
 def _best_possible(
