@@ -29,6 +29,7 @@ from hstu.inference.memory_files import (
     read_index,
     read_record,
     require_same,
+    take_rows,
     write_part,
     write_record,
 )
@@ -176,8 +177,9 @@ class StoredMemory:
         part, row = (self.index[name].to_numpy()[users] for name in ("part", "row"))
         for number in np.unique(part[requests >= 0]):
             chosen = np.flatnonzero((part == number) & (requests >= 0))
-            for name, values in self.store.part(int(number)).items():
-                found[name][torch.from_numpy(chosen)] = values[torch.from_numpy(row[chosen])]
+            rows, file = torch.from_numpy(row[chosen]), self.store.files[int(number)]
+            for name, values in take_rows(file, self.store.part(int(number)), rows).items():
+                found[name][torch.from_numpy(chosen)] = values
         found = {name: values.to(self.opened.assembly.mesh.device) for name, values in found.items()}
         layers = (layer.flatten(0, 1).split(widths, 1) for layer in found["keys_values"].unbind(1))
         return Cache(

@@ -22,6 +22,8 @@ from hstu.training.checkpoint_files import MARKER
 
 RECORD = "memory.json"
 _AGAIN = "make it again in another directory with python -m hstu.cli.memory"
+#: Tensors of a file with a row for each user: what is recalled, and what says which events it stands for.
+_ROWS, _COVERED = ("keys_values", "times", "places", "lengths"), ("stop", "item", "time")
 INDEX = {"user": pl.String, "part": pl.Int64, "row": pl.Int64, "stop": pl.Int64, "item": pl.Int64, "time": pl.Int64}
 
 
@@ -53,7 +55,7 @@ class MemoryRecord:
     tokens: int
     key_shape: tuple[int, ...]
     value_shape: tuple[int, ...]
-    version: int = 1
+    version: int = 2
 
     @property
     def bytes_per_user(self) -> int:
@@ -117,15 +119,17 @@ def next_part(directory: Path) -> int:
 
 
 def write_part(directory: Path, number: int, users: list[str], tensors: dict[str, Tensor]) -> None:
-    """Write a file of ``users``, with a row of each of ``tensors`` for each; it is there whole or not at all.
+    """Write a file of ``users``, with a row of each of ``tensors`` for each, and sums; it is there whole or not at all.
 
     Raises:
         ValueError: if it cannot be written.
     """
     file = directory / f"part-{number:08d}.safetensors"
+    tensors = {name: x.contiguous() for name, x in tensors.items()} | {"sums": _row_sums(tensors)}
+    about = {"users": json.dumps(users), "index": _index_sum(users, tensors)}
     with _atomic(file) as partial:
         try:
-            save_file({name: x.contiguous() for name, x in tensors.items()}, partial, {"users": json.dumps(users)})
+            save_file(tensors, partial, about)
         except SafetensorError as error:  # as that of a full disk
             raise ValueError(f"{file}: cannot be written ({error}); the same command goes on once it can be") from None
 
@@ -137,12 +141,12 @@ def read_index(file: Path, number: int) -> pl.DataFrame:
         ValueError: if it is damaged.
     """
     with _opened(file) as part:
-        users = json.loads((part.metadata() or {}).get("users", "null"))
-        columns = {name: part.get_tensor(name).numpy() for name in ("stop", "item", "time")}
-        if users is None or any(len(values) != len(users) for values in columns.values()):
-            raise ValueError(f"{file}: is damaged (users do not fit its rows); remove it, and its users are made again")
+        about = part.metadata() or {}
+        users, columns = json.loads(about.get("users", "[]")), {name: part.get_tensor(name) for name in _COVERED}
+        if about.get("index") != _index_sum(users, columns):
+            raise _damaged(file, "users and their events are not those that were written")
     place = {"part": [number] * len(users), "row": list(range(len(users)))}
-    return pl.DataFrame({"user": users, **place, **columns}, schema=INDEX)
+    return pl.DataFrame({"user": users, **place, **{k: v.numpy() for k, v in columns.items()}}, schema=INDEX)
 
 
 def open_part(file: Path) -> dict[str, Tensor]:
@@ -152,7 +156,36 @@ def open_part(file: Path) -> dict[str, Tensor]:
         ValueError: if it is damaged.
     """
     with _opened(file) as part:
-        return {name: part.get_tensor(name) for name in ("keys_values", "times", "places", "lengths")}
+        return {name: part.get_tensor(name) for name in (*_ROWS, "sums")}
+
+
+def take_rows(file: Path, part: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
+    """Return some rows of what ``open_part`` opened.
+
+    Raises:
+        ValueError: if they are not as they were written.
+    """
+    found = {name: part[name][rows] for name in _ROWS}
+    wrong = (_row_sums(found) != part["sums"][rows]).any(1)
+    if wrong.any():
+        raise _damaged(file, f"row {int(rows[wrong][0])} has other contents than were written")
+    return found
+
+
+def _row_sums(tensors: dict[str, Tensor]) -> Tensor:
+    """Return a hash of each row of ``_ROWS``, [rows, 16] uint8."""
+    rows = [tensors[name].reshape(len(tensors[name]), -1).contiguous().view(torch.uint8).numpy() for name in _ROWS]
+    sums = [hashlib.sha256(b"".join(map(bytes, row))).digest()[:16] for row in zip(*rows, strict=True)]
+    return torch.frombuffer(bytearray(b"".join(sums)), dtype=torch.uint8).view(-1, 16)
+
+
+def _index_sum(users: list[str], tensors: dict[str, Tensor]) -> str:
+    covered = b"".join(tensors[name].contiguous().numpy().tobytes() for name in _COVERED)
+    return hashlib.sha256(json.dumps(users).encode() + covered).hexdigest()
+
+
+def _damaged(file: Path, what: object) -> ValueError:
+    return ValueError(f"{file}: is damaged ({what}); remove it, and its users are made again")
 
 
 @contextmanager
@@ -161,7 +194,7 @@ def _opened(file: Path) -> Iterator[Any]:
         with safe_open(file, framework="pt") as part:
             yield part
     except (SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"{file}: is damaged ({error}); remove it, and its users are made again") from None
+        raise _damaged(file, error) from None
 
 
 @contextmanager

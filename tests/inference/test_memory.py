@@ -218,6 +218,11 @@ def test_memory_of_something_else_is_refused(
     for size in (len(data) - 8, 4, 0):
         part.write_bytes(data[:size])
         assert f"{part.name}: is damaged" in refused("--memory", str(folder))
+    for place in (len(data) // 2, data.index(b'"users"') + 14):  # of what is recalled, and of the users
+        changed = bytearray(data)
+        changed[place] ^= 1
+        part.write_bytes(changed)
+        assert f"{part.name}: is damaged" in refused("--memory", str(folder))
     part.unlink()
     assert "has no memory of 32 of 90 users" in refused("--memory", str(folder))
     (folder / "memory.json").write_text("{")
@@ -231,7 +236,8 @@ def test_memory_of_something_else_is_refused(
 
 
 def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
-    tensors = {"keys_values": torch.zeros(2, 1000)}
+    names = ("times", "places", "lengths", "stop", "item", "time")
+    tensors = {"keys_values": torch.zeros(2, 1000)} | {name: torch.zeros(2) for name in names}
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
     try:
