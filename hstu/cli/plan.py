@@ -67,7 +67,7 @@ def plan(args: argparse.Namespace) -> int:
     task = args.task or task_of([args.gin_config_file], args.gin_bindings)
     loaded = load_config(task, [args.gin_config_file], args.gin_bindings)
     path = find_dataset(loaded.config.dataset, RunDirectory(Path("runs")))
-    config, dataset = sized(loaded, path).config, SequenceDataset.open(path)
+    config, dataset = sized(loaded, path, args.nodes * args.gpus_per_node).config, SequenceDataset.open(path)
     split, size = make_splits(config.dataset, dataset, config.recent_targets)["train"], config.trainer.train_batch_size
     collate = make_collator(config, dataset.schema)
     loader = BatchLoader(dataset=dataset, split=split, collate=collate, batch_size=size, shuffle=True)

@@ -17,12 +17,14 @@ class DataSize:
         items: Items of the catalogue.
         events: Events of all users.
         has_times: Whether events have times, not an order alone.
+        ranks: Data ranks that share a step.
     """
 
     users: int
     items: int
     events: int
     has_times: bool = True
+    ranks: int = 1
 
 
 #: Stands in where a config is checked before its data set is at hand.
@@ -30,6 +32,7 @@ UNKNOWN = DataSize(users=10_000, items=10_000, events=100_000)
 # Chosen on the validation split of two public logs: 167,597 events of 19,412 users, and 100,000 events of 943 users.
 _LABELS = 2_000  # of a step
 _PASSES = 30  # over 130,000 events; fewer over more, by the root
+_STRIDED, _STRIDE = 50, 100  # events of a user from which there are samples of so many labels
 _FULL_SOFTMAX = 4_096  # items, up to which a step scores all of them
 #: Of weights: a run that starts from another one has those of that one.
 SHAPE = (
@@ -63,10 +66,11 @@ def _schedule(size: DataSize, given: Mapping[str, Any]) -> dict[str, Any]:
     mean = size.events / max(size.users, 1)
     longest = given.get("DatasetArgs.max_history_seqlen") or (50 if mean < 25 else 200)
     labels = max(min(mean - 2, longest / 3), 1)  # of a sample
-    batch = 2 ** min(max(round(math.log2(_LABELS / labels)), 3), 10)
+    batch = max(2 ** min(max(round(math.log2(_LABELS / labels)), 3), 10) // size.ranks, 1)
     epochs = min(max(round(_PASSES * math.sqrt(130_000 / max(size.events, 1))), 3), 100)
     passes = given.get("TrainerArgs.max_epochs") or epochs
-    steps = passes * math.ceil(size.events / labels / given.get("TrainerArgs.train_batch_size", batch))
+    samples = size.users * max((mean - 2) / _STRIDE if mean > _STRIDED else 1, 1)
+    steps = passes * max(math.ceil(samples / size.ranks / given.get("TrainerArgs.train_batch_size", batch)), 1)
     steps = min(steps, given.get("TrainerArgs.max_train_iters") or steps)
     return {
         "TrainerArgs.train_batch_size": batch,
@@ -91,7 +95,7 @@ def _loss(size: DataSize) -> dict[str, Any]:
     few = size.items <= _FULL_SOFTMAX
     return {
         # Every event is a target, those of long histories too.
-        "DatasetArgs.train_stride": 100 if size.events > 50 * size.users else None,
+        "DatasetArgs.train_stride": _STRIDE if size.events > _STRIDED * size.users else None,
         "NetworkArgs.hidden_dropout": 0.5 if density < 30 else 0.3 if density < 150 else 0.2,
         "RetrievalArgs.temperature": 0.07,
     } | ({"RetrievalArgs.loss": "full_softmax"} if few else {"RetrievalArgs.num_negatives": 512})

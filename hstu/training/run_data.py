@@ -57,12 +57,13 @@ def find_dataset(args: DatasetArgs, run: RunDirectory) -> Path:
     )
 
 
-def sized(loaded: LoadedConfig, path: Path, run: Path | None = None) -> LoadedConfig:
+def sized(loaded: LoadedConfig, path: Path, world: int, run: Path | None = None) -> LoadedConfig:
     """Return a config with the values that the size of the data set at ``path`` decides, if it asks for them.
 
     Args:
         loaded: The config.
         path: The data set.
+        world: Processes.
         run: The run that trains; it keeps the shape of weights that it has begun with, or that it is to start from.
     """
     retrieval = loaded.config.retrieval
@@ -71,7 +72,10 @@ def sized(loaded: LoadedConfig, path: Path, run: Path | None = None) -> LoadedCo
     schema = Schema.load(path)
     counts = {name: int(schema.counts.get(name, 0)) for name in ("users", "items", "events")}
     start = {} if run is None else _settings_at_start(run, loaded.config.trainer.init_from)
-    return loaded.sized_by(DataSize(**counts, has_times=schema.time is not None), start)
+    shared = loaded.config.context_parallel.context_parallel_size
+    shared *= loaded.config.tensor_model_parallel.tensor_model_parallel_size
+    size = DataSize(**counts, has_times=schema.time is not None, ranks=max(world // shared, 1))
+    return loaded.sized_by(size, start)
 
 
 def _settings_at_start(run: Path, init_from: str | None) -> dict[str, Any]:

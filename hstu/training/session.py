@@ -78,7 +78,7 @@ def train(order: Order, mesh: Mesh, run: RunDirectory) -> None:
 
 
 def _train(order: Order, mesh: Mesh, run: RunDirectory) -> None:
-    loaded = _load(order, run, training=True)
+    loaded = _load(order, mesh, run, training=True)
     path = find_dataset(loaded.config.dataset, run)
     started = mesh.world.broadcast(run.has_run())
     restarted = mesh.on_main(run.has_begun)  # which has obeyed --resume and --checkpoint before
@@ -196,7 +196,7 @@ def score(order: Order, mesh: Mesh, run: RunDirectory) -> None:
         ValueError: as :func:`train`.
     """
     run = RunDirectory(mesh.on_main(lambda: last_window(run.path)))
-    loaded = _load(order, run, training=False)
+    loaded = _load(order, mesh, run, training=False)
     dataset: SequenceDataset = open_dataset(find_dataset(loaded.config.dataset, run), mesh)
     started = mesh.world.broadcast(run.has_run())
     choice = order.checkpoint or "best"
@@ -243,7 +243,7 @@ def _problem(run: RunDirectory) -> str | None:
     return None
 
 
-def _load(order: Order, run: RunDirectory, *, training: bool) -> LoadedConfig:
+def _load(order: Order, mesh: Mesh, run: RunDirectory, *, training: bool) -> LoadedConfig:
     """Load the config that was given, or for a run directory alone the one it was trained with."""
     trained, given = recorded_task(run), order.config
     if trained not in (None, order.task):
@@ -258,4 +258,4 @@ def _load(order: Order, run: RunDirectory, *, training: bool) -> LoadedConfig:
         raise ConfigError("--gin-config-file", "is required; for example synthetic_ranking.gin")
     start = [] if order.init_from is None else [f"TrainerArgs.init_from = {str(Path(order.init_from).resolve())!r}"]
     loaded = load_config(order.task, [given], [*order.bindings, *start])
-    return sized(loaded, find_dataset(loaded.config.dataset, run), run.path)
+    return sized(loaded, find_dataset(loaded.config.dataset, run), mesh.world_size, run.path)

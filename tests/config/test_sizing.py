@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from hstu.config import LoadedConfig, load_config
@@ -20,7 +22,7 @@ def sized(size: DataSize, *lines: str, start: dict[str, object] | None = None) -
     ("size", "expected"),
     [
         (SMALL, {"train_batch_size": 256, "max_epochs": 26, "max_history_seqlen": 50, "train_stride": None,
-                 "hidden_size": 64, "hidden_dropout": 0.5, "relative_time_bias": False,
+                 "hidden_size": 64, "hidden_dropout": 0.5, "relative_time_bias": False, "eval_interval": 197,
                  "loss": "sampled_softmax", "num_negatives": 512}),
         (DENSE, {"train_batch_size": 32, "max_epochs": 34, "max_history_seqlen": 200, "train_stride": 100,
                  "hidden_size": 64, "hidden_dropout": 0.3, "relative_time_bias": True, "loss": "full_softmax"}),
@@ -52,9 +54,17 @@ def test_what_is_set_wins_and_what_follows_from_it_follows() -> None:
     config = loaded.config
     assert (config.network.hidden_size, config.trainer.train_batch_size, config.trainer.max_train_iters) == (48, 7, 100)
     assert config.network.num_attention_heads * config.network.kv_channels == 48
-    assert config.trainer.eval_interval == 10 and config.trainer.max_epochs is None
+    assert config.trainer.eval_interval == 10, "a tenth of the steps that are taken"
+    assert config.trainer.max_epochs is None
     assert config.retrieval is not None and config.retrieval.loss == "bce"
     assert config.retrieval.num_negatives != 512, "a number that was chosen for another loss"
+
+
+def test_ranks_share_a_step() -> None:
+    one, four = (sized(replace(SMALL, ranks=ranks)).config.trainer for ranks in (1, 4))
+    assert one.train_batch_size == 4 * four.train_batch_size == 256
+    assert one.eval_interval == four.eval_interval
+    assert sized(replace(SMALL, ranks=1000)).config.trainer.train_batch_size == 1
 
 
 def test_the_choice_is_printed_and_loads_as_it_is() -> None:
