@@ -69,7 +69,7 @@ def _schedule(size: DataSize, given: Mapping[str, Any]) -> dict[str, Any]:
     batch = max(2 ** min(max(round(math.log2(_LABELS / labels)), 3), 10) // size.ranks, 1)
     epochs = min(max(round(_PASSES * math.sqrt(130_000 / max(size.events, 1))), 3), 100)
     passes = given.get("TrainerArgs.max_epochs") or epochs
-    samples = size.users * max((mean - 2) / _STRIDE if mean > _STRIDED else 1, 1)
+    samples = size.users * max((mean - 2) / _STRIDE + 0.5 if mean > _STRIDED else 1, 1)
     steps = passes * max(math.ceil(samples / size.ranks / given.get("TrainerArgs.train_batch_size", batch)), 1)
     steps = min(steps, given.get("TrainerArgs.max_train_iters") or steps)
     return {

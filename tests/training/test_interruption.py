@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hstu.training.checkpoint_files import read_marker
-from tests.launch import ROOT, entrypoint, run, started, torchrun_command
+from tests.launch import PATIENCE, ROOT, entrypoint, run, started, torchrun_command
 from tests.tiny import BINDINGS
 from tests.training.runs import EVERY_STEP, losses, records, trainer, worst
 
@@ -144,12 +144,12 @@ def test_torchrun_is_stopped_in_the_first_validation_of_two_ranks(data: Path, tm
     """Which would not end: it is left between two batches, and what was trained before it is saved."""
     command = torchrun_command(2, Path(__file__).with_name("failure_worker.py"), "evaluate", str(data), str(tmp_path))
     with started(command, cwd=tmp_path) as process:
-        deadline = time.monotonic() + 100
+        deadline = time.monotonic() + PATIENCE
         while not all((tmp_path / f"evaluating{rank}").exists() for rank in (0, 1)):
             assert time.monotonic() < deadline and process.poll() is None
             time.sleep(0.02)
         process.send_signal(signal.SIGTERM)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=PATIENCE)
     assert "stopped at step 3, saved; go on with --run-dir" in out, err
     marker = read_marker(tmp_path / "run" / "checkpoints" / "latest")
     assert marker["progress"]["step"] == 3 and marker["ranks"] == [2, 1, 1]
