@@ -19,7 +19,7 @@ from tests.launch import ROOT, forked, run
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 #: Those that are run with the quick tests.
-QUICK = ("docs/extending.md", "docs/python.md")
+QUICK = ("docs/extending.md",)
 #: The first line of a block that is not run, and why.
 NOT_RUN = {
     "README.md: make demo": "minutes; test_figures trains the same models",

@@ -140,6 +140,7 @@ def test_a_signal_saves_and_ends_well(data: Path, tmp_path: Path, unbroken: Path
     assert worst(losses(tmp_path / "run"), losses(unbroken)) == 0
 
 
+@pytest.mark.slow
 def test_torchrun_is_stopped_in_the_first_validation_of_two_ranks(data: Path, tmp_path: Path) -> None:
     """Which would not end: it is left between two batches, and what was trained before it is saved."""
     command = torchrun_command(2, Path(__file__).with_name("failure_worker.py"), "evaluate", str(data), str(tmp_path))
