@@ -12,17 +12,14 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 # Threads that wait actively would count as work, the more the busier the machine is with something else.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import psutil  # noqa: E402
 import torch  # noqa: E402
-from record import write_record  # noqa: E402
+from record import growth_of, memory_growth, write_record  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from hstu.metrics.retrieval import target_ranks  # noqa: E402
@@ -87,19 +84,13 @@ def check(problem: Problem, block: int, k: int) -> float:
 
 def extra_memory(name: str, args: argparse.Namespace) -> float:
     """MiB that a process needs at its peak beyond the vectors."""
-    flags = [f"--{key}={getattr(args, key)}" for key in ("items", "k", "history", "threads")]
-    command = [sys.executable, __file__, "--peak-of", name, "--users", str(4 * args.block), *flags]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    flags = {key: getattr(args, key) for key in ("items", "k", "history", "threads")}
+    return growth_of(__file__, name, users=4 * args.block, **flags)
 
 
 def print_peak(name: str, args: argparse.Namespace) -> None:
     problem = make(args.users, args.items, args.history)
-    before = psutil.Process().memory_info().rss
-    SIDES[name](problem, args.block, args.k)
-    # Not getrusage, whose peak a process inherits from the one that started it.
-    status = Path("/proc/self/status").read_text()
-    peak = next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
-    print(max(0, peak - before) / 2**20)
+    print(memory_growth(lambda: SIDES[name](problem, args.block, args.k)))
 
 
 def main() -> None:

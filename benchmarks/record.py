@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import platform
 import re
+import subprocess
+import sys
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 
@@ -31,3 +35,19 @@ def write_record(path: Path, *, threads: int, **found: Any) -> None:
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(about | found, indent=1) + "\n")
+
+
+def memory_growth(work: Callable[[], object]) -> float:
+    """MiB that this process needs at its peak, in ``work``, beyond what it has before."""
+    before = psutil.Process().memory_info().rss
+    work()
+    # Not getrusage, whose peak a process inherits from the one that started it.
+    status = Path("/proc/self/status").read_text()
+    peak = next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+    return max(0, peak - before) / 2**20
+
+
+def growth_of(script: str, side: str, **flags: int) -> float:
+    """``memory_growth`` as ``script --peak-of side`` prints it, in a process of its own."""
+    command = [sys.executable, script, "--peak-of", side, *(f"--{name}={value}" for name, value in flags.items())]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)

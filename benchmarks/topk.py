@@ -12,8 +12,6 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,9 +19,8 @@ from pathlib import Path
 # Threads that wait actively would count as work, the more the busier the machine is with something else.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import psutil  # noqa: E402
 import torch  # noqa: E402
-from record import write_record  # noqa: E402
+from record import growth_of, memory_growth, write_record  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from hstu.metrics.topk import top_k  # noqa: E402
@@ -67,21 +64,10 @@ def seconds_each(queries: Tensor, catalogue: Tensor, k: int, rounds: int) -> dic
     return {name: {"seconds": round(s, 3), "cpu_seconds": round(c, 3)} for name, (s, c) in medians.items()}
 
 
-def extra_memory(name: str, users: int, items: int, k: int) -> float:
-    """MiB that a process needs at its peak beyond the vectors."""
-    command = [sys.executable, __file__, "--peak-of", name, "--users", str(users), "--items", str(items), "--k", str(k)]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-
-
 def print_peak(name: str, users: int, items: int, k: int) -> None:
     queries, catalogue = vectors(users, items)
     SIDES[name](queries[:1], catalogue[:CHUNK], k)  # what libraries set up once
-    before = psutil.Process().memory_info().rss
-    SIDES[name](queries, catalogue, k)
-    # Not getrusage, whose peak a process inherits from the one that started it.
-    status = Path("/proc/self/status").read_text()
-    peak = next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
-    print(max(0, peak - before) / 2**20)
+    print(memory_growth(lambda: SIDES[name](queries, catalogue, k)))
 
 
 def main() -> None:
@@ -109,10 +95,10 @@ def main() -> None:
         print(f"{name:8} {record['seconds']:8.2f} s {record['cpu_seconds']:8.2f} s of processor time")
     print(f"ratio    {ratio['seconds']:8.2f}   {ratio['cpu_seconds']:8.2f}")
     sizes = [(args.users, args.items // 4), (args.users // 4, args.items), (args.users, args.items)]
-    memory = [
-        {"users": users, "items": items} | {f"{n}_mib": round(extra_memory(n, users, items, args.k)) for n in SIDES}
-        for users, items in sizes
-    ]
+    memory = []
+    for users, items in sizes:
+        needs = {f"{n}_mib": round(growth_of(__file__, n, users=users, items=items, k=args.k)) for n in SIDES}
+        memory.append({"users": users, "items": items} | needs)
     for row in memory:
         print(f"{row['users']:6,} users x {row['items']:9,} items: plain {row['plain_mib']:6,} MiB, "
               f"chunked {row['chunked_mib']:4,} MiB")  # fmt: skip

@@ -71,6 +71,19 @@ def test_the_example_of_a_loop_learns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert example("own_training_loop", monkeypatch).main(steps=100) > 0.9  # 1.0 measured; 0.02 by chance
 
 
+def train_on_one_rank_and_two(place: Path, module: str, lines: tuple[str, ...]) -> None:
+    """Train four steps with what ``module`` registers, into ``run1`` and ``run2``: the losses are the same."""
+    losses = []
+    for ranks in (1, 2):
+        flags = [f"--gin-bindings={line}" for line in (*lines, f"TrainerArgs.train_batch_size={32 // ranks}")]
+        flags += ["--import", module, "--gin-config-file=custom_retrieval.gin", "--run-dir", f"run{ranks}"]
+        done = entrypoint()("retrieval", *flags, cwd=place, ranks=ranks)
+        assert done.code == 0, done.err
+        records = map(json.loads, (place / f"run{ranks}" / "metrics.jsonl").read_text().splitlines())
+        losses.append([record["loss"] for record in records if record["kind"] == "train"])
+    assert len(losses[0]) == 4 and losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
 @pytest.mark.slow
 def test_from_the_commands_on_one_rank_and_two(tmp_path: Path) -> None:
     """The import is found in the working directory and remembered; the losses of two ranks are those of one."""
@@ -78,16 +91,7 @@ def test_from_the_commands_on_one_rank_and_two(tmp_path: Path) -> None:
     write_tiny(tmp_path / "tmp_data" / "synthetic", num_users=60)
     lines = (*BINDINGS["retrieval"], "NetworkArgs.backbone='average'", "TrainerArgs.max_train_iters=4",
              "TrainerArgs.log_interval=1", "DatasetArgs.shuffle=False")  # fmt: skip
-    losses = []
-    for ranks in (1, 2):
-        size = f"TrainerArgs.train_batch_size={32 // ranks}"
-        flags = [f"--gin-bindings={line}" for line in (*lines, size)]
-        flags += ["--import", "custom_backbone", "--gin-config-file=custom_retrieval.gin", "--run-dir", f"run{ranks}"]
-        done = entrypoint()("retrieval", *flags, cwd=tmp_path, ranks=ranks)
-        assert done.code == 0, done.err
-        records = map(json.loads, (tmp_path / f"run{ranks}" / "metrics.jsonl").read_text().splitlines())
-        losses.append([record["loss"] for record in records if record["kind"] == "train"])
-    assert len(losses[0]) == 4 and losses[0] == pytest.approx(losses[1], abs=1e-5)
+    train_on_one_rank_and_two(tmp_path, "custom_backbone", lines)
     done = entrypoint()("retrieval", "--run-dir", "run1", "--gin-bindings=TrainerArgs.max_train_iters=5", cwd=tmp_path)
     assert done.code == 0 and "resumed from" in done.out, done.err
     done = forked("hstu.cli.predict", "--run-dir", "run1", "--output", "p.parquet", cwd=tmp_path)
@@ -197,15 +201,7 @@ def test_encoders_from_the_commands_on_one_rank_and_two(tmp_path: Path) -> None:
     lines = (*BINDINGS["retrieval"], CHOSEN, "FeatureArgs.encoder_options={'price': {'scale': 0.5}}",
              "TrainerArgs.max_train_iters=4", "TrainerArgs.log_interval=1", "DatasetArgs.shuffle=False",
              "NetworkArgs.item_embedding='both'", "DatasetArgs.contextual_feature_names=None")  # fmt: skip
-    losses = []
-    for ranks in (1, 2):
-        flags = [f"--gin-bindings={line}" for line in (*lines, f"TrainerArgs.train_batch_size={32 // ranks}")]
-        flags += ["--import", "my_encoders", "--gin-config-file=custom_retrieval.gin", "--run-dir", f"run{ranks}"]
-        done = entrypoint()("retrieval", *flags, cwd=tmp_path, ranks=ranks)
-        assert done.code == 0, done.err
-        records = map(json.loads, (tmp_path / f"run{ranks}" / "metrics.jsonl").read_text().splitlines())
-        losses.append([record["loss"] for record in records if record["kind"] == "train"])
-    assert len(losses[0]) == 4 and losses[0] == pytest.approx(losses[1], abs=1e-5)
+    train_on_one_rank_and_two(tmp_path, "my_encoders", lines)
     done = entrypoint()("retrieval", "--run-dir", "run1", "--mode", "eval", cwd=tmp_path)
     assert done.code == 0, done.err
     done = forked("hstu.cli.predict", "--run-dir", "run1", "--output", "p.parquet", cwd=tmp_path)

@@ -105,7 +105,7 @@ def check_backbone(network: NetworkArgs) -> None:
         raise network.error("recompute", f"belongs to the fused layer (hstu), which {name} does not have; use 'full'")
     if network.recompute == "full" and network.backbone not in _SPLIT:
         raise network.error("recompute", f"belongs to layers of attention ({', '.join(_SPLIT)}), not to {name}")
-    if (fields := _of_fused_layer(network)) and network.kernel_backend == "pytorch":
+    if (fields := of_fused_layer(network)) and network.kernel_backend == "pytorch":
         raise network.error(fields[0], "needs the fused layer: NetworkArgs.kernel_backend = 'auto' or 'triton'")
     if network.is_causal == network.is_masked:
         trained = "masked items from both sides" if network.is_masked else "what follows"
@@ -122,7 +122,7 @@ def check_backbone(network: NetworkArgs) -> None:
             )
 
 
-def _of_fused_layer(network: NetworkArgs) -> list[str]:
+def of_fused_layer(network: NetworkArgs) -> list[str]:
     """Return the fields that ask the fused layer to compute something again."""
     fields = [name for name in RECOMPUTE if getattr(network, name)]
     return fields if network.recompute != "selective" else ["recompute", *fields]
@@ -135,7 +135,7 @@ def swiglu_size(hidden_size: int) -> int:
 
 def check_degrees(network: NetworkArgs, context: int, tensor: int) -> None:
     """Raise ``ConfigError`` for a network that ``context`` or ``tensor`` ranks cannot share: training and plan ask."""
-    recomputed = _of_fused_layer(network)
+    recomputed = of_fused_layer(network)
     if recomputed and (context > 1 or tensor > 1):
         other = "set it to False" if recomputed[0] in RECOMPUTE else "use 'full'"
         raise network.error(recomputed[0], f"needs whole weights and sequences on a rank; {other}, or "

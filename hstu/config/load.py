@@ -110,7 +110,7 @@ class LoadedConfig:
         Raises:
             ConfigError: as :func:`load_config`, for values that do not go with those that are set.
         """
-        values = _suggestions(self.bound, size, {key: start[key] for key in SHAPE if key in start} if start else {})
+        values = _suggestions(self.bound, size, start or {})
         bound = self.bound | values | {_SIZED: Binding(False, _SIZED)}
         listed = ", ".join(f"{key} = {binding.value!r}" for key, binding in values.items())
         counts = f"{size.users:,} users, {size.items:,} items, {size.events:,} events"
@@ -177,7 +177,7 @@ def _load(
 
 def _suggestions(bound: dict[str, Binding], size: DataSize, start: Mapping[str, Any]) -> dict[str, Binding]:
     """Return what the run to start from, and else the size of the data, decides of the fields that are not set."""
-    start = {key: value for key, value in start.items() if key not in bound}
+    start = {key: start[key] for key in SHAPE if key in start and key not in bound}
     values = suggest(size, start | {key: binding.value for key, binding in bound.items()}) | start
     return {key: Binding(value, f"what {_SIZED} chose") for key, value in values.items()}
 

@@ -60,8 +60,9 @@ def met_values(dataset: SequenceDataset, train: Split, collate: Collator) -> dic
     found = {feature.name: np.zeros((feature.vocab_size or 0) + 1, bool) for feature in features}
     for rows in sample_blocks(train) if found else ():
         events, _, _ = collate.visible(dataset, train, rows)
+        values = events.of_events | events.of_users
         for name, met in found.items():
-            met[_ids((events.of_events | events.of_users)[name])] = True
+            met[_ids(values[name])] = True
     for met in found.values():
         met[-1] = False
     return found

@@ -272,9 +272,8 @@ def _models_of_spans(
     if config.cold_share:
         cold = draw_cold(model.cluster, config.cold_share, seeds[9])
         warm = np.where(cold, 0.0, model.choice)
-        return [replace(model, choice=warm / np.bincount(model.cluster, warm)[model.cluster]), model], in_last_two(
-            lengths
-        )
+        first = replace(model, choice=warm / np.bincount(model.cluster, warm)[model.cluster])
+        return [first, model], in_last_two(lengths)
     if config.popularity_drift:
         return drifting(model, config.popularity_drift, seeds[7]), spans_of(times)
     return [model], np.zeros(len(times), np.int64)

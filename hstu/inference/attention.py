@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from hstu.config.backbones import RECOMPUTE
+from hstu.config.backbones import RECOMPUTE, of_fused_layer
 from hstu.data.batch import Batch
 from hstu.data.reader import Histories
 from hstu.data.splits import Split
@@ -136,8 +136,7 @@ def require_weights(opened: Opened) -> None:
         raise ValueError(
             f"NetworkArgs.backbone = {name!r}: shows no attention weights; hstu, sasrec, llama and bert do"
         )
-    network = opened.config.network
-    if network.recompute == "selective" or any(getattr(network, name) for name in RECOMPUTE):
+    if of_fused_layer(opened.config.network):
         raise ValueError(f"layers in one operation show no weights; open the run with {'; '.join(WHOLE_LAYERS)}")
 
 

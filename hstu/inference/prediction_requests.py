@@ -23,7 +23,7 @@ from hstu.data.request_files import HistoryColumns, features_of, find_users, rea
 from hstu.data.requests import Requests
 from hstu.data.schema import Level
 from hstu.data.splits import Split
-from hstu.data.values import Values
+from hstu.data.values import Values, arrow_of
 from hstu.data.vocabulary import Index
 from hstu.inference.opened import Opened
 from hstu.metrics.topk import TopK
@@ -86,8 +86,7 @@ class PredictionRequests:
                 columns["action_id"] = pa.array(targets.actions)
             for name, true in targets.of_events.items():
                 assert isinstance(true, np.ndarray)
-                label, kind = (name, pa.float32()) if true.ndim == 2 else (f"{name}_id", pa.int64())
-                columns[label] = pa.array(true.reshape(-1), kind)
+                columns[name if true.ndim == 2 else f"{name}_id"] = arrow_of(true)
             columns["event"] = pa.array(self.split.stop[samples] - 1)
         return self._with_controls(columns, samples, items)
 

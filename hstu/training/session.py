@@ -78,8 +78,7 @@ def train(order: Order, mesh: Mesh, run: RunDirectory) -> None:
 
 
 def _train(order: Order, mesh: Mesh, run: RunDirectory) -> None:
-    loaded = _load(order, mesh, run, training=True)
-    path = find_dataset(loaded.config.dataset, run)
+    loaded, path = _load(order, mesh, run, training=True)
     started = mesh.world.broadcast(run.has_run())
     restarted = mesh.on_main(run.has_begun)  # which has obeyed --resume and --checkpoint before
     if started and order.resume == "never" and not restarted:
@@ -196,8 +195,8 @@ def score(order: Order, mesh: Mesh, run: RunDirectory) -> None:
         ValueError: as :func:`train`.
     """
     run = RunDirectory(mesh.on_main(lambda: last_window(run.path)))
-    loaded = _load(order, mesh, run, training=False)
-    dataset: SequenceDataset = open_dataset(find_dataset(loaded.config.dataset, run), mesh)
+    loaded, path = _load(order, mesh, run, training=False)
+    dataset: SequenceDataset = open_dataset(path, mesh)
     started = mesh.world.broadcast(run.has_run())
     choice = order.checkpoint or "best"
     checkpoint = _chosen(choice, mesh, run, must=True)
@@ -243,8 +242,8 @@ def _problem(run: RunDirectory) -> str | None:
     return None
 
 
-def _load(order: Order, mesh: Mesh, run: RunDirectory, *, training: bool) -> LoadedConfig:
-    """Load the config that was given, or for a run directory alone the one it was trained with."""
+def _load(order: Order, mesh: Mesh, run: RunDirectory, *, training: bool) -> tuple[LoadedConfig, Path]:
+    """Load the config that was given, or for a run directory alone the one it was trained with; and find its data."""
     trained, given = recorded_task(run), order.config
     if trained not in (None, order.task):
         raise ValueError(
@@ -258,4 +257,5 @@ def _load(order: Order, mesh: Mesh, run: RunDirectory, *, training: bool) -> Loa
         raise ConfigError("--gin-config-file", "is required; for example synthetic_ranking.gin")
     start = [] if order.init_from is None else [f"TrainerArgs.init_from = {str(Path(order.init_from).resolve())!r}"]
     loaded = load_config(order.task, [given], [*order.bindings, *start])
-    return sized(loaded, find_dataset(loaded.config.dataset, run), mesh.world_size, run.path)
+    path = find_dataset(loaded.config.dataset, run)
+    return sized(loaded, path, mesh.world_size, run.path), path
