@@ -96,7 +96,10 @@ class ForkServer:
         assert self.server.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self.server.stdin.close()
-        self.server.wait(timeout=30)
+        try:
+            self.server.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            self.server.kill()
 
 
 @functools.cache
