@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_CLASSES = 256  # more values of an action are no classes
+FEW_CLASSES = 20  # classes enough for a short log; beyond, more than half as many as rows are measurements
 _PLAIN = FileFormat()
 
 
@@ -211,6 +212,8 @@ class _Cleaner:
                 if role == "action" and spec.action_type == "categorical":
                     self._count_classes(column)
             progress(f"looking at {spec.file}", self._rows, self._table.share(self._rows))
+        if len(self._classes) > max(FEW_CLASSES, self._rows // 2):
+            raise self._no_classes(f"{len(self._classes)} values in {self._rows:,} rows")
 
     def _read(self, columns: list[str] | None) -> Iterator[tuple[pl.DataFrame, int | np.ndarray]]:
         """Blocks without the rows that lack something, if those are dropped, and the places of their rows."""
@@ -273,11 +276,14 @@ class _Cleaner:
     def _count_classes(self, column: pl.Series) -> None:
         self._classes.update(column.unique().to_list() if not column.dtype.is_nested() else ())
         if len(self._classes) > MAX_CLASSES:
-            raise ValueError(
-                f"{self._spec.file}: column {column.name!r} has more than {MAX_CLASSES} values, an action is one of a "
-                "few classes; cut it into classes (quantiles, say), make a yes or no of it (watched more than half, "
-                "say), or leave --action_column out"
-            )
+            raise self._no_classes(f"more than {MAX_CLASSES} values")
+
+    def _no_classes(self, found: str) -> ValueError:
+        return ValueError(
+            f"{self._spec.file}: column {self._spec.action_column!r} has {found}, an action is one of a few classes; "
+            "cut it into classes (quantiles, say), make a yes or no of it (watched more than half, say), or leave "
+            "--action_column out"
+        )
 
     def on_repeats(self, hashes: np.ndarray) -> None:
         """Raise ValueError about the first row that repeats another, or count those that are dropped."""

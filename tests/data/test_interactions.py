@@ -387,6 +387,9 @@ def test_a_continuous_column_is_no_action() -> None:
     with pytest.raises(ValueError, match="column 'a' has more than 256 values, an action is one of a few classes; cut"):
         encode(frame)
     assert encode(frame.with_columns(a=pl.col("line") % 256 / 7)).schema.action.vocab_size == 256
+    with pytest.raises(ValueError, match="column 'a' has 40 values in 40 rows, an action is one of a few classes; cut"):
+        encode(frame.head(40))
+    assert encode(frame.head(20)).schema.action.vocab_size == 20
 
 
 @pytest.mark.parametrize(
