@@ -1,11 +1,14 @@
 """Time of a training lookup of a dynamic table, by its rows: `python benchmarks/dynamic_tables.py [--output FILE]`.
 
-Beside the map of ``hstu.parallel.row_map`` runs what it replaced, in the same process and turn by turn: TorchRec's
-managed collision, one module for each of 16 parts, which ranks all rows of a part anew in each lookup.
+The map runs in compiled loops where numba is installed. Beside it run, in the same process and turn by turn, the map in
+torch's operators (``torch``) and what it replaced (``before``): TorchRec's managed collision, one module for each of 16
+parts, which ranks all rows of a part anew in each lookup.
 
 Three kinds of lookups of 25,600 ids: all of them known; a tenth of them new; all of them new. Tables are full.
 Milliseconds of processor time on one thread, which what else runs on the machine hardly changes: median and best over
 the lookups, after two that do not count. After each lookup of the map it is checked that ids own the rows they got.
+``parts`` says what goes where: the probes, the scores, the ids that are new, the sketch, who gets a row, and, for
+comparison, the gather of as many embeddings of width 64 from a table of so many rows (at most a million here).
 """
 
 from __future__ import annotations
@@ -14,7 +17,9 @@ import argparse
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from record import write_record
@@ -23,11 +28,22 @@ from torchrec.modules.mc_modules import LRU_EvictionPolicy, MCHManagedCollisionM
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from hstu.config import DynamicEmbeddingArgs
-from hstu.parallel.row_map import PARTS, RowMap, part_of
+from hstu.ops import loops
+from hstu.parallel.compiled_row_map import row_map
+from hstu.parallel.row_map import PARTS, part_of
 
 IDS = 25_600
 ROWS = (100_000, 1_000_000, 8_000_000)
 SHARE_NEW = {"known": 0.0, "tenth new": 0.1, "all new": 1.0}
+METHODS = {
+    "_find": "probe",
+    "_after": "probe again",
+    "_score": "scores",
+    "_distinct": "new ids",
+    "_estimated": "sketch",
+    "_admit": "admission",
+}
+WIDTH, MOST_ROWS = 64, 1_000_000
 STRATEGIES = {
     "lru": DynamicEmbeddingArgs(),
     "lfu": DynamicEmbeddingArgs(evict_strategy="lfu"),
@@ -71,7 +87,19 @@ class Map:
     """The map now."""
 
     def __init__(self, rows: int, args: DynamicEmbeddingArgs) -> None:
-        self.map = RowMap(rows, args, range(PARTS), torch.device("cpu"), fixed_shapes=False)
+        self.map = row_map(rows, args, range(PARTS), torch.device("cpu"), waits=True)
+        self.parts: dict[str, float] = dict.fromkeys(METHODS.values(), 0.0)
+        for name, part in METHODS.items():
+            setattr(self.map, name, self._timed(getattr(self.map, name), part))
+
+    def _timed(self, method: Callable[..., Any], part: str) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            start = time.process_time()
+            found = method(*args, **options)
+            self.parts[part] += (time.process_time() - start) * 1e3
+            return found
+
+        return call
 
     def __call__(self, ids: Tensor) -> Tensor:
         return self.map.look_up(ids, torch.ones_like(ids, dtype=torch.bool)).rows
@@ -108,9 +136,21 @@ def timed(run: Map | RankAll, batch: Tensor) -> float:
     return took
 
 
-def measure(rows: int, repeats: int, *, before: bool) -> dict[str, dict[str, float]]:
+def gather(rows: int, batches: list[Tensor]) -> float:
+    """Return the milliseconds in which embeddings are read, the best of some batches."""
+    table, times = torch.zeros(min(rows, MOST_ROWS), WIDTH), []
+    for batch in batches:
+        start = time.process_time()
+        torch.embedding(table, batch % len(table))
+        times.append((time.process_time() - start) * 1e3)
+    return min(times)
+
+
+def measure(rows: int, repeats: int, *, before: bool) -> dict[str, Any]:
     """Return milliseconds a lookup, by what is looked up and by which map."""
     maps: dict[str, Map | RankAll] = {name: Map(rows, args) for name, args in STRATEGIES.items()}
+    with loops.torch_only():
+        maps["torch, lru"] = Map(rows, STRATEGIES["lru"])
     if before:
         maps["before, lru"] = RankAll(rows)
     known = rows
@@ -118,16 +158,24 @@ def measure(rows: int, repeats: int, *, before: bool) -> dict[str, dict[str, flo
         for name, run in maps.items():
             for _ in range(2 if "min_count" in name else 1):
                 run(scattered(batch))
-    found: dict[str, dict[str, float]] = {}
+    found: dict[str, Any] = {}
     for kind, share in SHARE_NEW.items():
         batches = lookups(rows, share, repeats + 2, known)
         known += int(IDS * share) * len(batches)
         times: dict[str, list[float]] = {name: [] for name in maps}
-        for batch in batches:
+        own = {name: run for name, run in maps.items() if isinstance(run, Map)}
+        for number, batch in enumerate(batches):
+            if number == 2:
+                for run in own.values():
+                    run.parts = dict.fromkeys(run.parts, 0.0)
             for name, run in maps.items():
                 times[name].append(timed(run, batch))
         found[kind] = {name: round(statistics.median(values[2:]), 2) for name, values in times.items()}
         found[kind] |= {f"{name}, best": round(min(values[2:]), 2) for name, values in times.items()}
+        found[kind]["parts"] = {
+            name: {part: round(ms / repeats, 2) for part, ms in run.parts.items()} for name, run in own.items()
+        }
+        found[kind]["gather of embeddings"] = round(gather(rows, batches), 2)
     return found
 
 
@@ -144,7 +192,8 @@ def main() -> int:
     for rows in args.rows:
         found[str(rows)] = measure(rows, args.repeats, before=not args.no_before)
         for kind, times in found[str(rows)].items():
-            print(f"{rows:>9,} rows, {kind:<10}", "  ".join(f"{n} {ms} ms" for n, ms in times.items()), flush=True)
+            shown = "  ".join(f"{n} {ms} ms" for n, ms in times.items() if n != "parts")
+            print(f"{rows:>9,} rows, {kind:<10} {shown}\n{'':>26} {times['parts']}", flush=True)
     write_record(args.output, threads=1, ids=IDS, milliseconds_by_rows=found)
     return 0
 

@@ -19,9 +19,12 @@ from torchrec import KeyedJaggedTensor
 from hstu.config import DynamicEmbeddingArgs, EmbeddingArgs, OptimizerArgs
 from hstu.data.batch import POOL, keyed_features
 from hstu.models.embedding import Table, table_named
+from hstu.ops.row_sets import BLOCKED, WAYS
+from hstu.parallel.compiled_row_map import row_map
 from hstu.parallel.embedding import ShardedTables
 from hstu.parallel.mesh import Mesh
-from hstu.parallel.row_map import BLOCKED, PARTS, WAYS, RowHistory, RowMap, part_of
+from hstu.parallel.row_history import RowHistory
+from hstu.parallel.row_map import PARTS, part_of
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +77,7 @@ class DynamicRows:
         parts = range(mesh.rank, PARTS, mesh.world_size)
         # Several ranks have to be told how many ids they exchange; one GPU alone need not wait for anything.
         fixed_shapes = mesh.device.type == "cuda" and mesh.world_size == 1
-        self.map = RowMap(table.rows, args, parts, mesh.device, fixed_shapes=fixed_shapes)
+        self.map = row_map(table.rows, args, parts, mesh.device, waits=not fixed_shapes)
         self.history = RowHistory(self.map)
         #: What ``Found.tally`` counts, over all ranks and all lookups that the model has come to.
         self.tally = torch.zeros(3, dtype=torch.int64, device=mesh.device)
@@ -175,8 +178,10 @@ class DynamicTables(ShardedTables):
         dynamic: DynamicEmbeddingArgs,
         optimizer: OptimizerArgs,
         mesh: Mesh,
+        *,
+        prefetch: bool = False,
     ) -> None:
-        super().__init__(tables, embedding, optimizer, mesh)
+        super().__init__(tables, embedding, optimizer, mesh, prefetch=prefetch)
         self.maps = {table: DynamicRows(table, dynamic, mesh) for table in tables if table.name in dynamic.capacity}
         #: Changes of the lookups that the model has not come to yet.
         self._changes: deque[dict[Table, Change]] = deque()
@@ -187,7 +192,7 @@ class DynamicTables(ShardedTables):
         return {f"{table}/{name}": value for table, state in states.items() for name, value in state.items()}
 
     def counters(self) -> dict[str, float]:
-        found: dict[str, float] = {}
+        found = super().counters()
         for table, rows in self.maps.items():
             given, evicted, without = rows.tally.tolist()
             found |= {

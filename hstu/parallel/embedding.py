@@ -10,6 +10,7 @@ from typing import Any
 import psutil
 import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import UVMCacheStatsIndex
 from torch import Tensor, nn
 from torchrec import EmbeddingCollection, EmbeddingConfig, JaggedTensor, KeyedJaggedTensor, optim
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
@@ -80,15 +81,24 @@ class ShardedTables(Embeddings):
         embedding: Sharding type of each table.
         optimizer: Of the sharded tables.
         mesh: The ranks.
+        prefetch: Whether a pipeline brings the rows of the next batch into the caches of tables in host memory.
 
     Raises:
         ConfigError: for row-wise Adagrad on column-wise tables, whose state is per row.
     """
 
     def __init__(
-        self, tables: tuple[Table, ...], embedding: EmbeddingArgs, optimizer: OptimizerArgs, mesh: Mesh
+        self,
+        tables: tuple[Table, ...],
+        embedding: EmbeddingArgs,
+        optimizer: OptimizerArgs,
+        mesh: Mesh,
+        *,
+        prefetch: bool = False,
     ) -> None:
         super().__init__(tables)
+        self.cached = bool(embedding.uvm_caching_tables)
+        self._requested = self._missed = 0  # rows that caches were asked for and lacked, when they were last counted
         replicated = tuple(t for t in tables if embedding.of(t.name) == "data_parallel")
         self.replicated = EmbeddingTables(replicated).to(mesh.device)
         self.collections: dict[str, DistributedModelParallel] = {}
@@ -96,7 +106,7 @@ class ShardedTables(Embeddings):
         #: How each table is laid out over ranks, and by which kernel.
         self.layout = dict.fromkeys((t.name for t in replicated), "data_parallel")
         sharded = tuple(t for t in tables if t not in replicated)
-        collections, sharder, plan = place(sharded, embedding, optimizer, _topology(mesh))
+        collections, sharder, plan = place(sharded, embedding, optimizer, _topology(mesh), prefetch=prefetch)
         for width, collection in collections.items():
             self._features[width] = [name for config in collection.embedding_configs() for name in config.feature_names]
             self.collections[width] = _shard(collection, sharder, plan.plan[width], mesh)
@@ -126,13 +136,36 @@ class ShardedTables(Embeddings):
             for lookup in collection.module._lookups:
                 lookup.purge()
 
+    def unlock_cached_rows(self) -> None:
+        """Let caches on the GPU give up any row, while no batch is under way.
+
+        A row that is asked for ahead is kept until its backward pass, which evaluations and refused steps lack.
+        """
+        for kernel in self._caches():
+            kernel.lxu_cache_locking_counter.zero_()
+
+    def _caches(self) -> list[Any]:
+        """Return FBGEMM's modules of this rank that have a cache."""
+        kernels = (
+            group.emb_module
+            for collection in self.collections.values()
+            for lookup in collection.module._lookups
+            for group in lookup._emb_modules
+        )
+        return [kernel for kernel in kernels if kernel.lxu_cache_weights.numel()]
+
     def row_maps(self) -> dict[str, Tensor]:
         """Return which ids have which rows, where that is learned; loading writes into it."""
         return {}
 
     def counters(self) -> dict[str, float]:
-        """Return what deserves to be on record."""
-        return {}
+        """Return what deserves to be on record: of rows that this rank's caches were asked for, the share they had."""
+        caches = self._caches() if self.cached else []
+        counted = sum((kernel.get_uvm_cache_stats().cpu() for kernel in caches), torch.zeros(6)).tolist()
+        requested = int(counted[UVMCacheStatsIndex.num_unique_indices]) - self._requested
+        missed = int(counted[UVMCacheStatsIndex.num_unique_misses]) - self._missed
+        self._requested, self._missed = self._requested + requested, self._missed + missed
+        return {"cache_hit_rate": 1 - missed / requested} if requested else {}
 
     def forward(self, features: KeyedJaggedTensor) -> dict[str, Tensor]:
         """Look up every feature: name -> [ids of the feature, width]."""
@@ -217,7 +250,9 @@ def _topology(mesh: Mesh) -> Topology:
     return Topology(world_size=mesh.world_size, compute_device=mesh.device.type, local_world_size=local, **memory)
 
 
-def _constraints(table: str, embedding: EmbeddingArgs, optimizer: str, device: str) -> ParameterConstraints:
+def _constraints(
+    table: str, embedding: EmbeddingArgs, optimizer: str, device: str, prefetch: bool
+) -> ParameterConstraints:
     """Return what the planner may choose from for ``table`` on a kind of device."""
     kinds = [embedding.of(table)]
     if kinds == ["auto"]:
@@ -227,7 +262,7 @@ def _constraints(table: str, embedding: EmbeddingArgs, optimizer: str, device: s
     if device == "cpu":
         logger.info("EmbeddingArgs.uvm_caching_tables: %s is in host memory as all tables are: there is no GPU", table)
         return ParameterConstraints(sharding_types=kinds, compute_kernels=["fused"])
-    cache = CacheParams(load_factor=embedding.uvm_cache_load_factor)
+    cache = CacheParams(load_factor=embedding.uvm_cache_load_factor, prefetch_pipeline=prefetch)
     return ParameterConstraints(sharding_types=kinds, compute_kernels=["fused_uvm_caching"], cache_params=cache)
 
 
@@ -237,7 +272,12 @@ def _stored_width(table: Table) -> int:
 
 
 def place(
-    tables: tuple[Table, ...], embedding: EmbeddingArgs, optimizer: OptimizerArgs, topology: Topology
+    tables: tuple[Table, ...],
+    embedding: EmbeddingArgs,
+    optimizer: OptimizerArgs,
+    topology: Topology,
+    *,
+    prefetch: bool = False,
 ) -> tuple[dict[str, EmbeddingCollection], EmbeddingCollectionSharder, ShardingPlan]:
     """Return collections of tables by stored width, what shards them, and where TorchRec's planner puts the shards.
 
@@ -261,6 +301,7 @@ def place(
             beta2=optimizer.adam_beta2,
             gradient_clipping=optimizer.sparse_max_gradient > 0,
             max_gradient=optimizer.sparse_max_gradient,
+            gather_uvm_cache_stats=topology.compute_device == "cuda" and bool(embedding.uvm_caching_tables),
         ),
         # Which sums the gradients of a row before they could be clipped one by one.
         # A rank alone exchanges nothing, and finding equal ids would have its host wait for their number.
@@ -270,7 +311,7 @@ def place(
     )
     planner = EmbeddingShardingPlanner(
         topology=topology,
-        constraints={t.key: _constraints(t.name, embedding, kind, topology.compute_device) for t in tables},
+        constraints={t.key: _constraints(t.name, embedding, kind, topology.compute_device, prefetch) for t in tables},
         storage_reservation=FixedPercentageStorageReservation(percentage=0.15),
     )
     whole = nn.ModuleDict(collections)

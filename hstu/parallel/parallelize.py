@@ -49,10 +49,13 @@ def parallelize(model: RankingModel | RetrievalModel, mesh: Mesh, config: Config
         raise config.network.error("kernel_backend", "Triton kernels need a GPU; use 'auto'")
     model.to(mesh.device)
     every, dynamic = model.embeddings.tables, config.dynamic_embedding
+    prefetch = config.trainer.pipeline_type == "native"
     if dynamic.capacity:
-        tables: ShardedTables = DynamicTables(every, config.embedding, dynamic, config.optimizer, mesh)
+        tables: ShardedTables = DynamicTables(
+            every, config.embedding, dynamic, config.optimizer, mesh, prefetch=prefetch
+        )
     else:
-        tables = ShardedTables(every, config.embedding, config.optimizer, mesh)
+        tables = ShardedTables(every, config.embedding, config.optimizer, mesh, prefetch=prefetch)
     model.embeddings = tables
     if isinstance(model, RetrievalModel):
         model.sampler.gather = mesh.tokens.gather

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torchrec import KeyedJaggedTensor
-from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+from torchrec.distributed.train_pipeline import PrefetchTrainPipelineSparseDist, TrainPipelineSparseDist
 from torchrec.streamable import Pipelineable
 
 from hstu.data.batch import Batch
@@ -80,6 +80,9 @@ class LookupPipeline(TrainPipelineSparseDist):
     def feed(self, source: Iterator[Batch]) -> None:
         """Take the next batches from ``source``; before its end tables can be used only by ``run``."""
         assert self.is_empty
+        self.tables.unlock_cached_rows()
+        if not self._model_attached:  # which only some of TorchRec's pipelines see to
+            self.attach(self._model)
         self._source = source
 
     def run(self, batch: Batch, compute: Callable[[Rows, Any], tuple[Tensor, Any]]) -> Any:
@@ -118,6 +121,23 @@ class LookupPipeline(TrainPipelineSparseDist):
 
     def _backward(self, losses: Tensor) -> None:
         losses.backward()
+
+
+class CachedLookupPipeline(LookupPipeline, PrefetchTrainPipelineSparseDist):
+    """The same, which also brings rows of tables in host memory into their caches while the batch before is computed.
+
+    TorchRec asks for the rows of the next batch between the forward and the backward pass, and keeps in the cache what
+    that one needs.
+    """
+
+    def _prefetch(self, context: Any) -> None:
+        if self._device.type == "cuda":
+            return super()._prefetch(context)
+        for module in self._pipelined_modules:  # TorchRec does nothing without streams; here rows are near already
+            name = module.forward._name
+            ids, own = context.input_dist_tensors_requests.pop(name).wait(), context.module_contexts.pop(name)
+            module.prefetch(ctx=own, dist_input=ids)
+            context.module_input_post_prefetch[name], context.module_contexts_post_prefetch[name] = ids, own
 
 
 def _size(batch: Batch) -> tuple[int, int, int]:

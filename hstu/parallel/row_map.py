@@ -16,23 +16,18 @@ from torch import Tensor, nn
 
 from hstu.config import DynamicEmbeddingArgs
 from hstu.models.negatives import random_columns
+from hstu.ops.row_sets import BLOCKED, FREE, NEVER, WAYS
 
 PARTS = 16  # of a map, each known to one rank; the last of its rows is for ids without one
-WAYS = 8  # of a set, so that eight comparisons are the bytes of one number
-FREE = torch.iinfo(torch.int64).max
-"""Where no id has the place. Neither this nor ``BLOCKED`` can be an id with a row of its own."""
-BLOCKED = FREE - 1
-"""Where there is no row, for sets are of one size."""
-_NEVER = torch.iinfo(torch.int32).max  # the score of a blocked place
 _MOST = 255  # that the sketch counts
 _RESTORED = 64  # parts in which ids of another map come, so that they spread over their sets
-_AGEING = 4  # counters of the sketch that are halved for one id that is counted
-_GOLDEN = -7046029254386353131  # 2**64 / golden ratio, as int64: Fibonacci hashing
+AGEING = 4  # counters of the sketch that are halved for one id that is counted
+GOLDEN = -7046029254386353131  # 2**64 / golden ratio, as int64: Fibonacci hashing
 
 
 def part_of(ids: Tensor) -> Tensor:
     """Return the part of the map that knows each id, [n] int64 in [0, PARTS)."""
-    return (ids * _GOLDEN >> 60) & (PARTS - 1)
+    return (ids * GOLDEN >> 60) & (PARTS - 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +78,7 @@ class RowMap:
         #: The last lookup that met the id, or how often it was met; -1 where there is none.
         self.scores = torch.full((self.size + 1,), -1, dtype=torch.int32, device=device)
         blocked = self.row_of(torch.arange(self.size, device=device)) >= self.usable
-        self.ids[:-1][blocked], self.scores[:-1][blocked] = BLOCKED, _NEVER
+        self.ids[:-1][blocked], self.scores[:-1][blocked] = BLOCKED, NEVER
         counts = args.min_count > 1 or args.evict_strategy == "lfu"
         self.counters = 8 * self.sets * WAYS if counts else 0  # of the sketch of a part
         #: How often ids without a row were met lately: a count-min sketch of two hashes (Cormode and Muthukrishnan).
@@ -125,14 +120,14 @@ class RowMap:
             self._score(places, met, ahead)
             new, counts = self._distinct(ids, met & (places == self.size) & (ids < BLOCKED))
             least = self.args.min_count if min_count is None else min_count
-            taken, evicted, tally = self._admit(new, self._estimated(new, counts, ahead), least, ahead)
-            changed = torch.where(taken < self.size, self.row_of(taken), -1)
+            if self.fixed_shapes or len(new):
+                taken, evicted, tally = self._admit(new, self._estimated(new, counts, ahead), least, ahead)
+                changed = torch.where(taken < self.size, self.row_of(taken), -1)
             if not self.fixed_shapes:
                 changed, evicted = changed[changed >= 0], evicted[evicted < BLOCKED]
             if self.fixed_shapes or len(changed):
                 places = self._after(ids, places)
-        rows = torch.where(places < self.size, self.row_of(places), self.usable + part_of(ids))
-        return Found(rows=rows, places=places, changed=changed, evicted=evicted, tally=tally)
+        return Found(rows=self._rows(ids, places), places=places, changed=changed, evicted=evicted, tally=tally)
 
     def restore(self, ids: Tensor, scores: Tensor, clock: Tensor) -> Tensor:
         """Fill a map that holds nothing with ids that another one held; where room is short, low scores stay out.
@@ -183,6 +178,10 @@ class RowMap:
         place = torch.where((bit & 1) > 0, sets[:, 1], sets[:, 0]) * WAYS + (bit >> 3)
         return torch.where((bit >= 0) & (ids < BLOCKED), place, self.size)
 
+    def _rows(self, ids: Tensor, places: Tensor) -> Tensor:
+        """Return the row of each of ``ids`` [n], which are held at ``places``; without one, that of its part."""
+        return torch.where(places < self.size, self.row_of(places), self.usable + part_of(ids))
+
     def _sets(self, ids: Tensor) -> Tensor:
         """Return the two sets that each of ``ids`` may stand in, [n, 2]."""
         part = (part_of(ids) - self.parts.start) // self.parts.step
@@ -214,7 +213,7 @@ class RowMap:
             new, counts = ids[some].unique(return_counts=True)
             return new, counts
         ids = torch.where(some, ids, FREE).sort().values
-        group = _starts(ids).cumsum(0) - 1
+        group = starts(ids).cumsum(0) - 1
         counts = torch.zeros_like(ids).index_add_(0, group, torch.ones_like(ids))
         return torch.full_like(ids, FREE).scatter_(0, group, ids), counts
 
@@ -225,16 +224,21 @@ class RowMap:
         """
         if not self.counters:
             return counts
-        first = ((part_of(ids) - self.parts.start) // self.parts.step * self.counters)[:, None]
-        own, valid = first + random_columns(ids, 2, self.counters, seed=2), (ids < BLOCKED)[:, None]
-        old = first + random_columns(ids + self.clock.long() * _GOLDEN, _AGEING, self.counters, seed=3)
-        own, old = (torch.where(valid, x, len(self.sketch) - 1).flatten() for x in (own, old))
+        own, old = self._counters(ids)
         self._keep("sketch", old, ahead)
         self.sketch[old] = self.sketch[old] >> 1
         self._keep("sketch", own, ahead)
         counts = (self.sketch[own].view(-1, 2).amin(1) + counts).clamp(max=_MOST)
         self.sketch.scatter_reduce_(0, own, counts.to(torch.uint8).repeat_interleave(2), "amax")
         return counts
+
+    def _counters(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return which counters of the sketch count each of ``ids`` [n], two each, and which it halves."""
+        first = ((part_of(ids) - self.parts.start) // self.parts.step * self.counters)[:, None]
+        own, valid = first + random_columns(ids, 2, self.counters, seed=2), (ids < BLOCKED)[:, None]
+        old = first + random_columns(ids + self.clock.long() * GOLDEN, AGEING, self.counters, seed=3)
+        own, old = (torch.where(valid, x, len(self.sketch) - 1).flatten() for x in (own, old))
+        return own, old
 
     def _admit(self, ids: Tensor, counts: Tensor, least: int, ahead: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Give rows to those of ``ids`` [n], each once and ascending, that were met ``least`` times.
@@ -243,14 +247,30 @@ class RowMap:
             The places taken; the ids that had them before; and what ``Found.tally`` counts.
         """
         due = (ids < BLOCKED) & (counts >= least)
+        wanted = due.sum()
         if not self.fixed_shapes:
             ids, counts = ids[due], counts[due]
             due = due[due]
+        places, ids, counts = self._chosen(ids, counts, due)
+        taken = places < self.size
+        evicted = torch.where(taken, self.ids[places], FREE)
+        self._keep("ids", places, ahead)
+        self._keep("scores", places, ahead)
+        self.ids[places] = ids
+        lfu = self.args.evict_strategy == "lfu"
+        self.scores[places] = counts.int() if lfu else self.clock
+        given = taken.sum()
+        return places, evicted, torch.stack([given, (evicted < BLOCKED).sum(), wanted - given])
+
+    def _chosen(self, ids: Tensor, counts: Tensor, due: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the places that those of ``ids`` [n] take that are ``due``, in the order of sets, ids and counts.
+
+        The place of an id that takes none is one beyond the last; a subclass may leave it out.
+        """
         sets = self._sets(ids)
         scores = self.scores[:-1].view(-1, WAYS).index_select(0, sets.flatten()).view(-1, 2, WAYS)
-        room = (scores < 0).view(torch.int64).squeeze(
-            2
-        ) * 0x0101010101010101 >> 56  # sums bytes, of which each is a way
+        # The product sums bytes, of which each is a way.
+        room = (scores < 0).view(torch.int64).squeeze(2) * 0x0101010101010101 >> 56
         worth = torch.where(room > 0, -room, scores.amin(2))
         second = worth[:, 1] < worth[:, 0]
         chosen = torch.where(due, torch.where(second, sets[:, 1], sets[:, 0]), self.size)
@@ -260,15 +280,7 @@ class RowMap:
         ids, counts, due, chosen = ids[order], counts[order], due[order], chosen[order]
         score, way, turn = self._nth_lowest(scores.index_select(0, order), chosen)
         taken = due & (turn < WAYS) & ((score < 0) | self._loses(score, counts))
-        places = torch.where(taken, chosen * WAYS + way, self.size)
-        evicted = torch.where(taken, self.ids[places], FREE)
-        self._keep("ids", places, ahead)
-        self._keep("scores", places, ahead)
-        self.ids[places] = ids
-        lfu = self.args.evict_strategy == "lfu"
-        self.scores[places] = counts.int() if lfu else self.clock
-        tally = torch.stack([taken.sum(), (evicted < BLOCKED).sum(), (due & ~taken).sum()])
-        return places, evicted, tally
+        return torch.where(taken, chosen * WAYS + way, self.size), ids, counts
 
     def _loses(self, score: Tensor, counts: Tensor) -> Tensor:
         """Return whether the holder of a row with ``score`` [n] loses it to an id that was met ``counts`` [n] times."""
@@ -289,7 +301,7 @@ class RowMap:
             Scores, ways and n (from 0), [m]. The former mean nothing if n is not below ``WAYS``.
         """
         index = torch.arange(len(sets), device=sets.device)
-        turn = index - torch.where(_starts(sets), index, 0).cummax(0).values
+        turn = index - torch.where(starts(sets), index, 0).cummax(0).values
         score, way = _lowest(scores)
         late, left, last = index, scores, way
         for number in range(1, WAYS):
@@ -299,7 +311,7 @@ class RowMap:
                 later = later[later]
                 if not late.numel():
                     break
-            left = left.scatter(1, last[:, None], _NEVER)
+            left = left.scatter(1, last[:, None], NEVER)
             low, last = _lowest(left)
             score[late] = torch.where(later, low, score[late])
             way[late] = torch.where(later, last, way[late])
@@ -309,62 +321,6 @@ class RowMap:
         """Keep what is about to be overwritten at ``where`` [n] of the tensor ``name``."""
         if ahead:
             self.overwritten[-1].append((name, where, getattr(self, name)[where]))
-
-
-class RowHistory:
-    """When rows were last trained, and which ids lost theirs when: what was written since a step.
-
-    Args:
-        rows: The map.
-    """
-
-    def __init__(self, rows: RowMap) -> None:
-        self.parts, device = rows.parts, rows.ids.device
-        self.steps = torch.zeros_like(rows.scores)
-        #: The last evictions of each part, a ring. One lookup evicts at most as many ids as the part has rows.
-        self.length = max(rows.sets * WAYS, 1024)
-        entries = len(self.parts) * self.length + 1
-        self.evicted = torch.full((entries,), FREE, device=device)
-        self.evicted_steps = torch.zeros(entries, dtype=torch.int32, device=device)
-        self.evictions = torch.zeros(len(self.parts) + 1, dtype=torch.int64, device=device)
-
-    def note(self, step: int, places: Tensor, evicted: Tensor) -> None:
-        """Take down that ``places`` [n] were trained in ``step``, and that ``evicted`` [m] lost their rows."""
-        # Numbers that are assigned are first copied to the device; numbers to fill with are not.
-        self.steps.index_fill_(0, places, step)
-        part = (part_of(evicted) - self.parts.start) // self.parts.step
-        part, order = torch.where(evicted < BLOCKED, part, len(self.parts)).sort(stable=True)
-        index = torch.arange(len(part), device=part.device)
-        number = self.evictions[part] + index - torch.where(_starts(part), index, 0).cummax(0).values
-        where = (part * self.length + number % self.length).clamp(max=len(self.evicted) - 1)
-        self.evicted[where] = evicted[order]
-        self.evicted_steps.index_fill_(0, where, step)
-        self.evictions.index_add_(0, part, torch.ones_like(part))
-
-    def evicted_since(self, number: int, step: int) -> Tensor:
-        """Return the ids that lost their rows in the ``number``-th part after ``step``, in that order.
-
-        Raises:
-            ValueError: if the ring does not go back so far.
-        """
-        total = int(self.evictions[number])
-        order = torch.arange(max(0, total - self.length), total, device=self.steps.device)
-        where = number * self.length + order % self.length
-        steps = self.evicted_steps[where]
-        if total > self.length and steps[0] > step:
-            raise ValueError(f"more ids lost their rows after step {step} than are remembered; choose a step from "
-                             f"{int(steps[0])} on, or export everything")  # fmt: skip
-        return self.evicted[where[steps > step]]
-
-    def state(self) -> dict[str, Tensor]:
-        """Return all of it by names that no number of ranks changes; loading writes into it."""
-        whole = {
-            "steps": self.steps,
-            "evicted": self.evicted,
-            "evicted_steps": self.evicted_steps,
-            "evictions": self.evictions,
-        }
-        return by_part(whole, self.parts)
 
 
 def held_rows(state: dict[str, Tensor], rows: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -381,6 +337,13 @@ def held_rows(state: dict[str, Tensor], rows: int) -> tuple[Tensor, Tensor, Tens
     return ids[places], whole.row_of(places), scores[places]
 
 
+def _lowest(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the lowest of each row of ``scores`` [m, WAYS], and the first way that has it: [m] and [m] int64."""
+    lowest = scores.amin(1)
+    there = (scores == lowest[:, None]).view(torch.int64).squeeze(1)  # a byte a way
+    return lowest, (there & -there).double().frexp().exponent.long() - 1 >> 3
+
+
 def by_part(whole: dict[str, Tensor], parts: range) -> dict[str, Tensor]:
     """Return the pieces of tensors that hold one after another those of each part, and one element more."""
     found: dict[str, Tensor] = {}
@@ -390,13 +353,6 @@ def by_part(whole: dict[str, Tensor], parts: range) -> dict[str, Tensor]:
     return found
 
 
-def _starts(values: Tensor) -> Tensor:
+def starts(values: Tensor) -> Tensor:
     """Return where a value [n] differs from the one before it, or is the first."""
     return torch.cat([torch.ones_like(values[:1], dtype=torch.bool), values[1:] != values[:-1]])
-
-
-def _lowest(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the lowest of each row of ``scores`` [m, WAYS], and the first way that has it: [m] and [m] int64."""
-    lowest = scores.amin(1)
-    there = (scores == lowest[:, None]).view(torch.int64).squeeze(1)  # a byte a way
-    return lowest, (there & -there).double().frexp().exponent.long() - 1 >> 3

@@ -15,7 +15,7 @@ from hstu.data.reader import SequenceDataset
 from hstu.models.losses import LossSum
 from hstu.parallel import Mesh, Parallelized
 from hstu.parallel.embedding import HeldRows
-from hstu.parallel.pipeline import LookupPipeline, Rows
+from hstu.parallel.pipeline import CachedLookupPipeline, LookupPipeline, Rows
 from hstu.training.batch_flops import batch_flops
 from hstu.training.checkpoint_files import Progress
 from hstu.training.meter import Meter, not_finite
@@ -46,7 +46,8 @@ class Stepper:
         self.skipped_in_a_row = 0
         self.pipeline: LookupPipeline | None = None
         if config.trainer.pipeline_type == "native" and parallel.tables.collections:
-            self.pipeline = LookupPipeline(parallel.model, parallel.tables, self.mesh.device)
+            kind = CachedLookupPipeline if parallel.tables.cached else LookupPipeline
+            self.pipeline = kind(parallel.model, parallel.tables, self.mesh.device)
 
     def take(self, batches: Sequence[Batch], progress: Progress) -> float:
         """Take the step after ``progress.step`` and count it in ``progress``; returns the learning rate.

@@ -16,14 +16,18 @@ from hstu.config import ConfigError, DynamicEmbeddingArgs
 from hstu.inference import export
 from hstu.models.embedding import Table
 from hstu.models.negatives import random_columns
+from hstu.ops.row_sets import FREE
 from hstu.parallel import Mesh
+from hstu.parallel.compiled_row_map import CompiledRowMap
 from hstu.parallel.dynamic import DynamicRows, DynamicTables
-from hstu.parallel.row_map import FREE, PARTS, RowHistory, RowMap, part_of
+from hstu.parallel.row_history import RowHistory
+from hstu.parallel.row_map import PARTS, RowMap, part_of
 from tests.tiny import write_tiny
 from tests.training.runs import losses, records, trainer
 
 ROWS = 67  # 3 or 4 of a part, and one for ids without one
 IDS = 2**62
+KINDS = ("torch", "fixed shapes", "compiled")
 STRATEGIES = {
     "lru": {},
     "lru-twice": {"min_count": 2},
@@ -50,8 +54,9 @@ def rows_of(mesh: Mesh, strategy: str = "lru", rows: int = ROWS) -> DynamicRows:
     return DynamicRows(table, args_of(strategy, rows), mesh)
 
 
-def row_map(strategy: str, rows: int, *, fixed_shapes: bool = False) -> RowMap:
-    return RowMap(rows, args_of(strategy, rows), range(PARTS), torch.device("cpu"), fixed_shapes=fixed_shapes)
+def row_map(strategy: str, rows: int, kind: str = "torch", parts: range = range(PARTS)) -> RowMap:
+    args = rows, args_of(strategy, rows), parts, torch.device("cpu")
+    return CompiledRowMap(*args) if kind == "compiled" else RowMap(*args, fixed_shapes=kind == "fixed shapes")
 
 
 class Reference:
@@ -151,11 +156,11 @@ def stream(rows: int, steps: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]
         yield universe[place], torch.rand(size, generator=generator) < 0.8
 
 
-@pytest.mark.parametrize("fixed_shapes", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rows", [ROWS, 400])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_stream_of_ten_times_as_many_ids(strategy: str, rows: int, fixed_shapes: bool) -> None:
-    own, wanted = row_map(strategy, rows, fixed_shapes=fixed_shapes), Reference(strategy, rows)
+def test_a_stream_of_ten_times_as_many_ids(strategy: str, rows: int, kind: str) -> None:
+    own, wanted = row_map(strategy, rows, kind), Reference(strategy, rows)
     tally = torch.zeros(3, dtype=torch.int64)
     for ids, met in stream(rows, 30):
         before = dict(wanted.row)
@@ -173,9 +178,11 @@ def test_a_stream_of_ten_times_as_many_ids(strategy: str, rows: int, fixed_shape
     assert (wanted.evicted > 0) == ("none" not in strategy)
 
 
-def test_every_rank_count_has_the_same_rows() -> None:
+@pytest.mark.parametrize("kind", ["torch", "compiled"])
+def test_every_rank_count_has_the_same_rows(kind: str) -> None:
+    """And the same state to the bit, whatever computes it."""
     whole = row_map("lru-twice", 400)
-    parts = [RowMap(400, whole.args, range(r, PARTS, 3), torch.device("cpu"), fixed_shapes=False) for r in range(3)]
+    parts = [row_map("lru-twice", 400, kind, range(r, PARTS, 3)) for r in range(3)]
     for ids, met in stream(400, 10):
         found = whole.look_up(ids, met)
         for rank, own in enumerate(parts):
@@ -190,7 +197,7 @@ def test_no_lookup_on_a_gpu_waits() -> None:
     """Where the device is another one, a tensor whose shape or value the host needs would raise here."""
     with FakeTensorMode():
         for strategy in STRATEGIES:
-            own = row_map(strategy, 400, fixed_shapes=True)
+            own = row_map(strategy, 400, "fixed shapes")
             history = RowHistory(own)
             ids = torch.zeros(300, dtype=torch.int64)
             for met in (ids > 0, None):
@@ -282,10 +289,10 @@ def test_what_lies_long_ago_does_not_count() -> None:
     assert sum(given[100:]) < 0.1 * 100 * 100
 
 
-@pytest.mark.parametrize("fixed_shapes", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("strategy", ["lru", "lfu-twice"])
-def test_the_map_as_it_was_before_the_lookups_ahead(strategy: str, fixed_shapes: bool) -> None:
-    own, plain = (row_map(strategy, ROWS, fixed_shapes=fixed_shapes) for _ in range(2))
+def test_the_map_as_it_was_before_the_lookups_ahead(strategy: str, kind: str) -> None:
+    own, plain = (row_map(strategy, ROWS, kind) for _ in range(2))
     states = []
     for number, (ids, met) in enumerate(stream(ROWS, 15)):
         states.append({name: value.clone() for name, value in plain.state().items()})

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import torch
 from torchrec.distributed.planner import planners
 
 from hstu.config import ConfigError, EmbeddingArgs, OptimizerArgs
@@ -27,13 +28,17 @@ def test_kernels_and_types(caplog: pytest.LogCaptureFixture, monkeypatch: pytest
     caplog.set_level(logging.INFO, "hstu")
     own = dict(table_sharding_types={"b": "table_wise"}, uvm_caching_tables=("b",), uvm_cache_load_factor=0.3)
     args = EmbeddingArgs(sharding_type="auto", **own)  # type: ignore[arg-type]
-    found = _constraints("a", args, "adam", "cuda")
+    found = _constraints("a", args, "adam", "cuda", False)
     assert found.sharding_types == ["row_wise", "table_wise", "column_wise"] and found.compute_kernels == ["fused"]
-    assert _constraints("a", args, "rowwise_adagrad", "cuda").sharding_types == ["row_wise", "table_wise"]
-    cached = _constraints("b", args, "adam", "cuda")
+    assert _constraints("a", args, "rowwise_adagrad", "cuda", False).sharding_types == [
+        "row_wise",
+        "table_wise",
+    ]
+    cached = _constraints("b", args, "adam", "cuda", True)
     assert (cached.sharding_types, cached.compute_kernels) == (["table_wise"], ["fused_uvm_caching"])
     assert cached.cache_params is not None and cached.cache_params.load_factor == 0.3
-    assert _constraints("b", args, "adam", "cpu").compute_kernels == ["fused"]
+    assert cached.cache_params.prefetch_pipeline
+    assert _constraints("b", args, "adam", "cpu", False).compute_kernels == ["fused"]
     assert "uvm_caching_tables: b is in host memory as all tables are" in caplog.text
 
 
@@ -53,6 +58,33 @@ def test_each_lookup_is_clipped_on_its_own_on_a_gpu_too(monkeypatch: pytest.Monk
     with pytest.raises(Asked) as asked:
         place((table,), EmbeddingArgs(), args, planners.Topology(2, "cuda"))
     assert asked.value.args == (limit == 0.0,)
+
+
+class Cache:
+    """What a kernel of FBGEMM with a cache on the GPU has; a CPU has none."""
+
+    def __init__(self) -> None:
+        self.lxu_cache_weights, self.lxu_cache_locking_counter = torch.ones(1), torch.ones(4)
+        self.stats = torch.zeros(6, dtype=torch.int64)
+
+    def get_uvm_cache_stats(self) -> torch.Tensor:
+        return self.stats
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_hits_of_caches_are_counted_and_their_rows_let_go(data: Path, tmp_path: Path, optimizer: str) -> None:
+    """Since the last record; calls, ids, distinct ids, those of them that were missing, and so on: FBGEMM's order."""
+    bindings = ("EmbeddingArgs.uvm_caching_tables=('item_id',)", f"OptimizerArgs.sparse_optimizer_str='{optimizer}'")
+    with trainer(data, tmp_path, "ranking", *bindings) as run:
+        tables = run.parallel.tables
+        assert tables._caches() == [] and tables.counters() == {}
+        (group, *_) = next(iter(tables.collections.values())).module._lookups[0]._emb_modules
+        group._modules["_emb_module"] = cache = Cache()
+        for requested, missed, rate in ((200, 100, 0.5), (300, 110, 0.9), (300, 110, None)):
+            cache.stats[2:4] = torch.tensor([requested, missed])
+            assert tables.counters().get("cache_hit_rate") == (rate if rate is None else pytest.approx(rate))
+        tables.unlock_cached_rows()
+        assert not cache.lxu_cache_locking_counter.any()
 
 
 def test_the_chosen_layout_is_told(data: Path, tmp_path: Path) -> None:

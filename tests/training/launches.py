@@ -33,6 +33,7 @@ from hstu.ops.jagged import rows as jagged
 from hstu.parallel.dynamic import DynamicTables
 from hstu.parallel.embedding import HeldRows
 from hstu.parallel.fused_adam import HostAdamTables
+from hstu.parallel.row_map import PARTS, RowMap
 from hstu.training import step
 from hstu.training.trainer import Trainer
 from tests.launch import ROOT
@@ -222,7 +223,10 @@ def _as_on_gpu(run: Trainer, count: Counted) -> Iterator[tuple[Any, str, Any]]:
         if getattr(layer, "attention", None) is softmax_attention:
             yield layer, "attention", partial(softmax_attention, backend="triton")
     if isinstance(tables := run.parallel.tables, DynamicTables):
-        yield from ((rows.map, "fixed_shapes", True) for rows in tables.maps.values())
+        for rows in tables.maps.values():
+            own = rows.map
+            parts = own.parts, torch.device("cpu")
+            yield rows, "map", RowMap(own.usable + PARTS, own.args, *parts, fixed_shapes=True)
     yield layers.HSTULayer, "_is_fused", lambda self, x: True
     yield losses, "pool_cross_entropy", pool_cross_entropy
     yield preprocess, "Layout", laid_out

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from hstu.data import write_dataset
+from hstu.ops.row_sets import WAYS
 from hstu.parallel import Mesh
-from hstu.parallel.row_map import WAYS
 from hstu.training.checkpoint_files import CheckpointError, read_marker, write_marker
 from hstu.training.init_from import find_source
 from hstu.training.saved_tensors import SavedTensors

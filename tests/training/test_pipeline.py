@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from hstu.models.losses import LossSum
-from hstu.parallel.pipeline import LookupPipeline
+from hstu.parallel.pipeline import CachedLookupPipeline, LookupPipeline
 from hstu.training.checkpoint_files import find_checkpoint
 from hstu.training.step import Stepper
 from tests.training.runs import records, trainer
@@ -25,6 +26,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "uniform": ("retrieval",),
     "in-batch": ("retrieval", "RetrievalArgs.num_negatives=-1"),
     "bce": ("retrieval", "RetrievalArgs.loss='bce'", "RetrievalArgs.num_negatives=1"),
+    "cached": ("ranking", "EmbeddingArgs.uvm_caching_tables=('item_id',)"),
     "masked": ("retrieval", "NetworkArgs.backbone='bert'"),
 }
 SLOW = ("widths", "uniform", "bce")
@@ -41,13 +43,21 @@ def test_the_same_records_as_without(data: Path, tmp_path: Path, variant: str, m
         ahead.append(len(self.batches))
         return result
 
+    brought, prefetch = Counter[type](), CachedLookupPipeline._prefetch
+
+    def bring(self: CachedLookupPipeline, context: Any) -> None:
+        prefetch(self, context)
+        brought[type(self)] += 1
+
     monkeypatch.setattr(LookupPipeline, "run", watch)
+    monkeypatch.setattr(CachedLookupPipeline, "_prefetch", bring)
     for name, kind in (("plain", ()), ("native", NATIVE)):
         with trainer(data, tmp_path / name, task, *bindings, *LIMITS, *kind) as run:
             run.train()
     assert records(tmp_path / "native") == records(tmp_path / "plain")
     assert records(tmp_path / "native", "eval") == records(tmp_path / "plain", "eval")
     assert max(ahead) >= 1 and ahead[-1] == 0, "batches were in flight"
+    assert [*brought] == ([CachedLookupPipeline] if variant == "cached" else [])
 
 
 def test_a_pipeline_that_computes_another_step_is_caught(
