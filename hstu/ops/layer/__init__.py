@@ -85,7 +85,9 @@ def hstu_layer(
             bias=bias,
             keys=layout,
         )
-    call = LayerCall(options, kernels, attention, int(torch.randint(2**31 - 1, ())))
+    # Drawn where it is used: nothing waits for it, and a CUDA graph that is replayed draws anew.
+    seed = torch.randint(2**31 - 1, (1,), device=x.device) if options.dropout else None
+    call = LayerCall(options, kernels, attention, seed)
     return FusedLayer.apply(x, call, *weights.tensors(), bias.position, bias.time)
 
 

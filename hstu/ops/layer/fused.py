@@ -33,12 +33,12 @@ class Attention(Protocol):
 
 @dataclass(frozen=True)
 class LayerCall:
-    """What a call needs besides its differentiable tensors."""
+    """What a call needs besides its differentiable tensors; ``seed`` [1] int64, of its dropout, None without."""
 
     options: LayerOptions
     kernels: TorchKernels
     attention: Attention
-    seed: int
+    seed: Tensor | None
 
     def split(self, uvqk: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Views u ``[T, H d_v]``, and v, q, k ``[T, H, d]``."""

@@ -49,13 +49,15 @@ class TorchKernels:
         aten.silu_backward.grad_input(part, z[:, :silu_columns], grad_input=part)
         return grad, grad.sum(0) if sums else None
 
-    def gate(self, u: Tensor, o: Tensor, affine: Affine, options: LayerOptions, seed: int) -> tuple[Tensor, Moments]:
+    def gate(
+        self, u: Tensor, o: Tensor, affine: Affine, options: LayerOptions, seed: Tensor | None
+    ) -> tuple[Tensor, Moments]:
         """``dropout(u * norm(o))`` or of the concatenation; moments of o."""
         n, *moments = torch.native_layer_norm(_wide(o), o.shape[-1:], *affine, options.eps)
         gated = n.mul_(u).to(u.dtype)
         if options.gate == "concat":
             gated = torch.cat([u, o, gated], 1)
-        if options.dropout:
+        if seed is not None:
             gated.mul_(self._keep(gated, options, seed))
         return gated, (moments[0], moments[1])
 
@@ -66,11 +68,11 @@ class TorchKernels:
         moments: Moments,
         affine: Affine,
         options: LayerOptions,
-        seed: int,
+        seed: Tensor | None,
         du: Tensor,
     ) -> tuple[Tensor, Affine]:
         """Write the gradient of u to ``du``; return those of o, weight and bias. ``inputs``: u and o."""
-        if options.dropout:
+        if seed is not None:
             grad = grad * self._keep(grad, options, seed)
         u, o = inputs[0], _wide(inputs[1])
         width = o.shape[1]
@@ -85,9 +87,9 @@ class TorchKernels:
         return do.to(u.dtype), d_affine
 
     @staticmethod
-    def _keep(like: Tensor, options: LayerOptions, seed: int) -> Tensor:
+    def _keep(like: Tensor, options: LayerOptions, seed: Tensor) -> Tensor:
         """Factors of the dropout, drawn again from the seed rather than kept."""
-        generator = torch.Generator(like.device).manual_seed(seed)
+        generator = torch.Generator(like.device).manual_seed(int(seed))
         keep = torch.empty_like(like).bernoulli_(1.0 - options.dropout, generator=generator)
         return keep.div_(1.0 - options.dropout)
 

@@ -59,7 +59,9 @@ class TritonKernels(TorchKernels):
             )
         return grad, total.sum(0).to(grad.dtype) if sums else None
 
-    def gate(self, u: Tensor, o: Tensor, affine: Affine, options: LayerOptions, seed: int) -> tuple[Tensor, Moments]:
+    def gate(
+        self, u: Tensor, o: Tensor, affine: Affine, options: LayerOptions, seed: Tensor | None
+    ) -> tuple[Tensor, Moments]:
         """As the parent's."""
         width = o.shape[1]
         gated = torch.empty(len(o), options.gated_width, dtype=o.dtype, device=o.device)
@@ -67,7 +69,7 @@ class TritonKernels(TorchKernels):
         if gated.numel():
             gate_forward[(len(o),)](
                 u, o, gated, mean, deviation, *_pointers(affine, o), u.stride(0), o.stride(0), width, options.eps, seed,
-                options.dropout, CONCAT=options.gate == "concat", DROPOUT=options.dropout > 0, **_has(affine),
+                options.dropout, CONCAT=options.gate == "concat", DROPOUT=seed is not None, **_has(affine),
                 **_row_block(width),
             )  # fmt: skip
         return gated, (mean, deviation)
@@ -79,7 +81,7 @@ class TritonKernels(TorchKernels):
         moments: Moments,
         affine: Affine,
         options: LayerOptions,
-        seed: int,
+        seed: Tensor | None,
         du: Tensor,
     ) -> tuple[Tensor, Affine]:
         """As the parent's."""
@@ -91,7 +93,7 @@ class TritonKernels(TorchKernels):
             gate_backward[(programs,)](
                 grad.contiguous(), u, o, *moments, *_pointers(affine, o), du, do, dw, db, u.stride(0), o.stride(0),
                 du.stride(0), len(o), rows_each, width, seed, options.dropout, CONCAT=options.gate == "concat",
-                DROPOUT=options.dropout > 0, **_has(affine), **_row_block(width),
+                DROPOUT=seed is not None, **_has(affine), **_row_block(width),
             )  # fmt: skip
         return do, (_total(dw, affine[0]), _total(db, affine[1]))
 

@@ -112,11 +112,11 @@ def norm_backward(
 
 
 @triton.jit
-def _dropped(x, row, part, parts: tl.constexpr, width, seed, dropout, DROPOUT: tl.constexpr, BLOCK: tl.constexpr):
+def _dropped(x, row, part, parts: tl.constexpr, width, SEED, dropout, DROPOUT: tl.constexpr, BLOCK: tl.constexpr):
     """Apply the dropout of columns ``[part * width, (part + 1) * width)`` of a row."""
     if DROPOUT:
         place = ((row * parts + part) * width + tl.arange(0, BLOCK)).to(tl.int32)
-        x = tl.where(tl.rand(seed, place) >= dropout, x / (1.0 - dropout), 0.0)
+        x = tl.where(tl.rand(tl.load(SEED), place) >= dropout, x / (1.0 - dropout), 0.0)
     return x
 
 
@@ -133,7 +133,7 @@ def gate_forward(
     o_row,
     width,
     eps,
-    seed,
+    SEED,
     dropout,
     CONCAT: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -150,10 +150,10 @@ def gate_forward(
     gated = u * _affine((o - mean) * deviation, W, B, width, HAS_WEIGHT, HAS_BIAS, BLOCK)
     y_row = parts * width
     if CONCAT:
-        _store_row(Y, _dropped(u, row, 0, parts, width, seed, dropout, DROPOUT, BLOCK), row, y_row, width, BLOCK)
-        o = _dropped(o, row, 1, parts, width, seed, dropout, DROPOUT, BLOCK)
+        _store_row(Y, _dropped(u, row, 0, parts, width, SEED, dropout, DROPOUT, BLOCK), row, y_row, width, BLOCK)
+        o = _dropped(o, row, 1, parts, width, SEED, dropout, DROPOUT, BLOCK)
         _store_row(Y + width, o, row, y_row, width, BLOCK)
-    gated = _dropped(gated, row, parts - 1, parts, width, seed, dropout, DROPOUT, BLOCK)
+    gated = _dropped(gated, row, parts - 1, parts, width, SEED, dropout, DROPOUT, BLOCK)
     _store_row(Y + (parts - 1) * width, gated, row, y_row, width, BLOCK)
     tl.store(MEAN + row, mean)
     tl.store(DEVIATION + row, deviation)
@@ -178,7 +178,7 @@ def gate_backward(
     rows,
     rows_each,
     width,
-    seed,
+    SEED,
     dropout,
     CONCAT: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -194,7 +194,7 @@ def gate_backward(
     db = tl.zeros((BLOCK,), tl.float32)
     for row in range(first, tl.minimum(first + rows_each, rows)):
         grad = _load_row(GRAD + (parts - 1) * width, row, parts * width, width, BLOCK)
-        grad = _dropped(grad, row, parts - 1, parts, width, seed, dropout, DROPOUT, BLOCK)
+        grad = _dropped(grad, row, parts - 1, parts, width, SEED, dropout, DROPOUT, BLOCK)
         deviation = tl.load(DEVIATION + row)
         hat = (_load_row(ATTENDED, row, o_row, width, BLOCK) - tl.load(MEAN + row)) * deviation
         hat = tl.where(inside, hat, 0.0)
@@ -205,9 +205,9 @@ def gate_backward(
         do = _norm_gradient(dn, hat, deviation, W, width, HAS_WEIGHT, BLOCK)
         if CONCAT:
             of_u = _load_row(GRAD, row, parts * width, width, BLOCK)
-            du += _dropped(of_u, row, 0, parts, width, seed, dropout, DROPOUT, BLOCK)
+            du += _dropped(of_u, row, 0, parts, width, SEED, dropout, DROPOUT, BLOCK)
             of_o = _load_row(GRAD + width, row, parts * width, width, BLOCK)
-            do += _dropped(of_o, row, 1, parts, width, seed, dropout, DROPOUT, BLOCK)
+            do += _dropped(of_o, row, 1, parts, width, SEED, dropout, DROPOUT, BLOCK)
         _store_row(DU, du, row, du_row, width, BLOCK)
         _store_row(DO, do, row, width, width, BLOCK)
     _store_row(DW, dw, tl.program_id(0), width, width, BLOCK)
