@@ -49,6 +49,9 @@ class TrainerArgs(Args):
     keep_last_checkpoints: int = 2
     #: "native": the next batch is copied and its ids travel to the tables while this one is computed; same losses.
     pipeline_type: Literal["none", "native"] = "none"
+    #: "auto": on a GPU the dense part of a step, forward and backward, is recorded as CUDA graphs, one for each of some
+    #: sizes of batches, and replayed, where the model allows; same losses, less of the host's time.
+    cuda_graphs: Literal["auto", "off"] = "off"
     #: Deal the samples of a global batch to ranks by predicted work, not by count; losses stay the same.
     enable_balanced_shuffler: bool = True
     #: Write report.html into the run directory at the end, see python -m hstu.cli.report.

@@ -49,12 +49,16 @@ class RetrievalLookup(Lookup):
         pool_ids: [P] int64. Items that labels are scored against.
         columns: [L, N] int64, those of the pool that count for each label; None: all of them.
         live: [L] bool, the labels that have a negative; None where that is not asked.
+        counted: [L] bool, the labels that are some, see ``hstu.models.padding``; None: all of them.
+        stocked: [P] bool, the places of the pool that hold an item, likewise.
     """
 
     targets: Tensor
     pool_ids: Tensor
     columns: Tensor | None = None
     live: Tensor | None = None
+    counted: Tensor | None = None
+    stocked: Tensor | None = None
 
 
 def _tensors(value: Any, met: set[int]) -> Iterator[Any]:

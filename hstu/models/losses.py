@@ -47,6 +47,8 @@ class SampledCandidates:
         units: Embeddings of positives [L, D] and of the pool [P, D] of length one, where those of the pool that are
             closer to a positive than ``closest`` are none of its negatives; None: all are but the positive itself.
         closest: The largest cosine of a negative.
+        counted: [L] bool, the label tokens that count; None: all of them.
+        stocked: [P] bool, the places of a pool without ``columns`` that hold an item; None: all of them.
     """
 
     query: Tensor
@@ -58,13 +60,16 @@ class SampledCandidates:
     log_q: tuple[Tensor, Tensor] | None = None
     units: tuple[Tensor, Tensor] | None = None
     closest: float = 1.0
+    counted: Tensor | None = None
+    stocked: Tensor | None = None
 
     @property
     def excluded(self) -> Tensor:
-        """Which columns are no negatives, [L, K] bool: the positive, and what is nearly it."""
+        """Which columns are no negatives, [L, K] bool: the positive, what is nearly it, and what is no item."""
         chosen = self.columns
         ids = self.pool_ids[None] if chosen is None else self.pool_ids[chosen]
         same = ids == self.positive_ids[:, None]
+        same = same if self.stocked is None else same | ~self.stocked
         if self.units is None:
             return same
         positive, pool = self.units
@@ -82,7 +87,12 @@ class SampledCandidates:
             columns=None if self.columns is None else self.columns[chosen],
             log_q=None if self.log_q is None else (self.log_q[0][chosen], self.log_q[1]),
             units=None if self.units is None else (self.units[0][chosen], self.units[1]),
+            counted=None if self.counted is None else self.counted[chosen],
         )
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Return the sum of ``values`` [L] over the label tokens that count."""
+        return values.sum() if self.counted is None else torch.where(self.counted, values, 0).sum()
 
 
 def softmax_loss(
@@ -115,7 +125,7 @@ def softmax_loss(
     if isinstance(similarity, DotProduct):
         assert isinstance(temperature, (int, float)), "a learned one is in the queries"
         losses, live = _dot_rows(x, temperature, label_smoothing)
-        return LossSum(total=losses.sum(), count=x.query.shape[0], live_negatives=live.sum().to(losses.dtype))
+        return LossSum(total=x.sum(losses), count=x.query.shape[0], live_negatives=x.sum(live).to(losses.dtype))
     options = (similarity, temperature, label_smoothing, mutual_information_weight)
     return _in_chunks(x, similarity, lambda part: _mixture_rows(part, *options))
 
@@ -141,7 +151,7 @@ def scored_loss(
 
     def rows(part: SampledCandidates) -> tuple[Tensor, Tensor]:
         right, wrong, live = candidate_scores(part, similarity, temperature)
-        return losses(right, wrong, live).sum(), live.sum().to(right.dtype)
+        return part.sum(losses(right, wrong, live)), part.sum(live.sum(1)).to(right.dtype)
 
     return _in_chunks(sampled, similarity, rows)
 
@@ -158,10 +168,18 @@ def _in_chunks(
     elif x.columns is not None:
         per_row *= x.pool.shape[1]
     step = max(1, _CHUNK_ELEMENTS // max(1, per_row))
+    is_random = isinstance(similarity, MixtureOfLogits) and similarity.training and similarity.dropout > 0
     totals, lives = [], []
     for start in range(0, x.query.shape[0], step):
-        # These are many times what they are made of: the backward pass computes them again.
-        total, live = checkpoint(rows, x.rows(start, start + step), use_reentrant=False)
+        # These are many times what they are made of: the backward pass computes them again, with what was drawn on the
+        # device of the tensor among the arguments.
+        total, live = checkpoint(
+            lambda part, _: rows(part),
+            x.rows(start, start + step),
+            x.query,
+            use_reentrant=False,
+            preserve_rng_state=is_random,
+        )
         totals.append(total)
         lives.append(live)
     return LossSum(total=torch.stack(totals).sum(), count=x.query.shape[0], live_negatives=torch.stack(lives).sum())
@@ -195,7 +213,14 @@ def _dot_rows(x: SampledCandidates, temperature: float, smoothing: float) -> tup
             for items, log_q in zip((positive, pool), x.log_q, strict=True)
         )
     losses, live = pool_cross_entropy(
-        query, positive, x.positive_ids, pool, x.pool_ids, temperature=temperature, columns=x.columns
+        query,
+        positive,
+        x.positive_ids,
+        pool,
+        x.pool_ids,
+        temperature=temperature,
+        columns=x.columns,
+        stocked=x.stocked,
     )
     if smoothing:
         losses = losses + smoothing * (query * (positive - pool.mean(0))).sum(-1) / temperature
@@ -212,7 +237,7 @@ def _masked_rows(
     losses = torch.cat([right[:, None], scores.masked_fill(~live, -torch.inf)], 1).logsumexp(1) - right
     if smoothing:
         losses = losses + smoothing * (right - scores.mean(1))
-    return losses.sum(), live.sum().to(losses.dtype)
+    return x.sum(losses), x.sum(live.sum(1)).to(losses.dtype)
 
 
 def _mixture_rows(
@@ -233,7 +258,7 @@ def _mixture_rows(
         losses = losses + smoothing * (right[:, 0] - scores.mean(1))
     if information_weight:
         losses = losses - information_weight * mutual_information(gates)
-    return losses.sum(), (~same).sum().to(losses.dtype)
+    return x.sum(losses), x.sum((~same).sum(1)).to(losses.dtype)
 
 
 def bpr(right: Tensor, wrong: Tensor, live: Tensor) -> Tensor:
@@ -305,5 +330,5 @@ def binary_loss(
         scores = similarity.mix(x.query, pair)[0]
     live = live & ~x.excluded[:, 0] if x.units is not None else live
     right, wrong = (scores / temperature).unbind(1)
-    total = F.softplus(-right).sum() + (F.softplus(wrong) * live).sum()
-    return LossSum(total=total, count=x.query.shape[0], live_negatives=live.sum().to(total.dtype))
+    total = x.sum(F.softplus(-right) + F.softplus(wrong) * live)
+    return LossSum(total=total, count=x.query.shape[0], live_negatives=x.sum(live.long()).to(total.dtype))

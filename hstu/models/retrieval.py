@@ -105,6 +105,8 @@ class RetrievalModel(Encoder):
             columns=request.columns,
             units=units,
             closest=1.0 if closest is None else closest,
+            counted=request.counted,
+            stocked=request.stocked,
         )
 
     def looked_up(self, embedded: dict[str, Tensor], request: RetrievalLookup) -> tuple[Tensor, Tensor]:

@@ -77,6 +77,10 @@ class DenseParallel:
         """Clear the gradient buffer before a step."""
         self.ddp.zero_grad_buffer()
 
+    def gradients(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """Return the weights that learn, and where their gradients are added up, which stays where it is."""
+        return [(weight, weight.main_grad) for weight in self.ddp.module.parameters() if weight.requires_grad]
+
     @contextmanager
     def accumulate(self, *, last: bool) -> Iterator[None]:
         """Add the gradients of a backward pass inside to those before; ranks exchange them in the ``last`` one."""

@@ -72,6 +72,8 @@ class Trainer:
         )
         self.meter = Meter(self.mesh, present_peak(config.network.dtype_str))
         self.stepper = Stepper(self.parallel, self.optimizer, self.meter, config, dataset)
+        if self.stepper.note is not None:
+            self.notes = (*self.notes, self.stepper.note)
         self.mesh.set_timeout(2 * config.trainer.hang_timeout_seconds)  # the watchdog speaks first
         torch.manual_seed(config.trainer.seed + self.mesh.tokens.rank)  # ranks with the same tokens drop the same
 

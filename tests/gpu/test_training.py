@@ -22,6 +22,7 @@ from hstu.data.splits import leave_one_out
 from hstu.models import build_model, make_collator
 from hstu.models.negatives import count_items
 from hstu.parallel import Mesh
+from hstu.training.graphs import GraphedLoss
 from hstu.training.step import Stepper
 from tests.launch import ROOT, run, torchrun_command
 from tests.parallel.cases import CASES, SPLITS, WAITLESS, config_of
@@ -195,3 +196,53 @@ def test_two_devices_have_the_losses_of_one(data: dict[str, Path], tmp_path: Pat
     for name in names:
         one, two = (found[ranks][name]["losses"] for ranks in (1, 2))
         assert two == pytest.approx(one, rel=2e-2), name
+
+
+GRAPHED = {
+    "ranking": ("ranking", SPLITS["context-ranking-candidates"].bindings),
+    "research": ("retrieval", ("NetworkArgs.preset='research'", "NetworkArgs.bias_query_time='next'")),
+    "in-batch": ("retrieval", ("RetrievalArgs.num_negatives=-1", "RetrievalArgs.sampling_strategy='in_batch'")),
+    "sasrec": ("retrieval", ("NetworkArgs.backbone='sasrec'", "TrainerArgs.pipeline_type='native'")),
+    "llama-bce": ("retrieval", CASES["retrieval-sgd-llama-bce"].bindings),
+    "bfloat16": ("retrieval", ("NetworkArgs.dtype_str='bfloat16'", "TrainerArgs.gradient_accumulation_steps=2")),
+}
+
+
+@pytest.mark.parametrize("name", spread(GRAPHED, "graphs", 3))
+def test_runs_with_cuda_graphs_have_the_losses_of_those_without(
+    name: str, data: dict[str, Path], tmp_path: Path
+) -> None:
+    """And steps that are replayed wait for nothing: the third epoch, when all sizes of batches were met before."""
+    task, bindings = GRAPHED[name]
+    found = {}
+    for kind in ("off", "auto"):
+        options = (*bindings, "NetworkArgs.hidden_dropout=0.0", f"TrainerArgs.cuda_graphs={kind!r}")
+        with trainer(data["even"], tmp_path / kind, task, *options, "TrainerArgs.max_epochs=4") as run_:
+            run_.model.train()
+            found[kind] = []
+            for epoch in range(3):
+                torch.cuda.set_sync_debug_mode("error" if epoch == 2 and kind == "auto" else "default")
+                try:
+                    for batches in run_.stepper.steps(run_.loaders["train"].epoch(0, 0), run_.progress):
+                        run_.stepper.take(batches, run_.progress)
+                finally:
+                    torch.cuda.set_sync_debug_mode("default")
+                found[kind].append(run_.meter.read(run_.progress.step)["loss"])
+            if kind == "auto":
+                loss = run_.stepper.loss
+                assert isinstance(loss, GraphedLoss) and loss.recordings and not loss._told
+    assert found["auto"] == pytest.approx(found["off"], rel=1e-2 if name == "bfloat16" else 1e-3)
+
+
+def test_dropout_of_cuda_graphs_is_drawn_anew(data: dict[str, Path], tmp_path: Path) -> None:
+    """The same batch, no weight of which moves: each step has another loss, of about the same size."""
+    still = ("OptimizerArgs.learning_rate=1e-30", "NetworkArgs.hidden_dropout=0.5", "NetworkArgs.preset='research'")
+    with trainer(data["even"], tmp_path, "retrieval", *still, "TrainerArgs.cuda_graphs='auto'") as run_:
+        run_.model.train()
+        (batches, *_), losses = [*run_.stepper.steps(run_.loaders["train"].epoch(0, 0), run_.progress)], []
+        for _ in range(6):
+            run_.stepper.take(batches, run_.progress)
+            losses.append(run_.meter.read(run_.progress.step)["loss"])
+        loss = run_.stepper.loss
+        assert isinstance(loss, GraphedLoss) and len(loss.recordings) == 1 and not loss._told
+    assert len(set(losses)) == 6 and max(losses) < 1.5 * min(losses)

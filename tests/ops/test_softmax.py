@@ -117,6 +117,8 @@ def test_memory_does_not_hold_the_scores() -> None:
         (dict(temperature=0.0), "temperature is 0.0"),
         (dict(columns=torch.full((7, 3), 99)), "places in the pool"),
         (dict(backend="fast"), "choose one of"),
+        (dict(stocked=torch.ones(60, dtype=torch.bool)), "columns choose items alone"),
+        (dict(stocked=torch.ones(2), columns=None), "stocked must be"),
         (dict(backend="sampled", columns=None), "for sampled columns"),
     ],
 )

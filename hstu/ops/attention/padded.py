@@ -47,7 +47,9 @@ def softmax_attention_padded(
         return v[:0]
     rows, columns, bias = padded_rows(layout), padded_rows(keys), RelativeBias()
     pairs, seen = _pairs(layout, keys, columns, mask, bias)
-    scores = pairs.scores(q[rows], k[columns], alpha, bias).masked_fill(~seen, float("-inf"))
+    scores = pairs.scores(q[rows], k[columns], alpha, bias)
+    # Not -inf: rows of an empty sample see nothing, and NaN there would come back in the gradients.
+    scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
     return _jagged(torch.einsum("bhij,bjhd->bihd", scores.softmax(-1).to(v.dtype), v[columns]), layout, q.shape[0])
 
 

@@ -30,6 +30,7 @@ def pool_cross_entropy(
     *,
     temperature: float = 1.0,
     columns: Tensor | None = None,
+    stocked: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy of each query's positive against negatives from a pool shared by all queries.
@@ -46,6 +47,8 @@ def pool_cross_entropy(
         pool_ids: ``[P]`` int64.
         temperature: divides the scores; positive.
         columns: ``[L, K]`` int64, places in the pool of each query's negatives; None takes all of it.
+        stocked: ``[P]`` bool, the places of a whole pool that hold an item, where the size of the pool is that of a
+            buffer; the others take no part, and their ids are looked at by nobody. None: all of them.
         backend: ``"auto"``, ``"reference"``, ``"chunked"`` (matrix products of bounded size, any device),
             ``"triton"`` (no score leaves the kernel) or, for ``columns`` alone, ``"sampled"``. The last two read
             each sampled row where it lies. Auto leaves a whole pool to ``"chunked"``.
@@ -71,7 +74,11 @@ def pool_cross_entropy(
         share = FEW_COMPILED if is_compiled(query, positive, pool) else FEW
         few = columns is not None and 0 < columns.shape[1] < share * pool.shape[0]
         backend = "triton" if fits and columns is not None else "sampled" if few else "chunked"
-    problem = Problem(positive_ids, pool_ids, temperature, columns)
+    if stocked is not None and (columns is not None or backend not in ("chunked", "reference")):
+        raise ValueError("stocked is for a whole pool and backend 'chunked' or 'reference': columns choose items alone")
+    if stocked is not None and (stocked.shape != pool_ids.shape or stocked.dtype != torch.bool):
+        raise ValueError(f"stocked must be [{len(pool)}] bool, got {list(stocked.shape)} {stocked.dtype}")
+    problem = Problem(positive_ids, pool_ids, temperature, columns, stocked)
     if backend == "triton":
         from hstu.ops.softmax.triton import pool_cross_entropy_triton
 

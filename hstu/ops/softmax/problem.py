@@ -15,8 +15,10 @@ class Problem:
     pool_ids: Tensor
     temperature: float
     columns: Tensor | None
+    stocked: Tensor | None = None
 
     def same(self, rows: slice = slice(None)) -> Tensor:
-        """Which negatives of these queries are the positive itself, ``[l, K]``."""
+        """Which negatives of these queries are the positive itself, or no item, ``[l, K]``."""
         ids = self.pool_ids[None, :] if self.columns is None else self.pool_ids[self.columns[rows]]
-        return ids == self.positive_ids[rows, None]
+        same = ids == self.positive_ids[rows, None]
+        return same if self.stocked is None else same | ~self.stocked
