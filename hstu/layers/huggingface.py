@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,8 @@ _FORMS: tuple[Callable[[Tensor, Tensor], dict[str, Tensor]], ...] = (
     lambda seen, x: {"attention_mask": seen},
     lambda seen, x: {"perm_mask": (~seen).to(x.dtype)},
 )
+_WINDOW = 512  # tokens, half of them on each side, of models with windows of their own; fewer if a sample has fewer
+_PADDING_ALONE = "takes a mask of padding alone"
 
 
 class MaskedModel(nn.Module):
@@ -53,6 +55,10 @@ class MaskedModel(nn.Module):
         model: From :func:`load_model`.
         width: Of the vectors that it takes.
         mask: Who attends to whom.
+
+    Attributes:
+        takes_mask: Whether it can be told who attends to whom; if not, what is padding, and all else attends to all, or
+            within windows of its own.
 
     Raises:
         ValueError: the model takes no vectors, or does not obey the mask.
@@ -66,6 +72,9 @@ class MaskedModel(nn.Module):
             raise ValueError("takes no inputs_embeds; use another architecture")
         self.takes_positions = "position_ids" in taken
         self.options = {name: False for name in ("use_cache", "use_mems") if name in taken}
+        self.takes_mask = True
+        #: Sequences are made a multiple of it.
+        self.window = max(getattr(model.config, "attention_window", [1]))
         self.form = self._find_form(width)
 
     def forward(self, x: Tensor, layout: Layout, positions: Tensor) -> Tensor:
@@ -87,11 +96,15 @@ class MaskedModel(nn.Module):
 
     def run(self, x: Tensor, seen: Tensor, positions: Tensor) -> Tensor:
         """Return the hidden states of padded sequences [b, n, width], where ``seen`` [b, n, n] says who attends."""
+        length, more = x.shape[1], -x.shape[1] % self.window
+        if more:
+            x, positions = nn.functional.pad(x, (0, 0, 0, more)), nn.functional.pad(positions, (0, more))
+            seen = nn.functional.pad(seen, (0, more, 0, more))
         arguments = dict(self.form(seen, x), inputs_embeds=x, **self.options)
         if self.takes_positions:
             arguments["position_ids"] = positions
         out: Tensor = self.model(**arguments).last_hidden_state
-        return out
+        return out[:, :length]
 
     def _find_form(self, width: int) -> Callable[[Tensor, Tensor], dict[str, Tensor]]:
         """Return the form of mask that the model obeys."""
@@ -107,19 +120,35 @@ class MaskedModel(nn.Module):
                 ran = True
             except Exception as error:  # whatever the code of a model makes of a mask that it does not know
                 failed = failed or error
+        self._find_padding(width)
+        if not self.takes_mask and not self.mask.causal:
+            return self.form
+        if not self.takes_mask:
+            raise ValueError(f"{_PADDING_ALONE}, so that every token sees what follows; train it on masked items: "
+                             "NetworkArgs.is_causal = False")  # fmt: skip
         if ran or failed is None:
             raise ValueError("does not obey the attention mask of this model; use another architecture")
         with one_line("cannot be run"):
             raise failed
 
+    def _find_padding(self, width: int) -> None:
+        """Find out whether the model obeys a mask of padding, if of nothing else."""
+        self.form = _padding
+        with suppress(Exception):  # whatever the code of a model makes of a mask that it does not know
+            self.takes_mask = not self._obeys(width, padding=True)
+
     @torch.no_grad()
-    def _obeys(self, width: int) -> bool:
-        """Hide token 2 of 4 from all others, and see who attends to it, to the first and to the last."""
+    def _obeys(self, width: int, *, padding: bool = False) -> bool:
+        """Hide token 2 of 4 from all others, and see who attends to it, to the first and to the last.
+
+        With ``padding`` the last one is hidden, as what is behind the end of a sequence, and the others see each other.
+        """
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(1, _PROBED, width, generator=generator)
         visible = torch.ones(1, _PROBED, _PROBED, dtype=torch.bool)
-        visible = visible.tril() if self.mask.causal else visible
-        visible[0, [0, 1, 3], 2] = False
+        visible = visible.tril() if self.mask.causal and not padding else visible
+        real = slice(_PROBED - padding)
+        visible[0, real if padding else [0, 1, 3], -1 if padding else 2] = False
         was_training = self.training
         self.eval()
         try:
@@ -133,7 +162,8 @@ class MaskedModel(nn.Module):
         finally:
             self.train(was_training)
         shaped = before.shape == (1, _PROBED, self.model.config.hidden_size)
-        return shaped and [list(row) for row in zip(*attending, strict=True)] == visible[0].tolist()
+        found = [list(row) for row in zip(*attending, strict=True)]
+        return shaped and found[real] == visible[0, real].tolist()
 
 
 class HuggingFaceStack(MaskedModel):
@@ -173,6 +203,7 @@ class HuggingFaceStack(MaskedModel):
         shape = dict.fromkeys(_HIDDEN, hidden_size) | dict.fromkeys(_HEADS, num_heads) | dict.fromkeys(_FFN, ffn_size)
         shape |= dict.fromkeys(_HEAD_WIDTH, hidden_size // num_heads)
         shape |= dict(num_hidden_layers=num_layers, max_position_embeddings=max(max_tokens, _PROBED))
+        shape |= dict(attention_window=min(2 * max_tokens, _WINDOW))
         with one_line("cannot be built"):
             model = load_model(name, shape, dropout, pretrained=pretrained)
             model.set_input_embeddings(nn.Identity())  # never called: tokens come as vectors
@@ -182,6 +213,9 @@ class HuggingFaceStack(MaskedModel):
         if with_candidates and not self.takes_positions:
             raise ValueError("takes no position_ids, so that candidates cannot stand at one position; use another "
                              "architecture, or DatasetArgs.max_num_candidates = 0")  # fmt: skip
+        if with_candidates and not self.takes_mask:
+            raise ValueError(f"{_PADDING_ALONE}, so that candidates would see each other; use another architecture, or "
+                             "DatasetArgs.max_num_candidates = 0")  # fmt: skip
         positions = getattr(model.config, "max_position_embeddings", None)
         if isinstance(positions, int) and 0 < positions < max_tokens:
             raise ValueError(f"has {positions} positions; a sample can have {max_tokens}")
@@ -193,6 +227,14 @@ class HuggingFaceStack(MaskedModel):
 
 def _least(x: Tensor) -> float:
     return torch.finfo(x.dtype).min
+
+
+def _padding(seen: Tensor, x: Tensor) -> dict[str, Tensor]:
+    there = seen[:, 0]  # a sequence has a first token, which sees all of it
+    if bool(((seen != there[:, None]) & there[:, :, None]).any()):
+        raise ValueError(f"{_PADDING_ALONE}, and here some tokens of a sequence may not see others; use another "
+                         "architecture")  # fmt: skip
+    return {"attention_mask": there.long()}
 
 
 class one_line:  # noqa: N801 (a context manager)
@@ -252,9 +294,6 @@ def load_model(name: str, shape: dict[str, int], dropout: float, *, pretrained: 
     if set(config.sub_configs) - _OWN_PARTS:
         text = config.get_text_config().model_type
         raise ValueError(f"it has parts of other kinds; use its text model{f', hf:{text}' if text != name else ''}")
-    if getattr(config, "attention_window", None) is not None:
-        raise ValueError("it attends within windows of its own, which take no mask; use another architecture, and "
-                         "NetworkArgs.max_attn_len for a window")  # fmt: skip
     if getattr(config, "attention_type", None) == "block_sparse":  # which has a mask of its own for long sequences
         config.attention_type = "original_full"
     if getattr(AutoModel._model_mapping[type(config)], "_is_stateful", False):

@@ -39,8 +39,9 @@ class PermutedRetrievalModel(MaskedRetrievalModel):
 
     def __init__(self, config: Config, schema: Schema, *, allocate_tables: bool = True) -> None:
         super().__init__(config, schema, allocate_tables=allocate_tables)
-        if config.network.is_hugging_face and not self.backbone.takes_positions:
-            raise config.network.error("backbone", "takes no position_ids; RetrievalArgs.objective = 'permuted' needs "
+        if config.network.is_hugging_face and not (self.backbone.takes_positions and self.backbone.takes_mask):
+            what = "position_ids" if self.backbone.takes_mask else "mask but of padding"
+            raise config.network.error("backbone", f"takes no {what}; RetrievalArgs.objective = 'permuted' needs "
                                        "an architecture that does")  # fmt: skip
         self.preprocess.max_tokens *= 2
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -133,12 +135,11 @@ def test_every_causal_and_masked_type_works_or_is_refused_in_one_line() -> None:
 
     names = {*modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES}
     shape = dict(hidden_size=16, num_layers=2, num_heads=2, ffn_size=64, max_tokens=33, dropout=0.0)
-    works, tokens = set(), make_tokens((7, 0, 1, 12), width=16)
-    for name in sorted(names):
+    works: dict[bool, set[str]] = {True: set(), False: set()}
+    tokens, page = make_tokens((7, 0, 1, 12), width=16), (ROOT / "docs" / "backbones.md").read_text()
+    for name, causal in itertools.product(sorted(names), works):
         try:
-            for causal in (True, False):
-                options = dict(mask=Mask(causal=causal), with_candidates=False)
-                block = HuggingFaceStack(name, **shape, **options)  # type: ignore[arg-type]
+            block = HuggingFaceStack(name, **shape, mask=Mask(causal=causal), with_candidates=False)  # type: ignore[arg-type]
         except ValueError as error:
             assert "\n" not in str(error) and len(str(error)) < 300, name
             continue
@@ -146,11 +147,13 @@ def test_every_causal_and_masked_type_works_or_is_refused_in_one_line() -> None:
         out.sum().backward()
         assert out.shape == (20, 16) and bool(out.isfinite().all()), name
         assert all(p.grad is not None for p in block.parameters() if p.requires_grad), name
-        works.add(name)
-    documented = set((ROOT / "docs" / "backbones.md").read_text().split("<!-- types -->")[1].split())
-    if transformers.__version__ == "5.23.0":
-        assert {name.strip("`,") for name in documented} == works
-    assert {"gpt2", "bert", "xlnet", "mistral", "qwen2", "qwen3", "gemma", "albert", "electra"} <= works
+        works[causal].add(name)
+    assert works[True] <= works[False]
+    for mark, found in (("types", works[True]), ("masked types", works[False] - works[True])):
+        documented = {name.strip("`,") for name in page.split(f"<!-- {mark} -->")[1].split()}
+        assert documented == found or transformers.__version__ != "5.23.0", documented ^ found
+    assert {"gpt2", "bert", "xlnet", "mistral", "qwen2", "qwen3", "gemma", "albert", "electra"} <= works[True]
+    assert "longformer" in works[False]
 
 
 REFUSED = [
@@ -159,7 +162,7 @@ REFUSED = [
     ("gemma3", "hf:gemma3_text"),
     ("ctrl", "does not obey the attention mask"),
     ("reformer", "axial_pos_embds"),
-    ("longformer", "attends within windows of its own"),
+    ("longformer", "takes a mask of padding alone, so that every token sees what follows; train it on masked items"),
     ("transfo-xl", "the library has no model type 'transfo-xl'"),
 ]
 
@@ -181,6 +184,38 @@ def test_an_encoder_trained_on_masked_items_sees_in_evaluation_what_a_causal_mod
     model: Any = build(dataset, config, spread=False)
     model.embeddings.weights["item"].data.normal_()
     assert_evaluation_is_prediction(model, batch_of(dataset, config, "test"))
+
+
+@needs_transformers
+@torch.no_grad()
+def test_a_model_that_knows_padding_alone_predicts_hidden_items_within_its_windows(
+    dataset: SequenceDataset, tmp_path: Path
+) -> None:
+    lines = (*SHAPE, "NetworkArgs.is_causal=False")
+    config = config_of("longformer", "retrieval", *lines)
+    model: Any = build(dataset, config, spread=False)
+    model.embeddings.weights["item"].data.normal_()
+    assert not model.backbone.takes_mask
+    assert_evaluation_is_prediction(model.eval(), batch_of(dataset, config, "test", [0, 2, 3]))
+    build_model(config_of("longformer", "retrieval", *lines, "RetrievalArgs.objective='replaced'"), dataset.schema)
+    with pytest.raises(ConfigError, match="takes no mask but of padding; .*'permuted' needs"):
+        build_model(config_of("longformer", "retrieval", *lines, "RetrievalArgs.objective='permuted'"), dataset.schema)
+    # One layer with a window of 4 sees two tokens on each side.
+    from transformers import LongformerConfig
+
+    shape = dict(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=1, pad_token_id=0
+    )
+    LongformerConfig(**shape, attention_window=4, max_position_embeddings=40).save_pretrained(tmp_path)
+    options = dict(hidden_size=16, num_layers=1, num_heads=2, ffn_size=32, max_tokens=33, dropout=0.0)
+    block = HuggingFaceStack(str(tmp_path), mask=Mask(causal=False), with_candidates=False, **options).eval()  # type: ignore[arg-type]
+    tokens = make_tokens((7, 0, 1, 12), width=16)
+    before = block(tokens)
+    for token, (low, high) in {0: (0, 3), 3: (1, 6), 6: (4, 7), 7: (7, 8), 14: (12, 17)}.items():
+        moved = tokens.values.clone()
+        moved[token] += torch.randn(16)
+        after = block(replace(tokens, values=moved))
+        assert (after != before).any(1).nonzero().flatten().tolist() == [*range(low, high)], token
 
 
 @needs_transformers
