@@ -67,7 +67,8 @@ def define_flags() -> None:
         owner = "custom, synthetic" if level == "event" else "custom"
         flags.DEFINE_string(f"{level}_features", None, f"{owner}: what columns of {level}s are: {GRAMMAR}; kinds: "
                             f"{', '.join(get_args(Kind))}, and control for what is only kept.")  # fmt: skip
-    flags.DEFINE_string("set_separator", spec["set_separator"], "custom: between the members of sets, and vectors.")
+    flags.DEFINE_string("set_separator", spec["set_separator"], "custom: between the members of a set, and the numbers "
+                        "of a vector, within one column; --separator is between columns.")  # fmt: skip
     flags.DEFINE_string("session_column", None, "custom: column of sessions, each a sequence, in place of users.")
     flags.DEFINE_string("session_gap", None, "custom: 30m, 12h, 1d: cut users at gaps longer than it; ann#2 is one.")
     flags.DEFINE_enum(
@@ -79,7 +80,8 @@ def define_flags() -> None:
     for name, prefix in TABLES.items():
         known = ", ".join(FORMATS)
         flags.DEFINE_string(f"{prefix}format", None, f"custom: of --{name}: {known}; default by its ending.")
-        flags.DEFINE_string(f"{prefix}separator", None, f"custom: between the fields of --{name}, as ';', '::' or tab.")
+        flags.DEFINE_string(f"{prefix}separator", None, f"custom: between the columns of --{name}, as ';', '::' or "
+                            "tab; within a column of sets: --set_separator.")  # fmt: skip
         flags.DEFINE_enum(
             f"{prefix}quoting", None, ("double", "none"), f"custom: of --{name}; default double for csv, none for tsv."
         )

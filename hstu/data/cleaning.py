@@ -96,7 +96,8 @@ def require_names(present: list[str], names: list[str], file: str) -> None:
     """Raise ValueError unless the columns ``names`` are among those ``present``."""
     for name in names:
         if name not in present:
-            raise ValueError(f"{file}: column {name!r} is missing; present: {', '.join(map(printable, present))}")
+            known = ", ".join(map(printable, present))
+            raise ValueError(f"{file}: column {name!r} is missing; present: {known}; name one of them, or leave it out")
 
 
 def require_columns(frame: pl.DataFrame, names: list[str], file: str) -> None:

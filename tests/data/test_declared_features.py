@@ -231,7 +231,10 @@ def test_values_that_do_not_fit_are_refused(case: str, tmp_path: Path) -> None:
         ({"event_features": "price:numeric:table=t"}, "'table=t' is no option of it"),
         ({"user_features": "age:numeric:after"}, "--user_features: .* 'after' is for features of events"),
         ({"user_features": "age:numeric"}, "--user_features needs --users"),
-        ({"event_features": "cost:numeric"}, "interactions: column 'cost' is missing; present: "),
+        (
+            {"event_features": "cost:numeric"},
+            "column 'cost' is missing; present: .*; name one of them, or",
+        ),
         ({"item_features": "colour:categorical"}, "items: column 'colour' is missing; present: "),
         ({"event_features": "t:numeric"}, "'t' is named for two roles"),
         ({"event_features": "action:numeric", "action_column": "size"}, "has another feature 'action'"),

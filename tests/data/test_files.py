@@ -156,7 +156,11 @@ REFUSED: list[tuple[str, str | bytes, dict[str, str], str]] = [
     ("a.jsonl", '{"user_id":"a","item_id":"b"}\n{"user_id":"a","item_id":["b"]}\n', {}, "key 'item_id' holds lists"),
     ("a.jsonl", '{"user_id":["a"],"item_id":"b"}\n{"user_id":"a","item_id":"b"}\n', {}, "key 'user_id' holds single"),
     ("a.json", '[{"user_id":"a","item_id":"b"},{"user_id":"a","item_id":{}}]', {}, "key 'item_id' holds objects"),
-    ("a.parquet", b"", {"separator": ";"}, "is read as parquet, to which --separator does not apply"),
+    ("a.parquet", b"", {"separator": ";"}, "is read as parquet, to which --separator does not apply; what is between "
+     "the members of sets in one column is --set_separator"),
+    ("a.csv", "user_id,item_id,tags\n1,2,a|b\n", {"separator": "|"}, "'user_id' is missing; present: "
+     "user_id,item_id,tags; .* --format csv --separator ',' fits; what is between the members .* is --set_separator"),
+    ("a.csv", "1,2,a|b\n", {"separator": ";", "columns": "user_id,item_id,t"}, "line 1 has 1 fields.* --set_separator"),
 ]  # fmt: skip
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import polars as pl
 
 from hstu.data.files.blocks import Table
-from hstu.data.files.formats import TYPES, FileFormat, shorten
+from hstu.data.files.formats import OF_SETS, TYPES, FileFormat, shorten
 from hstu.data.files.source import Source
 
 _STAND_IN = "\x1f"  # for a separator of several characters; the unit separator of ASCII
@@ -229,6 +229,7 @@ def _explain(content: bytes, layout: _Layout, path: Path, line: int, reason: str
             if fields and len(fields) != width:
                 header = "the header has" if layout.has_header else "there are names for"
                 quote = " (quote values that hold the separator)" if layout.quoted else ""
+                quote += f" ({OF_SETS})" if len(fields) == 1 else ""
                 raise ValueError(
                     f"{path}: line {line + reader.line_num - 1} has {len(fields)} fields, {header} {width}; every line "
                     f"needs one per column{quote}: {shorten(layout.separator.join(fields))}"

@@ -40,6 +40,7 @@ COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 SEPARATORS = (",", "\t", ";", "|", "::", " ")
 _WORDS = {"tab": "\t", "\\t": "\t", "space": " ", "blank": " "}
 _SHOWN = 80
+OF_SETS = "what is between the members of sets in one column is --set_separator"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +98,8 @@ class FileFormat:
         known = {"csv": 4, "tsv": 4, "sequences": 2, "jsonl": 1, "json": 1}.get(name, 0)
         for field in ("encoding", "separator", "quoting", "columns")[known:]:
             if getattr(self, field) is not None:
-                raise ValueError(f"{path}: is read as {name}, to which {self.flag(field)} does not apply")
+                hint = f"; {OF_SETS}" if field == "separator" else ""
+                raise ValueError(f"{path}: is read as {name}, to which {self.flag(field)} does not apply{hint}")
         return name
 
     def suggest(self, first_line: str, columns: list[str], otherwise: str | None = None) -> str:
@@ -111,6 +113,7 @@ class FileFormat:
             choice = f"{self.flag('format')} json reads an array of objects"
         elif separator := _separator(line, columns):
             choice = f"{self.flag('format')} csv {self.flag('separator')} {_word(separator)} fits"
+            choice += f"; {OF_SETS}" if self.separator is not None else ""
         elif not otherwise and (self.format in ("csv", "tsv") or (self.format is None and self.separator)):
             choice = f"name its columns with {self.flag('columns')} if it has no header"
         return f"its first line is {shown}; {choice}"
