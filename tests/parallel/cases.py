@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hstu.config import Config, load_config
 from tests.tiny import BINDINGS
@@ -17,12 +17,13 @@ class Case:
         task: ``"ranking"`` or ``"retrieval"``.
         bindings: On top of ``BINDINGS``.
         data: Data set: ``"even"``, ``"short"`` whose last global batch is one sample, ``"declared"`` with features,
-            ``"text"`` whose items have texts.
+            ``"rare"`` whose features next to nobody has, ``"text"`` whose items have texts.
         global_batch: Samples of a step over all ranks.
         plain_steps: Steps over which plain PyTorch gives the same losses; 0: it lacks the tables' optimizer.
         steps: Steps.
         context: Context ranks, of several ranks.
         tensor: Tensor ranks, of several ranks.
+        begins_as: The case whose state it goes on from, where one is loaded; None: its own.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Case:
     steps: int = 30
     context: int = 1
     tensor: int = 1
+    begins_as: str | None = None
 
 
 SGD = ("OptimizerArgs.optimizer_str='sgd'", "OptimizerArgs.learning_rate=0.02")
@@ -351,6 +353,47 @@ GRIDS = {
         ),
     )
 }
+
+# Features of all levels and kinds at once, known before and after, with as many tasks, over every layout of ranks.
+EVERY_TASK = (
+    "RankingArgs.tasks=(('did', 'binary', 'action'), ('watch', 'regression', 'watched'), "
+    "('end', 'multiclass', 'ending'))",
+    "RankingArgs.task_weights={'watch': 0.5}",
+    "RankingArgs.prediction_head_arch=[16, 5]",
+    "RankingArgs.eval_metrics=('AUC', 'RMSE', 'SPEARMAN/watch', 'ACCURACY/end')",
+)
+EVERY_FEATURE = (*DECLARED, *FAST_TABLES, "NetworkArgs.num_attention_heads=4", "NetworkArgs.kv_channels=4")
+EVERY = {
+    "ranking": (*EVERY_FEATURE, *EVERY_TASK, "DatasetArgs.max_num_candidates=3", "FeatureArgs.context_merge='concat'"),
+    "retrieval": (*EVERY_FEATURE, *IN_BATCH, "FeatureArgs.merge='multiply'", "FeatureArgs.item_merge='concat'"),
+}
+LAYOUTS = {1: ((1, 1),), 2: ((1, 1), (2, 1), (1, 2)), 4: ((1, 1), (4, 1), (1, 4), (2, 1), (1, 2), (2, 2))}
+#: Ranks -> name -> case; name: of task, data, ranks and the context and the tensor ranks among them.
+FEATURES = {
+    ranks: {
+        name: Case(name, task, EVERY[task], data, context=context, tensor=tensor, steps=12)
+        for task in EVERY
+        for context, tensor in layouts
+        for data in ("declared", *(["rare"] if context == tensor else []))
+        for name in (f"{task}-{data}-{ranks}-{context}-{tensor}",)
+    }
+    for ranks, layouts in LAYOUTS.items()
+}
+# Where the state was written, and where training goes on.
+MOVES = (
+    ((2, 2, 1), (2, 1, 2)),
+    ((2, 1, 2), (4, 2, 1)),
+    ((2, 1, 1), (4, 2, 2)),
+    ((4, 2, 2), (2, 1, 1)),
+    ((4, 1, 4), (1, 1, 1)),
+)
+#: Ranks that go on -> name -> case.
+MOVED: dict[int, dict[str, Case]] = {1: {}, 2: {}, 4: {}}
+for before, after in MOVES:
+    for task in EVERY:
+        old, new = ("-".join(map(str, (task, "declared", *layout))) for layout in (before, after))
+        case = replace(FEATURES[after[0]][new], name=f"{old} as {new}", begins_as=old)
+        MOVED[after[0]][case.name] = case
 
 
 def config_of(case: Case, world_size: int) -> Config:

@@ -1,7 +1,8 @@
 """Trains cases on the ranks of this job and writes their losses: ``worker.py REQUEST.json RESULT.json``.
 
 The request: {"data": directory, "cases": [[name, fault], ...], "plain": [name, ...], "mesh": bool, "rings": bool,
-"save": directory to keep the state of SPLITS in after ``SAVED_STEP`` steps, "load": directory to go on from}.
+"save": directory to keep the state of SPLITS and FEATURES in after ``SAVED_STEP`` steps, "load": directory to go on
+from}.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from hstu.training.schedule import schedule_factor
 from hstu.training.trainer import Trainer
 from tests.ops.attention_cases import CASES as ATTENTION
 from tests.ops.attention_cases import build
-from tests.parallel.cases import CASES, GRIDS, SAVED_STEP, SPLITS, THREES, config_of
+from tests.parallel.cases import CASES, FEATURES, GRIDS, MOVED, SAVED_STEP, SPLITS, THREES, config_of
 
 
 class _LocalCounts(Group):
@@ -262,14 +263,16 @@ def main() -> None:
     """Do what the request says."""
     request, result = json.loads(Path(sys.argv[1]).read_text()), {}
     torch.set_num_threads(1)
-    names = ("even", "short", "declared", "text")
+    kept = SPLITS | {name: case for cases in (*FEATURES.values(), *MOVED.values()) for name, case in cases.items()}
+    cases = CASES | THREES | GRIDS | kept
+    names = {cases[name].data for name, _ in request["cases"]} | {cases[name].data for name in request.get("plain", ())}
     data = {name: SequenceDataset.open(Path(request["data"], name, "synthetic")) for name in names}
-    cases = CASES | THREES | SPLITS | GRIDS
     with Mesh.create() as mesh:
         for name, planted in request["cases"]:
             case = cases[name]
             config = config_of(case, mesh.world_size)
-            folders = {key: Path(request[key], name) for key in ("save", "load") if key in request and name in SPLITS}
+            states = {"save": name, "load": case.begins_as or name}
+            folders = {key: Path(request[key], of) for key, of in states.items() if key in request and name in kept}
             result[f"{name} {planted}" if planted else name] = train(config, data[case.data], mesh, planted, **folders)
         for name in request.get("plain", ()):
             case = cases[name]
