@@ -39,6 +39,11 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add_run_flags(parser)
     parser.add_argument("--output", required=True, type=Path, help="parquet file to write")
+    parser.add_argument(
+        "--windows",
+        action="store_true",
+        help="of a run over windows of time: the answers of each window, --output being a directory of them",
+    )
     parser.add_argument("--split", choices=("future", "test", "valid"), default="future", help="default: future")
     parser.add_argument("--top_k", type=int, default=10, help="items per user of a retrieval run; default: 10")
     parser.add_argument(
@@ -93,7 +98,9 @@ def add_user_flags(parser: argparse.ArgumentParser) -> None:
         default="error",
         help="features the model reads and a table lacks; allow takes them for missing values; default: error",
     )
-    parser.add_argument("--set_separator", default="|", help="between the members of sets in the tables; default: |")
+    parser.add_argument(
+        "--set_separator", default="|", help="between the members of sets, within one column; default: |"
+    )
     parser.add_argument(
         "--unknown_items",
         choices=("error", "drop"),
@@ -110,7 +117,7 @@ def add_format_flags(parser: argparse.ArgumentParser, of: str, prefix: str | Non
     """Define how the file of the flag ``of`` is read; their names begin with ``prefix``, by default that flag's."""
     prefix = f"{of}_" if prefix is None else prefix
     parser.add_argument(f"--{prefix}format", help=f"of --{of}: {', '.join(FORMATS)}; default: by its ending")
-    parser.add_argument(f"--{prefix}separator", help=f"between the fields of --{of}, as ';', '::' or tab")
+    parser.add_argument(f"--{prefix}separator", help=f"between the columns of --{of}, as ';', '::' or tab")
     quoting = f"of --{of}; default: double for csv, none for tsv"
     parser.add_argument(f"--{prefix}quoting", choices=("double", "none"), help=quoting)
     parser.add_argument(f"--{prefix}columns", help=f"a,b,c: columns of --{of} if it has no header")
@@ -138,6 +145,7 @@ def _file_format(args: argparse.Namespace, prefix: str) -> FileFormat:
 def _predict(args: argparse.Namespace, mesh: Mesh) -> None:
     from hstu.inference.answers import AnswerOptions, predict
     from hstu.inference.opened import open_trained
+    from hstu.training.windows import begun_windows
 
     names = ("top_k", "approximate", "trained_only", "memory", "refresh")
     options = AnswerOptions(**{name: getattr(args, name) for name in names})
@@ -145,7 +153,14 @@ def _predict(args: argparse.Namespace, mesh: Mesh) -> None:
         raise ValueError(f"--top_k = {args.top_k}: must be at least 1")
     import_modules(args.imports)
     spec = request_spec(args)
-    predict(open_trained(args.run_dir, args.checkpoint, args.gin_bindings, mesh), spec, options, args.output)
+    runs = {args.output: args.run_dir}
+    if args.windows:
+        windows = mesh.on_main(lambda: begun_windows(Path(args.run_dir)))
+        if not windows:
+            raise ValueError(f"--run_dir = {str(args.run_dir)!r}: has no windows; leave --windows out")
+        runs = {args.output / f"{window.name}.parquet": window for window in windows}
+    for output, run in runs.items():
+        predict(open_trained(run, args.checkpoint, args.gin_bindings, mesh), spec, options, output)
 
 
 if __name__ == "__main__":

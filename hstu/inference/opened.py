@@ -17,6 +17,7 @@ from hstu.training.assembly import Assembly
 from hstu.training.checkpoint import Checkpointer
 from hstu.training.checkpoint_files import find_checkpoint, no_checkpoint
 from hstu.training.item_text import with_kept_model
+from hstu.training.met import read_met
 from hstu.training.run_data import find_dataset, open_dataset, recorded_task, require_vocabularies, trained_on
 from hstu.training.run_directory import RunDirectory
 from hstu.training.windows import last_window
@@ -105,6 +106,7 @@ def open_trained(run_dir: str | Path, choice: str, bindings: list[str], mesh: Me
         reader = Checkpointer(run.checkpoints, assembly.parallel, None, *own, 1)
         step = reader.load(checkpoint, optimizer=False).step
         reader.close()
+        assembly.also_met(read_met(checkpoint))
     logger.info("%s of %s, step %d", task, run.path, step)
     for note in assembly.notes:
         logger.info("%s", note)

@@ -38,7 +38,7 @@ class Model:
         self.item, self.time = self.about["item"], self.about["time"]
         self.features, self.tables = self.about["features"], read_tensors(self.folder / "tables.safetensors")
         words = {name: self._read(feature["words"]) for name, feature in self.features.items() if feature["words"]}
-        self.ids = {name: {word: number for number, word in enumerate(own)} for name, own in words.items()}
+        self.ids = {name: {word: n for n, word in enumerate(own) if word is not None} for name, own in words.items()}
         self.items = words[self.item]
         self._programs: dict[str, Any] = {}
 

@@ -54,7 +54,7 @@ def write_torch_export(opened: Opened, folder: Path, mesh: Mesh, *, compiled: bo
         for number, feature in enumerate(features.values()):
             if feature["rows"]:
                 feature["words"] = f"vocabulary/{number}.json"
-                words = json.dumps(_words(opened, feature["name"]), ensure_ascii=False, default=str)
+                words = json.dumps(_words(opened, feature["name"], feature["kind"]), ensure_ascii=False, default=str)
                 (folder / feature["words"]).write_text(words, encoding="utf-8")
         about = _about(opened) | {"features": features}
         (folder / "export.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
@@ -97,12 +97,14 @@ def _features(opened: Opened) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _words(opened: Opened, name: str) -> list[Any]:
-    """Return what the ids of a feature stand for; those of a mask are the masks themselves."""
+def _words(opened: Opened, name: str, kind: str) -> list[Any]:
+    """Return what the ids of a feature stand for, of members that no set of training has None; of a mask the masks."""
     action = opened.dataset.schema.action
     if action is not None and name == action.name and action.action_type == "bitmask":
         return list(range(action.vocab_size or 0))
     words: list[Any] = opened.dataset.vocabulary(name).tolist()
+    if kind == "multi" and (met := opened.assembly.met.get(name)) is not None:
+        return [word if known else None for word, known in zip(words, met, strict=False)]
     return words
 
 
@@ -138,7 +140,9 @@ def _about(opened: Opened) -> dict[str, Any]:
 def _write_tables(opened: Opened, path: Path, features: dict[str, dict[str, Any]], mesh: Mesh) -> None:
     """Write the rows of each feature's ids, items as the one vector of each, and what items are scored by."""
     opened.model.eval()
-    parts = {name: _parts(opened, own["name"], own["rows"]) for name, own in features.items() if own["rows"]}
+    parts = {
+        name: _parts(opened, own["name"], own["rows"], own["unknown"]) for name, own in features.items() if own["rows"]
+    }
     sizes = {name: own["rows"] for name, own in features.items() if own["rows"]}
     if isinstance(opened.model, RetrievalModel):
         parts[ITEMS] = (vectors for _, vectors in item_vectors(opened.model, opened.loader, mesh))
@@ -162,13 +166,13 @@ def _write_tables(opened: Opened, path: Path, features: dict[str, dict[str, Any]
             mesh.on_main(partial(write, rows.float().cpu().contiguous().numpy().tobytes()))
 
 
-def _parts(opened: Opened, name: str, rows: int) -> Iterator[Tensor]:
+def _parts(opened: Opened, name: str, rows: int, unknown: int | None) -> Iterator[Tensor]:
     """Yield the vectors of all ids of a feature, [n, width]; those that training never met have that of the unknown."""
-    met = opened.loader.collate.met.get(name)
+    met = opened.assembly.met.get(name)
     for first in range(0, rows, _ROWS):
         ids = np.arange(first, min(first + _ROWS, rows))
-        if met is not None:
-            ids = np.where(met[ids], ids, rows - 1)
+        if met is not None and unknown is not None:
+            ids = np.where(met[ids], ids, unknown)
         yield _look_up(opened, name, torch.from_numpy(ids).to(opened.assembly.mesh.device))
 
 

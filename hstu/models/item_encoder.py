@@ -93,20 +93,27 @@ class ItemEncoder(nn.Module):
     def _keep(self, name: str, values: Tensor) -> None:
         self.register_buffer(name, values, persistent=False)
 
-    def read(self, dataset: SequenceDataset, met: dict[str, np.ndarray] | None = None) -> None:
-        """Take the features and the texts of the items of ``dataset``.
-
-        Args:
-            dataset: The data set.
-            met: Feature -> which of its ids training meets, [vocab_size + 1] bool; others become the unknown value, or
-                leave their sets.
+    def read(self, dataset: SequenceDataset, met: Mapping[str, np.ndarray] | None = None) -> None:
+        """Take the features and the texts of the items of ``dataset``, the former as :meth:`read_features` does.
 
         Raises:
             ConfigError: for items without a value where none is known as unknown, and texts that cannot be read.
         """
         if self.text is not None:
             self.text.read(dataset)
-        met = met or {}
+        self.read_features(dataset, met or {})
+
+    def read_features(self, dataset: SequenceDataset, met: Mapping[str, np.ndarray]) -> None:
+        """Take the features of the items of ``dataset``.
+
+        Args:
+            dataset: The data set.
+            met: Feature -> which of its ids training meets, [vocab_size + 1] bool; others become the unknown value, or
+                leave their sets. Of features that are left out, all are met.
+
+        Raises:
+            ConfigError: for items without a value where none is known as unknown.
+        """
         for ids, feature, unknown in zip(self.ids, self.categories, self.unknown, strict=True):
             ids.copy_(torch.tensor(np.asarray(dataset.item_features(feature.name))))
             if self.unknown_rate == 0 and bool((ids == unknown).any()):

@@ -16,6 +16,8 @@ from hstu.data.reader import SequenceDataset
 from hstu.data.seen import met_categories, met_contexts, met_values, trained_items
 from hstu.data.splits import Split, make_splits
 from hstu.models import RetrievalModel, build_model, fit_to_data, make_collator
+from hstu.models.binding import model_inputs
+from hstu.models.features import table_of
 from hstu.models.item_text import make_item_text
 from hstu.models.negatives import count_items
 from hstu.parallel import Mesh, parallelize
@@ -25,6 +27,7 @@ from hstu.training.evaluate import Scorer, best_possible, decide_filter_seen, ev
 from hstu.training.hardware import on_device
 from hstu.training.item_text import keep_text_model, make_vectors, starting_rows
 from hstu.training.memory import require_memory
+from hstu.training.met import Met
 from hstu.training.vocabularies import describe_vocabularies, embedded_features
 from hstu.training.watchdog import beat
 
@@ -43,7 +46,7 @@ class Assembly:
         filtering: Why seen items are left out or not; None of ranking.
         mesh: The ranks, by the degrees of ``config``.
         loaders: Samples of each split.
-        met: Of contexts and categories that have a row for unknown values, which ids training meets.
+        met: Of features that tell unknown values from others, which ids the training of the weights meets or has met.
         vocabularies: What the ids of the model stand for, see ``describe_vocabularies``.
         parallel: The model on the mesh.
         text_content: What tells the language model of items from others; None without one.
@@ -61,6 +64,7 @@ class Assembly:
         self.config, self.filtering = _resolved(config, dataset, mesh, splits["valid"])
         self.dataset, self.mesh = dataset, mesh
         self.text_content: str | None = None
+        self._trained_before: torch.Tensor | None = None
         self._load(splits)
         self._build()
 
@@ -98,7 +102,7 @@ class Assembly:
         model = build_model(config, dataset.schema, allocate_tables=False)
         if model.item_encoder is not None:
             if config.feature.unknown_rate:
-                self.met |= met_categories(dataset, self.trained_items)
+                self.met |= met_categories(dataset, self._trained_here)
             model.item_encoder.read(dataset, self.met or None)
             if (text := model.item_encoder.text) is not None:
                 text.tick = beat
@@ -146,10 +150,35 @@ class Assembly:
             self.mesh.on_main(lambda: keep_text_model(text, content, run))
 
     @cached_property
-    def trained_items(self) -> torch.Tensor:
-        """Which items training shows, in a history or to be predicted, [items] bool in host memory."""
+    def _trained_here(self) -> torch.Tensor:
         loader = self.loaders["train"]
         return trained_items(self.dataset, loader.split, loader.collate)
+
+    @property
+    def trained_items(self) -> torch.Tensor:
+        """Which items training shows or has shown, in a history or to be predicted, [items] bool in host memory."""
+        return self._trained_here if self._trained_before is None else self._trained_here | self._trained_before
+
+    def every_met(self) -> Met:
+        """Return all that is to be known of what the training of the weights has met, as ``also_met`` takes it."""
+        return self.met | {self.dataset.schema.item.name: self.trained_items.numpy()}
+
+    def also_met(self, before: Met) -> None:
+        """Count ids as met that the training of the weights has met before this data set, or this part of it."""
+        for name in self.met.keys() & before.keys():
+            number = min(len(self.met[name]), len(before[name]))  # one of them may have a place for unknown values
+            self.met[name][:number] |= before[name][:number]  # in place: it is what the loaders hold
+        if (items := before.get(self.dataset.schema.item.name)) is not None:
+            self._trained_before = torch.from_numpy(items[: self.dataset.schema.item.vocab_size].copy())
+        if self.model.item_encoder is not None:
+            self.model.item_encoder.read_features(self.dataset, self.met)
+
+    @property
+    def tables_of(self) -> dict[str, str]:
+        """The table whose rows the ids of each feature that the model reads have."""
+        schema = self.dataset.schema
+        features = model_inputs(self.config, schema).declared.every
+        return {f.name: table_of(f, self.config.feature, schema) for f in features}
 
     def score(self, split: str, step: int, scorer: Scorer | None = None) -> dict[str, Any]:
         """Return the evaluation record of ``split``, the same on every rank; ``step`` is on record.

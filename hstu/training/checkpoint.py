@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from hstu.training.checkpoint_files import (
     step_name,
     write_marker,
 )
+from hstu.training.met import Met, met_state
 from hstu.training.optimizer import Optimizer
 from hstu.training.vocabularies import Record
 
@@ -121,6 +123,7 @@ class Checkpointer:
         identity: Of the model, see ``model_identity``.
         vocabularies: What its ids stand for, see ``describe_vocabularies``.
         keep_last: How many of the newest to keep; the best is always kept.
+        met: Returns which ids training has met, for the record; None: nothing is saved.
     """
 
     def __init__(
@@ -131,10 +134,11 @@ class Checkpointer:
         identity: dict[str, Any],
         vocabularies: Record,
         keep_last: int,
+        met: Callable[[], Met] | None = None,
     ) -> None:
         self.directory, self.parallel, self.optimizer = directory, parallel, optimizer
         self.identity, self.vocabularies = identity, vocabularies
-        self.keep_last, self.mesh = keep_last, parallel.mesh
+        self.keep_last, self.mesh, self._met = keep_last, parallel.mesh, met
         self._saved_step: int | None = None
         # Of their own: what the threads of the ranks say to each other must not meet what training says.
         self._writers = None if optimizer is None else torch.distributed.new_group(backend="gloo")
@@ -156,7 +160,8 @@ class Checkpointer:
             final, at = self.directory / step_name(progress.step), _copy(progress)
             partial = self.directory / f".{final.name}.partial"
             self.mesh.on_main(lambda: shutil.rmtree(partial, ignore_errors=True))
-            tensors = {name: _host_copy(value) for name, value in self._tensors().items()}
+            met = met_state(self._met()) if self._met is not None else {}
+            tensors = {name: _host_copy(value) for name, value in self._tensors().items()} | met
             self._pending.append(self._executor.submit(self._write, tensors, at, partial, final))
             self._saved_step = progress.step
         finally:

@@ -22,6 +22,7 @@ from hstu.training.file_errors import describe, is_foreseeable
 from hstu.training.hardware import present_peak
 from hstu.training.init_from import in_words, initialize, open_source
 from hstu.training.logging import RunLogger, SilentLogger, format_metrics, make_logger
+from hstu.training.met import met_there, read_met
 from hstu.training.meter import Meter, TrainingError, not_finite
 from hstu.training.optimizer import Optimizer
 from hstu.training.plot import draw_curves, sketch_curves
@@ -69,6 +70,7 @@ class Trainer:
             assembly.identity,
             assembly.vocabularies,
             config.trainer.keep_last_checkpoints,
+            assembly.every_met,
         )
         self.meter = Meter(self.mesh, present_peak(config.network.dtype_str))
         self.stepper = Stepper(self.parallel, self.optimizer, self.meter, config, dataset)
@@ -86,6 +88,7 @@ class Trainer:
         """
         self._require_same_vocabularies(checkpoint, resume=True)
         self.progress = self.checkpointer.load(checkpoint)
+        self.assembly.also_met(read_met(checkpoint))
         self.resumed_at = self.progress.step
         self._keep_position()
         self.meter.restore(self.progress.since_last_line)
@@ -107,6 +110,8 @@ class Trainer:
         own, here = self.checkpointer, self.dataset.vocabularies
         source = open_source(checkpoint, self.mesh, own.identity, here, own.vocabularies)
         self.progress, self.started_from = initialize(source, self.parallel, self.optimizer, own.identity)
+        there = source.marker["vocabularies"]
+        self.assembly.also_met(met_there(source.path, source.ids, self.assembly.tables_of, there, own.vocabularies))
 
     def train(self) -> dict[str, Any]:
         """Train to the end, then score the best checkpoint on the test split once.
@@ -173,6 +178,7 @@ class Trainer:
         """Score ``checkpoint``; returns one record per split."""
         self._require_same_vocabularies(checkpoint, resume=False)
         step = self.checkpointer.load(checkpoint, optimizer=False).step
+        self.assembly.also_met(read_met(checkpoint))
         beat()
         return [self.assembly.score(split, step) for split in splits]
 

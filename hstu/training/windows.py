@@ -34,8 +34,13 @@ def last_window(run: Path) -> Path:
 
     It is what a run over windows answers with.
     """
-    begun = sorted(path.parents[1] for path in run.glob(f"{WINDOWS}/*/checkpoints/latest/"))
+    begun = begun_windows(run)
     return begun[-1] if begun else run
+
+
+def begun_windows(run: Path) -> list[Path]:
+    """Return the run directories of the windows of ``run`` that have a checkpoint, in their order."""
+    return sorted(path.parents[1] for path in run.glob(f"{WINDOWS}/*/checkpoints/latest/"))
 
 
 def write_windows(run: RunDirectory, args: DatasetArgs, dataset: SequenceDataset, records: list[Record]) -> None:

@@ -48,15 +48,18 @@ def shop() -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]:
     def sets(number: int) -> list[str | None]:
         return some(["|".join(rng.permutation(WORDS)[: rng.integers(1, 4)]) for _ in range(number)])
 
+    device, tags = some(list(rng.choice(WORDS, total))), sets(total)
+    for last in lengths.cumsum()[:8] - 1:  # which training never meets
+        device[last], tags[last] = "violet", "violet|red"
     events = pl.DataFrame(
         {
             "who": np.repeat([f"u{n}" for n in range(USERS)], lengths),
             "what": [f"sku {n}" for n in rng.integers(30, size=total)],
             "when": 10**9 + np.concatenate([np.sort(rng.integers(10**5, size=n)) for n in lengths]),
             "did": rng.integers(2, size=total),
-            "device": some(list(rng.choice(WORDS, total))),
+            "device": device,
             "price": some(list(rng.normal(size=total).round(2))),
-            "tags": sets(total),
+            "tags": tags,
         }
     )
     users = pl.DataFrame(

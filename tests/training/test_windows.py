@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -15,9 +16,12 @@ import pytest
 import torch
 
 import hstu
+from hstu.cli import predict
 from hstu.config import ConfigError, load_config
-from hstu.data import SequenceDataset
+from hstu.data import Feature, SequenceDataset, write_dataset
 from hstu.data.splits import each_window, make_splits, window_cuts
+from hstu.data.values import Sets
+from hstu.inference.opened import Opened, open_trained
 from hstu.interrupt import Stopped
 from hstu.parallel import Mesh
 from hstu.training import session
@@ -25,6 +29,7 @@ from hstu.training.checkpoint_files import find_checkpoint
 from hstu.training.run_directory import RunDirectory
 from hstu.training.trainer import Trainer
 from hstu.training.windows import last_window, summary
+from tests.samples import make_dataset, read_back
 from tests.tiny import BINDINGS, write_tiny
 
 RUN = (
@@ -140,13 +145,20 @@ def test_a_run_that_was_stopped_goes_on_in_the_middle_of_a_window(
         train(data, tmp_path / "run", resume="never")
 
 
-def test_a_run_over_windows_answers_with_its_last_one(trained: Path) -> None:
+def test_a_run_over_windows_answers_with_its_last_one_or_all(trained: Path, tmp_path: Path) -> None:
     assert last_window(trained) == trained / "windows/0002" and last_window(trained / "windows/0000").name == "0000"
     run = hstu.open_run(trained, frames="polars")
     assert run.path == trained / "windows/0002"
     answers = run.recommend(k=3)
     assert isinstance(answers, pl.DataFrame) and answers.height
     assert run.evaluate("test")["metrics"] == windows_of(trained)[2]["metrics"]
+    asked = ["--split=test", "--top-k=10", "--windows", f"--output={tmp_path}"]
+    assert predict.main([f"--run-dir={trained}", *asked]) == 0
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["0000.parquet", "0001.parquet", "0002.parquet"]
+    for path, record in zip(sorted(tmp_path.iterdir()), windows_of(trained), strict=True):
+        found = pl.read_parquet(path).filter(pl.col("item") == pl.col("target"))
+        assert found.height / record["num_targets"] == pytest.approx(record["metrics"]["HR@10"]), path.name
+    assert predict.main([f"--run-dir={trained / 'windows/0000'}", *asked]) == 2, "which has no windows"
 
 
 def test_windows_with_a_length_begin_at_multiples_of_it(data: Path) -> None:
@@ -203,3 +215,64 @@ def test_what_is_not_defined_in_a_window_does_not_count() -> None:
     whole = summary(parts)
     assert whole["metrics"] == {"AUC": 0.625} and whole["pooled"] == {}, "an AUC over all is no mean of windows"
     assert torch.tensor(whole["num_targets"]) == 12
+
+
+EARLY = 6  # what the first window alone has, of each feature
+
+
+@pytest.fixture(scope="module")
+def changing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four windows of three events of each user: the value ``EARLY`` in the first alone, 7 in the last alone."""
+    folder, rng, users = tmp_path_factory.mktemp("changing") / "small", np.random.default_rng(0), 40
+    window = np.tile(np.repeat(np.arange(4), 3), users)
+    items = np.where(window == 0, rng.integers(10, size=window.size), rng.integers(10, 40, size=window.size))
+    items[11::12] = items[0::12]  # the last event of each user is that of the first one
+    features = (
+        Feature(name="device", level="event", kind="categorical", vocab_size=8),
+        Feature(name="tags", level="event", kind="multi", vocab_size=8, num_ids=0),
+        Feature(name="brand", level="item", kind="categorical", vocab_size=8),
+        Feature(name="genres", level="item", kind="multi", vocab_size=8, num_ids=0),
+    )
+    times = 10**9 + 10**5 * window + np.tile(np.arange(12), users)
+    make_dataset(folder, [12] * users, num_items=40, items=items, times=times, declared=features, contexts=())
+    data, of_items = read_back(folder), np.where(np.arange(40) < 10, EARLY, np.arange(40) % 5)
+    of_events = np.select([window == 0, window == 3], [EARLY, 7], rng.integers(5, size=window.size))
+    data.events["device"], data.categories["brand"] = of_events, of_items
+    data.events["tags"], data.categories["genres"] = (Sets(np.arange(len(v) + 1), v) for v in (of_events, of_items))
+    sizes = {"tags": len(of_events), "genres": len(of_items)}
+    kept = tuple(replace(f, num_ids=sizes.get(f.name, f.num_ids)) for f in data.schema.features)
+    write_dataset(replace(data, schema=replace(data.schema, features=kept)), folder)
+    return folder
+
+
+def opened(run: Path, window: int) -> Opened:
+    with Mesh.create() as mesh:
+        return open_trained(run / f"windows/000{window}", "latest", [], mesh)
+
+
+@pytest.mark.parametrize("carried", [True, False])
+def test_values_that_an_earlier_window_trained_keep_their_rows(changing: Path, tmp_path: Path, carried: bool) -> None:
+    features = (
+        "NetworkArgs.item_embedding='both'",
+        "DatasetArgs.max_history_seqlen=2",
+        f"DatasetArgs.carry_over={carried}",
+    )
+    train(changing, tmp_path / "run", *features, "DatasetArgs.dataset_name='small'")
+    first, later = opened(tmp_path / "run", 0), opened(tmp_path / "run", 2)
+    for name in ("device", "tags", "brand", "genres"):
+        met = later.assembly.met[name]
+        assert met[:5].all() and not met[5] and not met[7] and met[EARLY] == carried, name
+        assert first.assembly.met[name][EARLY]
+    collate = later.loader.collate
+    assert collate.met_values["device"][EARLY] == collate.met_values["tags"][EARLY] == carried
+    encoder = later.model.item_encoder
+    assert encoder is not None
+    assert encoder.ids[0, :10].unique().tolist() == [EARLY if carried else 8]
+    assert int(encoder.set_offsets_0[10]) == (10 if carried else 0), "members that nobody met leave their sets"
+    # What the later windows do not look up is as the first one left it.
+    before, after = (own.model.embeddings.state_dict() for own in (first, later))
+    (key,) = (key for key in before if key.endswith("device.weight"))
+    rows = [state[key].local_shards()[0].tensor[EARLY] for state in (before, after)]
+    assert torch.equal(*rows) == carried
+    untrained = [record["untrained_targets"] for record in windows_of(tmp_path / "run")]
+    assert untrained[2] == (0 if carried else 20), "of the half of the users that test"
