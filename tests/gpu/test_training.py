@@ -25,7 +25,7 @@ from hstu.parallel import Mesh
 from hstu.training.graphs import GraphedLoss
 from hstu.training.step import Stepper
 from tests.launch import ROOT, run, torchrun_command
-from tests.parallel.cases import CASES, SPLITS, WAITLESS, config_of
+from tests.parallel.cases import CASES, PIPELINED, SPLITS, WAITLESS, config_of
 from tests.parallel.worker import train, train_plain
 from tests.samples import declared_features, make_dataset
 from tests.tiny import write_tiny
@@ -56,9 +56,14 @@ FEATURES = (
     "context-retrieval-declared",
     "context-retrieval-permuted",
     "context-retrieval-bert",
+    "context-retrieval-recomputed",
     "tensor-ranking-concat",
 )
 CHOSEN = {name: CASES[name] for name in CASES} | {name: SPLITS[name] for name in FEATURES}
+CACHED = replace(
+    CASES["retrieval-adam-auto"], name="cached", bindings=(*PIPELINED, *CASES["retrieval-adam-auto"].bindings)
+)
+CHOSEN |= {"cached": CACHED}
 RANDOM = ("tensor-ranking-concat",)  # dropout draws other numbers on another device
 
 
@@ -109,11 +114,13 @@ def test_losses_of_the_first_steps(
     config, dataset = config_of(case, 1), SequenceDataset.open(data[case.data])
     with Mesh.create() as mesh:
         assert mesh.device.type == "cuda"
-        found = train(config, dataset, mesh)["losses"]
+        result = train(config, dataset, mesh)
+        found = result["losses"]
         if case.plain_steps and case.name not in FEATURES:
             wanted = train_plain(config, dataset, STEPS)
         else:
             wanted = [] if "dynamic" in name or name in RANDOM else [first_loss(config, dataset, mesh)]
+    assert ("cache_hit_rate" in result["counters"]) == ("uvm_caching" in str(case.bindings))
     assert len(found) == STEPS and all(np.isfinite(found))
     assert found[: len(wanted)] == pytest.approx(wanted, rel=1e-3)
 
