@@ -30,8 +30,6 @@ _TOLERANCE = 0.02  # between a replay and what it was recorded of, whose sums ma
 
 BACKBONES = ("hstu", "sasrec", "llama")
 
-Loss = Callable[[dict[str, Tensor], Any], LossSum]
-"""From the rows of the tables and the request to the loss."""
 Weights = list[tuple[nn.Parameter, Tensor]]
 """Dense weights, and where their gradients are added up."""
 
@@ -96,7 +94,7 @@ class Recording:
     def __init__(
         self, model: RankingModel | RetrievalModel, weights: Weights, inputs: DenseInputs, recorder: Recorder
     ) -> None:
-        self.loss: Loss = model.loss
+        self.loss: Callable[..., LossSum] = model.loss
         self.weights, self.facts = weights, inputs.facts
         self.paddings = {name: slot.padding() for name, slot in inputs.slots.items()}
         self.slots = {name: padding.clone() for name, padding in self.paddings.items()}
@@ -254,15 +252,15 @@ class GraphedLoss:
         return False
 
 
-def make_loss(parallel: Parallelized, config: Config) -> tuple[Loss, str | None]:
-    """Return what gives the loss in a step of training, and a line that says why it is not recorded on this GPU."""
-    model, recorder = parallel.model, make_recorder(parallel.mesh.device)
+def graphed_loss(parallel: Parallelized, config: Config) -> tuple[GraphedLoss | None, str | None]:
+    """Return what gives the loss in place of the model where steps are recorded, and a line on why they are not."""
+    recorder = make_recorder(parallel.mesh.device)
     if recorder is None or config.trainer.cuda_graphs == "off":
-        return model.loss, None
+        return None, None
     reason = why_not_recorded(parallel, config)
     if reason is not None:
-        return model.loss, f"TrainerArgs.cuda_graphs = 'auto': none, for {reason}"
-    return GraphedLoss(model, parallel.dense.gradients(), recorder), None
+        return None, f"TrainerArgs.cuda_graphs = 'auto': none, for {reason}"
+    return GraphedLoss(parallel.model, parallel.dense.gradients(), recorder), None
 
 
 def make_recorder(device: torch.device) -> Recorder | None:

@@ -18,7 +18,7 @@ from hstu.parallel.embedding import HeldRows
 from hstu.parallel.pipeline import CachedLookupPipeline, LookupPipeline, Rows
 from hstu.training.batch_flops import batch_flops
 from hstu.training.checkpoint_files import Progress
-from hstu.training.graphs import make_loss
+from hstu.training.graphs import graphed_loss
 from hstu.training.meter import Meter, not_finite
 from hstu.training.optimizer import Optimizer
 
@@ -47,7 +47,7 @@ class Stepper:
     ) -> None:
         self.parallel, self.optimizer, self.meter, self.config = parallel, optimizer, meter, config
         self.mesh, self.model, self.dataset = parallel.mesh, parallel.model, dataset
-        self.loss, self.note = make_loss(parallel, config)
+        self.graphs, self.note = graphed_loss(parallel, config)
         self.skipped_in_a_row = 0
         self.pipeline: LookupPipeline | None = None
         if config.trainer.pipeline_type == "native" and parallel.tables.collections:
@@ -129,7 +129,7 @@ class Stepper:
 
         def compute(found: Rows, own: Any) -> tuple[torch.Tensor, tuple[LossSum, _Check, HeldRows]]:
             held = self.parallel.tables.hold(found)
-            loss = self.loss(held.rows, own)
+            loss = (self.graphs or self.model.loss)(held.rows, own)
             return loss.total * scale, (loss, _Check(self.mesh, loss.total), held)
 
         if self.pipeline is not None:

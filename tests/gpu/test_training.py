@@ -236,7 +236,7 @@ def test_runs_with_cuda_graphs_have_the_losses_of_those_without(
                     torch.cuda.set_sync_debug_mode("default")
                 found[kind].append(run_.meter.read(run_.progress.step)["loss"])
             if kind == "auto":
-                loss = run_.stepper.loss
+                loss = run_.stepper.graphs
                 assert isinstance(loss, GraphedLoss) and loss.recordings and not loss._told
     assert found["auto"] == pytest.approx(found["off"], rel=1e-2 if name == "bfloat16" else 1e-3)
 
@@ -250,6 +250,6 @@ def test_dropout_of_cuda_graphs_is_drawn_anew(data: dict[str, Path], tmp_path: P
         for _ in range(6):
             run_.stepper.take(batches, run_.progress)
             losses.append(run_.meter.read(run_.progress.step)["loss"])
-        loss = run_.stepper.loss
+        loss = run_.stepper.graphs
         assert isinstance(loss, GraphedLoss) and len(loss.recordings) == 1 and not loss._told
     assert len(set(losses)) == 6 and max(losses) < 1.5 * min(losses)

@@ -161,7 +161,7 @@ def test_a_replayed_step_launches_a_quarter(data: Path, tmp_path: Path, monkeypa
         for epoch in itertools.count():
             assert epoch < 4
             for batches in run.stepper.steps(run.loaders["train"].epoch(epoch, 0), run.progress):
-                loss, replays = run.stepper.loss, recorder.replays
+                loss, replays = run.stepper.graphs, recorder.replays
                 assert isinstance(loss, GraphedLoss)
                 made = len(loss.recordings)
                 with counted(run) as count:
@@ -191,7 +191,7 @@ def test_what_is_not_recorded_is_said(
         monkeypatch.setattr(graphs, "make_recorder", lambda device: recorder)  # noqa: B023
         with trainer(data, tmp_path / name, "retrieval", AUTO, *bindings) as run:
             if recorder is None or reason is None:  # on a CPU there is nothing to say
-                assert not run.notes and isinstance(run.stepper.loss, GraphedLoss) == (recorder is not None)
+                assert not run.notes and isinstance(run.stepper.graphs, GraphedLoss) == (recorder is not None)
             else:
                 assert reason in run.notes[-1] and "\n" not in run.notes[-1]
 
