@@ -33,6 +33,7 @@ UNKNOWN = DataSize(users=10_000, items=10_000, events=100_000)
 _LABELS = 2_000  # of a step
 _PASSES = 30  # over 130,000 events; fewer over more, by the root
 _STRIDED, _STRIDE = 50, 100  # events of a user from which there are samples of so many labels
+_HIDDEN = 0.4  # of the items, where those that are hidden are the labels
 _FULL_SOFTMAX = 4_096  # items, up to which a step scores all of them
 #: Of weights: a run that starts from another one has those of that one.
 SHAPE = (
@@ -51,10 +52,18 @@ def suggest(size: DataSize, given: Mapping[str, Any]) -> dict[str, Any]:
         size: The data set.
         given: ``Class.field`` -> value of what is set, which wins.
     """
-    values = _schedule(size, given) | _shape(size, given) | _loss(size)
+    masked = given.get("NetworkArgs.backbone") == "bert"
+    values = _schedule(size, given, masked) | _shape(size, given) | _loss(size, masked)
     values |= {"OptimizerArgs.learning_rate": 2e-3, "OptimizerArgs.lr_schedule": "cosine"}
     if given.get("NetworkArgs.backbone", "hstu") == "hstu" and not size.has_times:
         values["NetworkArgs.relative_time_bias"] = False
+    if masked:
+        values |= {
+            "NetworkArgs.norm_placement": "pre",
+            "NetworkArgs.scale_inputs": True,
+            "NetworkArgs.dense_initializer_type": "xavier_uniform",
+            "RetrievalArgs.mask_probability": _HIDDEN,
+        }
     if "TrainerArgs.max_train_iters" in given:
         del values["TrainerArgs.max_epochs"]
     if given.keys() & {"RetrievalArgs.loss", "RetrievalArgs.num_negatives", "RetrievalArgs.sampling_strategy"}:
@@ -62,12 +71,14 @@ def suggest(size: DataSize, given: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key not in given}
 
 
-def _schedule(size: DataSize, given: Mapping[str, Any]) -> dict[str, Any]:
+def _schedule(size: DataSize, given: Mapping[str, Any], masked: bool) -> dict[str, Any]:
     mean = size.events / max(size.users, 1)
     longest = given.get("DatasetArgs.max_history_seqlen") or (50 if mean < 25 else 200)
     labels = max(min(mean - 2, longest / 3), 1)  # of a sample
     batch = max(2 ** min(max(round(math.log2(_LABELS / labels)), 3), 10) // size.ranks, 1)
     epochs = min(max(round(_PASSES * math.sqrt(130_000 / max(size.events, 1))), 3), 100)
+    if masked:  # as many labels
+        epochs = round(epochs / (given.get("RetrievalArgs.mask_probability") or _HIDDEN))
     passes = given.get("TrainerArgs.max_epochs") or epochs
     samples = size.users * max((mean - 2) / _STRIDE + 0.5 if mean > _STRIDED else 1, 1)
     steps = passes * max(math.ceil(samples / size.ranks / given.get("TrainerArgs.train_batch_size", batch)), 1)
@@ -90,12 +101,14 @@ def _shape(size: DataSize, given: Mapping[str, Any]) -> dict[str, Any]:
     return dict(zip(names, (width, heads, channels or max(width // heads, 1)), strict=True))
 
 
-def _loss(size: DataSize) -> dict[str, Any]:
+def _loss(size: DataSize, masked: bool) -> dict[str, Any]:
     density = size.events / max(size.items, 1)
     few = size.items <= _FULL_SOFTMAX
+    dropout = [0.5, 0.3, 0.2][(density >= 30) + (density >= 150) :]
     return {
         # Every event is a target, those of long histories too.
         "DatasetArgs.train_stride": _STRIDE if size.events > _STRIDED * size.users else None,
-        "NetworkArgs.hidden_dropout": 0.5 if density < 30 else 0.3 if density < 150 else 0.2,
+        # What is hidden is a noise of its own.
+        "NetworkArgs.hidden_dropout": dropout[:2][-1] if masked else dropout[0],
         "RetrievalArgs.temperature": 0.07,
     } | ({"RetrievalArgs.loss": "full_softmax"} if few else {"RetrievalArgs.num_negatives": 512})

@@ -60,6 +60,16 @@ def test_what_is_set_wins_and_what_follows_from_it_follows() -> None:
     assert config.retrieval.num_negatives != 512, "a number that was chosen for another loss"
 
 
+def test_where_hidden_items_are_the_labels_epochs_give_as_many() -> None:
+    for size, epochs, dropout in ((SMALL, 65, 0.3), (DENSE, 85, 0.2)):
+        config = sized(size, "NetworkArgs.backbone='bert'").config
+        assert config.trainer.max_epochs == epochs
+        assert (config.network.hidden_dropout, config.network.norm_placement) == (dropout, "pre")
+        assert config.retrieval is not None and config.retrieval.mask_probability == 0.4
+    config = sized(SMALL, "NetworkArgs.backbone='bert'", "RetrievalArgs.mask_probability=0.2").config
+    assert config.trainer.max_epochs == 130
+
+
 def test_ranks_share_a_step() -> None:
     one, four = (sized(replace(SMALL, ranks=ranks)).config.trainer for ranks in (1, 4))
     assert one.train_batch_size == 4 * four.train_batch_size == 256
