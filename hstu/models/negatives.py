@@ -13,6 +13,7 @@ from torch import Tensor
 from hstu.data.reader import Histories
 from hstu.data.splits import Split
 from hstu.ops import host_to_device
+from hstu.ops.loops import compiled_loops_for, run_shares, shares_of
 
 POOL_SIZE = 8192
 """Negatives of a larger catalogue are drawn from a pool of at most this many items, new for each step."""
@@ -38,9 +39,20 @@ def random_bits(keys: Tensor, count: int, seed: int) -> Tensor:
 
 def random_columns(keys: Tensor, count: int, bound: int | Tensor, seed: int) -> Tensor:
     """Draw [len(keys), count] int64 in [0, bound), each row a function of (seed, its key) alone; bound < 2**31."""
+    if isinstance(bound, int) and compiled_loops_for(torch.empty(0, device=keys.device)):
+        return _compiled_columns(keys.contiguous(), count, bound, seed)
     bits = random_bits(keys, -(-count // 2), seed)
     halves = torch.stack([bits & (2**31 - 1), bits >> 31], 2).flatten(1)
     return halves.mul_(bound).bitwise_right_shift_(31)[:, :count]
+
+
+def _compiled_columns(keys: Tensor, count: int, bound: int, seed: int) -> Tensor:
+    from hstu.ops.numba_draws import columns
+
+    drawn = keys.new_empty(len(keys), count)
+    shares = shares_of(drawn.numel())
+    run_shares(shares, lambda share: columns(keys.numpy(), bound, seed, drawn.numpy(), share, shares))
+    return drawn
 
 
 def random_uniform(keys: Tensor, count: int, seed: int) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from hstu.ops.numba_draws import begun, two
 from hstu.ops.numba_lanes import compiled, prefetch
 from hstu.ops.row_sets import BLOCKED, NEVER, WAYS
 
@@ -17,18 +18,8 @@ _IDS, _SCORES = "int64[::1]", "int32[::1]"
 
 
 @njit(inline="always")
-def _mix(x):  # type: ignore[no-untyped-def]
-    """As ``hstu.models.negatives`` scrambles."""
-    x = (x ^ (x >> 30 & 0x3FFFFFFFF)) * np.int64(-4658895280553007687)
-    x = (x ^ (x >> 27 & 0x1FFFFFFFFF)) * np.int64(-7723592293110705685)
-    return x ^ (x >> 31 & 0x1FFFFFFFF)
-
-
-@njit(inline="always")
 def _drawn(key, number, bound, seed):  # type: ignore[no-untyped-def]
-    """Two numbers below ``bound``: columns ``2 * number`` and the next of ``random_columns``."""
-    bits = _mix(_mix(key * np.int64(0x9E3779B1) + seed) + number * np.int64(0x632BE5AB)) & (2**62 - 1)
-    return (bits & (2**31 - 1)) * bound >> 31, (bits >> 31) * bound >> 31
+    return two(begun(key, np.int64(seed)), number, bound)
 
 
 @njit(inline="always")

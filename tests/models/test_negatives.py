@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hstu.data import leave_one_out
 from hstu.models.negatives import POOL_SIZE, NegativeSampler, count_items, other_item, random_columns
+from hstu.ops.loops import torch_only
 from tests.samples import make_dataset
 
 CHI_SQUARE_999 = {9: 27.9, 99: 148.2, 499: 602.0}  # quantile 0.999 by degrees of freedom
@@ -42,6 +43,14 @@ def test_a_sampler_that_never_draws_the_last_item_is_caught() -> None:
         assert_uniform(columns, 100)
     with pytest.raises(AssertionError):
         assert_uniform(columns.clamp(max=98) + (columns == 0).long() * 99, 100)
+
+
+@pytest.mark.parametrize(("rows", "count", "bound"), [(0, 3, 7), (5, 1, 9), (700, 7, 12_345), (9, 130, 2**31 - 1)])
+def test_compiled_loops_draw_the_same(rows: int, count: int, bound: int) -> None:
+    keys = torch.randint(-(2**62), 2**62, (rows,), generator=torch.Generator().manual_seed(0))
+    found = random_columns(keys, count, bound, seed=2**42 + 3)
+    with torch_only():
+        assert torch.equal(random_columns(keys, count, bound, seed=2**42 + 3), found)
 
 
 def test_each_row_is_a_function_of_seed_and_key_alone() -> None:

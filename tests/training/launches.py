@@ -28,7 +28,7 @@ from hstu import ops
 from hstu.layers import hstu as layers
 from hstu.layers import preprocess
 from hstu.models import losses
-from hstu.ops import Layout, softmax_attention
+from hstu.ops import Layout, loops, softmax_attention
 from hstu.ops.jagged import reference
 from hstu.ops.jagged import rows as jagged
 from hstu.parallel.dynamic import DynamicTables
@@ -240,6 +240,7 @@ def _as_on_gpu(run: Trainer, count: Counted) -> Iterator[tuple[Any, str, Any]]:
             own = rows.map
             parts = own.parts, torch.device("cpu")
             yield rows, "map", RowMap(own.usable + PARTS, own.args, *parts, fixed_shapes=True)
+    yield loops, "_torch_only", True
     yield layers.HSTULayer, "_is_fused", lambda self, x: True
     yield losses, "pool_cross_entropy", pool_cross_entropy
     yield preprocess, "Layout", laid_out
