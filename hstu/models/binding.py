@@ -115,9 +115,11 @@ def model_inputs(config: Config, schema: Schema) -> Inputs:
         raise ConfigError("DatasetArgs.dataset_name", f"= {config.dataset.dataset_name!r}: has one item, so that there "
                           "is nothing to choose from; retrieval needs two or more")  # fmt: skip
     if network.token_layout != "item" and schema.action is None:
+        ranks = config.task == "ranking" and config.dataset.max_num_candidates == 0
+        more = ", with DatasetArgs.max_num_candidates above 0" if ranks else ""
         raise ConfigError(
             "NetworkArgs.token_layout",
-            f"= {network.token_layout!r}: data set {schema.name!r} has no actions; use 'item'",
+            f"= {network.token_layout!r}: data set {schema.name!r} has no actions; use 'item'{more}",
         )
     if schema.time is None and (network.relative_time_bias or network.num_time_buckets):
         raise ConfigError(

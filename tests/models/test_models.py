@@ -422,7 +422,7 @@ def test_a_head_that_does_not_fit_the_actions(dataset: SequenceDataset, tmp_path
     assert "use num_tasks = 8" in refused(bits, "ranking", "RankingArgs.prediction_head_arch=[6, 8]")
     message = refused(bits, "ranking", "RankingArgs.prediction_head_arch=[6, 2]", "RankingArgs.num_tasks=2")
     assert "end with 3 tasks" in message
-    assert "'item'" in refused(none, "ranking")
+    assert "use 'item', with DatasetArgs.max_num_candidates above 0" in refused(none, "ranking")
     item = ("NetworkArgs.token_layout='item'", "DatasetArgs.max_num_candidates=2")
     assert "has no actions, so nothing can be ranked" in refused(none, "ranking", *item)
     build_model(make_config("ranking", "RankingArgs.prediction_head_arch=[6, 9]"), dataset.schema)  # wider is fine
