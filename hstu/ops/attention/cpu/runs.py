@@ -65,7 +65,7 @@ class Pairs:
         low, high = shift // BLOCK, torch.where(n > 0, (m + BLOCK - 1) // BLOCK, shift // BLOCK)
         spans = list(zip(low.tolist(), high.tolist(), strict=True))
         alike = keys.segments is None and keys.is_memory is None
-        tables, bases = (_shared_tables if alike else _own_tables)(mask, spans, keys)
+        tables, bases = _shared_tables(mask, spans, keys) if alike else _own_tables(mask, spans, keys, shift)
         none = torch.zeros(0, dtype=torch.int32)
         runs, self.starts, self.stops = (
             torch.cat([none, *column]) for column in zip(*tables, (none,) * 3, strict=True)
@@ -118,8 +118,11 @@ def _block(mask: Mask, block: int, c0: int, c1: int, context: int, history: int)
     return _runs(mask.visible(i, j, context=context, history=history).expand(1, BLOCK, c1 - c0), c0)
 
 
-def _own_tables(mask: Mask, spans: list[Span], keys: Layout) -> tuple[list[Block], list[int]]:
-    """As :func:`_shared_tables` where tokens bear segments or are memory: every block is its own."""
+def _own_tables(mask: Mask, spans: list[Span], keys: Layout, shift: Tensor) -> tuple[list[Block], list[int]]:
+    """As :func:`_shared_tables` where tokens bear segments or are memory: every block is its own.
+
+    ``shift`` is the place of the first query of each sequence.
+    """
     tables: list[Block] = []
     at: dict[tuple[int, int], int] = {}
     for block in range(max((stop for _, stop in spans), default=0)):
@@ -127,15 +130,17 @@ def _own_tables(mask: Mask, spans: list[Span], keys: Layout) -> tuple[list[Block
         at |= {(sample, block): BLOCK * (len(at) + number) for number, sample in enumerate(samples)}
         step = max(1, LOOKED_AT // (BLOCK * max(1, keys.longest)))
         for some in torch.tensor(samples, dtype=torch.int64).split(step) if samples else ():
-            tables.append(_flagged_blocks(mask, block, some, keys))
+            tables.append(_flagged_blocks(mask, block, some, keys, int(shift[some].min())))
     return tables, [at[sample, block] for sample, span in enumerate(spans) for block in range(*span)]
 
 
-def _flagged_blocks(mask: Mask, block: int, samples: Tensor, keys: Layout) -> Block:
-    """Runs of one block of rows of each of these samples."""
+def _flagged_blocks(mask: Mask, block: int, samples: Tensor, keys: Layout, shift: int) -> Block:
+    """Runs of one block of rows of each of these samples, none of which has a query before place ``shift``."""
     first, last = keys.offsets[samples, None], keys.lengths[samples, None] - 1
     context, history = keys.context[samples, None], keys.history[samples, None]
-    places = torch.arange(block * BLOCK, (block + 1) * BLOCK), torch.arange((int(last.max()) // BLOCK + 1) * BLOCK)
+    longest = int(last.max()) + 1
+    low, high = max(block * BLOCK, shift), min((block + 1) * BLOCK, longest)
+    places = torch.arange(low, high), torch.arange((longest - 1) // BLOCK * BLOCK + BLOCK)
     tokens = [first + torch.minimum(place, last) for place in places]  # beyond a sequence its last token stands
     flags = [None if x is None else [x[own] for own in tokens] for x in (keys.segments, keys.is_memory)]
     segments = has_memory = None
@@ -146,16 +151,19 @@ def _flagged_blocks(mask: Mask, block: int, samples: Tensor, keys: Layout) -> Bl
         has_memory = flags[1][0].any(1, keepdim=True) | flags[1][1].unflatten(1, (-1, BLOCK)).any(2)
     cell = torch.arange(places[1].numel() // BLOCK) * BLOCK
     reach = mask.reachable(
-        (block * BLOCK, torch.minimum(places[0][-1], last)), (cell, torch.minimum(cell + BLOCK - 1, last)),
+        (low, torch.minimum(places[0][-1], last)), (cell, torch.minimum(cell + BLOCK - 1, last)),
         context=context, history=history, segments=segments, has_memory=False if has_memory is None else has_memory,
     )  # fmt: skip
     c0, c1 = _columns(reach.any(0))
+    c1 = min(c1, longest)
     pairs = [None if x is None else (x[0][:, :, None], x[1][:, None, c0:c1]) for x in flags]
     seen = mask.visible(
         places[0][:, None], places[1][c0:c1], context=context[:, None], history=history[:, None],
         segments=pairs[0], memory=pairs[1],
     )  # fmt: skip
-    return _runs(seen.expand(len(samples), BLOCK, c1 - c0), c0)
+    counts, begin, end = _runs(seen.expand(len(samples), high - low, c1 - c0), c0)
+    rows = torch.nn.functional.pad(counts.view(-1, high - low), (low - block * BLOCK, (block + 1) * BLOCK - high))
+    return rows.flatten(), begin, end
 
 
 def _columns(cells: Tensor) -> Span:
