@@ -254,14 +254,17 @@ class one_line:  # noqa: N801 (a context manager)
 
 
 @contextmanager
-def _without_bar() -> Iterator[None]:
+def _quietly() -> Iterator[None]:
+    """Without a bar, and without the table of weights that do not fit, of which an error tells."""
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(verbosity)
         if shown:
             logging.enable_progress_bar()
 
@@ -302,8 +305,13 @@ def load_model(name: str, shape: dict[str, int], dropout: float, *, pretrained: 
         if not any(Path(name).glob("*.safetensors*")):
             raise ValueError("there are no weights (*.safetensors) in that directory; save them there, or start with "
                              "random ones")  # fmt: skip
-        with _without_bar():
-            model = AutoModel.from_pretrained(name, config=config, dtype=torch.float32, local_files_only=True)
+        options = dict(local_files_only=True, ignore_mismatched_sizes=True, output_loading_info=True)
+        with _quietly():
+            model, found = AutoModel.from_pretrained(name, config=config, dtype=torch.float32, **options)
+        random = {*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}
+        if random := sorted(key for key in random if not key.startswith("pooler.")):
+            raise ValueError(f"its weights are not those of its config.json: {random[0]} and {len(random) - 1} more "
+                             "are missing or have another shape; save model and config together")  # fmt: skip
     else:
         model = AutoModel.from_config(config, dtype=torch.float32)
     if getattr(model, "pooler", None) is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -194,13 +195,22 @@ def test_what_cannot_be_read_is_refused_in_one_line(dataset: SequenceDataset, be
     assert "\n" not in str(caught.value)
 
 
-def test_a_model_that_does_not_fit_its_files_is_refused(dataset: SequenceDataset, bert: Path, tmp_path: Path) -> None:
+def test_a_model_that_does_not_fit_its_files_is_refused(
+    dataset: SequenceDataset, bert: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     save_model(tmp_path / "small", WORDS, vocab_size=6)
     with pytest.raises(ConfigError, match="its tokenizer has 17 tokens, the model 6: they do not belong together"):
         text_of(dataset, tmp_path / "small").read(dataset)
     save_model(tmp_path / "bare", WORDS, weights=False)
     with pytest.raises(ConfigError, match="there are no weights .* in that directory"):
         text_of(dataset, tmp_path / "bare")
+    shutil.copy(save_model(tmp_path / "wide", WORDS) / "model.safetensors", tmp_path / "bare")
+    for shape in (dict(hidden_size=8), dict(num_hidden_layers=3)):
+        save_model(tmp_path / "bare", WORDS, weights=False, **shape)
+        with pytest.raises(ConfigError, match=r"its weights are not those of its config.json: \S+ and \d+ more"):
+            text_of(dataset, tmp_path / "bare")
+    (tmp_path / "bare" / "model.safetensors").unlink()
+    assert "MISMATCH" not in "".join(capfd.readouterr())
     file = tmp_path / "bare" / "config.json"
     by_file, by_folder = (text_of(dataset, path, "ItemTextArgs.init='random'") for path in (file, file.parent))
     for text in (by_file, by_folder):
