@@ -100,13 +100,13 @@ class MemoryArgs(Args):
             raise self.error("num_memory_tokens", f"NetworkArgs.backbone = {network.backbone!r} {reason}; use "
                              f"{', '.join(BACKBONES)}")  # fmt: skip
         longest, recent = dataset.max_history_seqlen, self.recent_item_num
+        if self.insert_method[-1][0] > longest:
+            raise self.error("insert_method", f"offset {self.insert_method[-1][0]} lies beyond the history, "
+                             f"DatasetArgs.max_history_seqlen = {longest}")  # fmt: skip
         recent = longest - self.pretrain_item_num if recent is None else recent
         if recent < 0 or self.pretrain_item_num + recent != longest:
             given = "" if self.recent_item_num is None else f" and MemoryArgs.recent_item_num = {self.recent_item_num}"
             raise self.error("pretrain_item_num", f"{given.lstrip() + ' ' if given else ''}must make "
-                             f"DatasetArgs.max_history_seqlen = {longest}")  # fmt: skip
-        if self.insert_method[-1][0] > longest:
-            raise self.error("insert_method", f"offset {self.insert_method[-1][0]} lies beyond the history, "
                              f"DatasetArgs.max_history_seqlen = {longest}")  # fmt: skip
         if dataset.sessions is not None:
             self._check_sessions(dataset, recent)

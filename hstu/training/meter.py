@@ -137,7 +137,8 @@ class Meter:
             if labels and record["live_negatives"] < 1:
                 raise TrainingError(
                     f"{record['live_negatives']:.2f} negatives per label at step {step}: raise "
-                    "TrainerArgs.train_batch_size or set RetrievalArgs.num_negatives"
+                    "TrainerArgs.train_batch_size or set RetrievalArgs.num_negatives; where RetrievalArgs."
+                    "closest_negative leaves out all items because their vectors are nearly one, leave it out"
                 )
         self._reset()
         return record

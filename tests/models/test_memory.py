@@ -143,6 +143,8 @@ BAD: dict[str, tuple[tuple[str, ...], str]] = {
     "order": (("MemoryArgs.insert_method=[[4, 2], [2, 1]]",), "offsets must ascend"),
     "twice": (("MemoryArgs.insert_method=[[4, 2], [4, 1]]",), "offsets must ascend"),
     "beyond": (("MemoryArgs.insert_method=[[4, 2], [7, 1]]",), "offset 7 lies beyond the history"),
+    "beyond_alone": (("MemoryArgs.insert_method=[[4, 2], [7, 1]]", "MemoryArgs.pretrain_item_num=None"),
+                     "offset 7 lies beyond the history"),
     "sum": (("MemoryArgs.num_memory_tokens=5",), "has 3 tokens, MemoryArgs.num_memory_tokens is 5"),
     "pairs": (("MemoryArgs.insert_method=[[2, 1, 3]]",), "must be a list of pairs"),
     "no_block": (("MemoryArgs.pretrain_item_num=3",), "no block of MemoryArgs.insert_method"),
