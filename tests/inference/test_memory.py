@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import resource
@@ -142,6 +143,22 @@ def test_stopped_commands_go_on_and_new_users_are_added(
         answers(tmp_path / "b.parquet", "--memory", str(directory)),
         "score",
     )
+
+
+def test_no_more_is_held_however_many_users_are_compressed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[int] = []
+
+    def write(directory: Path, number: int, users: list[str], tensors: dict[str, torch.Tensor]) -> None:
+        live = [x.untyped_storage() for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter)]
+        held.append(sum({x.data_ptr(): x.nbytes() for x in live}.values()))
+        assert len(users) <= 30
+        write_part(directory, number, users, tensors)
+
+    monkeypatch.setattr(stored, "PART_USERS", 30)
+    monkeypatch.setattr(stored, "write_part", write)
+    assert memory.main(["--run-dir", "retrieval", "--output", str(tmp_path / "memory")]) == 0
+    # Measured: 0; a file that stays is 30 users of 1,024 bytes.
+    assert len(held) == 3 and max(held) - held[0] < 1024
 
 
 def test_two_ranks_write_the_memory_and_the_answers_of_one(home: Path, directory: Path, tmp_path: Path) -> None:
