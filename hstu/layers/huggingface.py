@@ -308,8 +308,8 @@ def load_model(name: str, shape: dict[str, int], dropout: float, *, pretrained: 
         options = dict(local_files_only=True, ignore_mismatched_sizes=True, output_loading_info=True)
         with _quietly():
             model, found = AutoModel.from_pretrained(name, config=config, dtype=torch.float32, **options)
-        random = {*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}
-        if random := sorted(key for key in random if not key.startswith("pooler.")):
+        lacking = {*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}
+        if random := sorted(key for key in lacking if not key.startswith("pooler.")):
             raise ValueError(f"its weights are not those of its config.json: {random[0]} and {len(random) - 1} more "
                              "are missing or have another shape; save model and config together")  # fmt: skip
     else:

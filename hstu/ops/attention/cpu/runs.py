@@ -162,8 +162,8 @@ def _flagged_blocks(mask: Mask, block: int, samples: Tensor, keys: Layout, shift
         segments=pairs[0], memory=pairs[1],
     )  # fmt: skip
     counts, begin, end = _runs(seen.expand(len(samples), high - low, c1 - c0), c0)
-    rows = torch.nn.functional.pad(counts.view(-1, high - low), (low - block * BLOCK, (block + 1) * BLOCK - high))
-    return rows.flatten(), begin, end
+    counts = torch.nn.functional.pad(counts.view(-1, high - low), (low - block * BLOCK, (block + 1) * BLOCK - high))
+    return counts.flatten(), begin, end
 
 
 def _columns(cells: Tensor) -> Span:
