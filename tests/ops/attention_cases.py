@@ -192,7 +192,11 @@ def check(
         assert kernel[key].shape == truth.shape and kernel[key].dtype == dtype
         if truth.numel():
             factor = 2 if key == "out" else 3
-            # The exact result has the error of one rounding as well; of zeros, the terms that cancel have it.
-            unit = torch.finfo(dtype).eps / 2 * (truth.abs().max() or 1.0)
+            # The exact result has the error of one rounding as well; of zeros, the terms that cancel have it: products
+            # of the gradient of the output with rows of v, times a row of k or q.
+            size = (
+                truth.abs().max() or case.value_width * max(x.abs().max() for x in tensors if x.numel()).double() ** 2
+            )
+            unit = torch.finfo(dtype).eps / 2 * size
             allowed = factor * (plain[key].double() - truth).abs().max() + max(unit, 1e-6 * truth.abs().max())
             assert (kernel[key].double() - truth).abs().max() <= allowed, key

@@ -77,9 +77,10 @@ def test_more_head_widths(width: int, dtype: torch.dtype, run: Attention, monkey
         check(case, dtype, run)
 
 
-def test_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n != "bias_next")) for n in CASES])
+def test_bfloat16(name: str, monkeypatch: pytest.MonkeyPatch, bfloat16: None) -> None:
     small_tiles(monkeypatch)
-    check(shorter(CASES["bias_next"]), torch.float16)
+    check(shorter(CASES[name]), torch.bfloat16)
 
 
 def test_bias_in_more_parts_than_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,3 +181,14 @@ def test_double_precision_is_refused(run: Attention) -> None:
     scaling = {"scaling_seqlen": 1.0} if run is hstu_attention else {}
     with pytest.raises(ValueError, match="float64"):
         run(q, q, q, Layout(torch.tensor([0, 2])), backend="triton", **scaling)
+
+
+@pytest.mark.parametrize("run", [hstu_attention, softmax_attention])
+def test_heads_of_one_value_are_refused_where_triton_loses_their_stride(
+    run: Attention, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention.triton, "__version__", "3.6.0")
+    q, v = torch.zeros(2, 1, 4), torch.zeros(2, 1, 1)
+    scaling = {"scaling_seqlen": 1.0} if run is hstu_attention else {}
+    with pytest.raises(ValueError, match="head width is 1, which triton 3.6.0"):
+        run(q, q, v, Layout(torch.tensor([0, 2])), backend="triton", **scaling)

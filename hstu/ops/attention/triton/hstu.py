@@ -16,7 +16,7 @@ from hstu.ops.attention.mask import Mask
 from hstu.ops.attention.triton.backward import attention_backward_columns, attention_backward_rows
 from hstu.ops.attention.triton.config import Kernel
 from hstu.ops.attention.triton.forward import attention_forward
-from hstu.ops.attention.triton.launch import Inputs, Launch, Tables, check_device, strides_of, unit_stride
+from hstu.ops.attention.triton.launch import Inputs, Launch, Tables, check_device, unit_stride
 from hstu.ops.attention.triton.plan import Batch
 from hstu.ops.attention.triton.structs import Gradients
 
@@ -37,7 +37,7 @@ def hstu_attention_triton(
 
     The times of one sample must span less than 68 years. Results are deterministic.
     """
-    check_device(q)
+    check_device(q, v)
     attention = TritonAttention(layout, mask, scaling_seqlen=scaling_seqlen, alpha=alpha, bias=bias, keys=keys)
     return _TritonAttention.apply(q, k, v, bias.position, bias.time, attention)
 
@@ -50,17 +50,17 @@ class TritonAttention:
     ) -> None:
         self.layout, self.mask, self.query_time, self.keys = layout, mask, bias.query_time, keys
         #: alpha and 1 / S
-        self.factors = (alpha, 1.0 / scaling_seqlen)
+        self.factors = (float(alpha), 1.0 / scaling_seqlen)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, position: Tensor | None, time: Tensor | None) -> Tensor:
         """Return the output ``[T, H, d_v]``."""
         out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
         if q.numel():
-            launch = self._launch("forward", (q, k, v), (position, time))
+            launch = self._launch("forward", attention_forward, (q, k, v), (position, time))
             operands = *launch.operands(q, k, v), out
-            strides = strides_of(q.shape[1], q, k, v, out)
+            strides = launch.strides(out)
             for chunk in launch.chunks((position, time)):
-                launch.run(attention_forward, chunk, operands, strides, self.factors)
+                launch.run(chunk, operands, strides, self.factors)
         return out
 
     def backward(self, grad: Tensor, inputs: Inputs, tables: Tables, into: Inputs, needs: tuple[bool, bool]) -> Tables:
@@ -79,29 +79,29 @@ class TritonAttention:
     def columns(self, grad: Tensor, inputs: Inputs, tables: Tables, into: tuple[Tensor, Tensor]) -> None:
         """Write the gradients of k and v to ``into``."""
         q, k, v = inputs
-        launch = self._launch("columns", inputs, tables)
+        launch = self._launch("columns", attention_backward_columns, inputs, tables)
         operands = *launch.operands(q, k, v, grad), *into
-        strides = strides_of(q.shape[1], *inputs, grad, None, *into)
+        strides = launch.strides(grad, None, *into)
         for chunk in launch.chunks(tables):
             for part in range(len(launch.parts)):
-                launch.run(attention_backward_columns, chunk, operands, strides, self.factors, part)
+                launch.run(chunk, operands, strides, self.factors, part)
 
     def rows(self, grad: Tensor, inputs: Inputs, tables: Tables, into: Tensor, needs: tuple[bool, bool]) -> Tables:
         """Write the gradient of q to ``into``; return those of the tables."""
         q, k, v = inputs
-        launch = self._launch("rows", inputs, tables)
+        launch = self._launch("rows", attention_backward_rows, inputs, tables)
         operands = *launch.operands(q, k, v, grad), into
-        strides = strides_of(q.shape[1], *inputs, grad, into)
+        strides = launch.strides(grad, into)
         sums = TableSums(tables, needs, self._unit(grad, v)) if any(needs) else None
         for chunk in launch.chunks(tables, gradients=sums is not None):
-            launch.run(attention_backward_rows, chunk, operands, strides, self.factors)
+            launch.run(chunk, operands, strides, self.factors)
             if sums is not None:
                 launch.reduce(chunk, tables, sums.gradients, self.factors[1])
         return (None, None) if sums is None else sums.result()
 
-    def _launch(self, name: Kernel, inputs: Inputs, tables: Tables) -> Launch:
+    def _launch(self, name: Kernel, kernel: Any, inputs: Inputs, tables: Tables) -> Launch:
         batch = Batch.of(self.layout, self.keys, (inputs[0].shape[0], inputs[1].shape[0]), self.mask)
-        return Launch.of(name, batch, inputs, self.query_time, tables)
+        return Launch.of(name, kernel, batch, inputs, self.query_time, tables)
 
     def _unit(self, grad: Tensor, v: Tensor) -> Tensor:
         """Units per 1.0 such that no sum of score gradients can overflow 63 bits, ``[1]`` float64."""

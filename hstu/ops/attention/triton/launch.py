@@ -32,6 +32,7 @@ class Launch:
 
     Args:
         name: of the kernel.
+        kernel: itself, of HSTU or of softmax attention.
         batch: what it attends in.
         inputs: q, k and v.
         query_time: of a time bias.
@@ -39,20 +40,28 @@ class Launch:
     """
 
     @classmethod
-    def of(cls, name: Kernel, batch: Batch, inputs: Inputs, query_time: QueryTime, tables: Tables) -> Launch:
+    def of(
+        cls, name: Kernel, kernel: Any, batch: Batch, inputs: Inputs, query_time: QueryTime, tables: Tables
+    ) -> Launch:
         """Return that for operands like these, made once a batch for all layers."""
         q, k, v = inputs
         key = (
-            name, q.dtype, q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(),
+            kernel.__name__, q.dtype, q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(),
             (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16, tables[0] is None, tables[1] is None, query_time,
         )  # fmt: skip
         found: Launch | None = batch.launches.get(key)
         if found is None:
-            found = batch.launches[key] = cls(name, batch, inputs, query_time, tables)
+            found = batch.launches[key] = cls(name, kernel, batch, inputs, query_time, tables)
         return found
 
-    def __init__(self, name: Kernel, batch: Batch, inputs: Inputs, query_time: QueryTime, tables: Tables) -> None:
+    def __init__(
+        self, name: Kernel, kernel: Any, batch: Batch, inputs: Inputs, query_time: QueryTime, tables: Tables
+    ) -> None:
         q, k, v = inputs
+        self.kernel = kernel
+        self._given = [x.stride() for x in inputs]
+        self._strides: dict[Any, Operands] = {}
+        self._compiled: dict[Any, Any] = {}
         self.batch, self.heads, self.dtype = batch, q.shape[1], q.dtype
         self.by_rows, self.biased = name != "columns", tables[0] is not None or tables[1] is not None
         padded = padded_width(q.shape[2]), padded_width(v.shape[2])
@@ -71,6 +80,8 @@ class Launch:
             q.shape[1] // k.shape[1], self.described, q.dtype == torch.bfloat16 and not triton.knobs.runtime.interpret,
             "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
         )  # fmt: skip
+        # Programs that share a block's tiles in the passes over the bias.
+        self.turns = triton.cdiv(self.plan.width, TILES_EACH)
         # A program by columns sums over the query heads that share its keys.
         self.programs = self.heads if self.by_rows else k.shape[1]
         self.configs = [Config(*map(tl.constexpr, (*values, *parts))) for parts in self.parts]
@@ -91,6 +102,16 @@ class Launch:
             loaded.append(_described(whole, rows))
         return loaded
 
+    def strides(self, *rest: Tensor | None) -> Operands:
+        """Strides of all operands; ``rest``: the output or its gradient, dq, dk and dv, as far as there are."""
+        key = tuple([None if x is None else x.stride() for x in rest])
+        found = self._strides.get(key)
+        if found is None:
+            rows = [None if stride is None else Rows(*stride[:2]) for stride in (*self._given, *key)]
+            fields = dict(zip(Operands._fields, [*rows, *[None] * (7 - len(rows)), self.heads], strict=True))
+            found = self._strides[key] = Operands(**fields)
+        return found
+
     def chunks(self, tables: Tables, *, gradients: bool = False) -> Iterator[Chunk]:
         """Yield the blocks in parts whose bias, and gradients if wanted, fit the buffer: one part if there is none."""
         if not self.biased:
@@ -99,9 +120,9 @@ class Launch:
         size = self.plan.width * self.tile.rows * self.tile.columns
         # Half precision holds the bias of half-precision scores; gradients need the range of bfloat16.
         bias_dtype = torch.float32 if self.dtype == torch.float32 else torch.float16
-        each = size * (bias_dtype.itemsize + (self.heads * self.dtype.itemsize if gradients else 0))
+        each = size * self.dtype.itemsize * (1 + (self.heads if gradients else 0))
         blocks = min(self.number, max(1, CHUNK_BYTES // each))
-        stored = torch.empty(blocks * size, dtype=bias_dtype, device=self.plan.blocks.device)
+        stored = self.plan.blocks.new_empty(blocks * size, dtype=bias_dtype)
         kept = stored.new_empty(self.heads * blocks * size, dtype=self.dtype) if gradients else None
         for first in range(0, self.number, blocks):
             chunk = Chunk(first, stored, kept, min(blocks, self.number - first))
@@ -111,36 +132,54 @@ class Launch:
     def reduce(self, chunk: Chunk, tables: Tables, gradients: Gradients, scale: float) -> None:
         """Add the gradients of the chunk's scores to those of the tables."""
         buckets = triton.next_power_of_2(1 if tables[1] is None else tables[1].numel())
-        reduce_bias[(chunk.blocks, triton.cdiv(self.plan.width, TILES_EACH))](
-            self.plan, chunk, self.tokens, bias_of(tables), gradients, scale, ROWS=self.tile.rows,
-            COLUMNS=self.tile.columns, BUCKETS=buckets, HEADS=self.heads, num_warps=8, maxnreg=80,
+        fixed = self.tile.rows, self.tile.columns, buckets, self.heads
+        self._start(
+            reduce_bias, (chunk.blocks, self.turns, 1),
+            (self.plan, chunk, self.tokens, bias_of(tables), gradients, scale, *fixed), chunk, _kind_of(tables),
+            gradients.position is None, gradients.time is None, num_warps=8, maxnreg=80,
         )  # fmt: skip
 
     def run(
-        self,
-        kernel: Any,
-        chunk: Chunk,
-        operands: tuple[Any, ...],
-        strides: Operands,
-        factors: tuple[float, float],
-        part: int = 0,
+        self, chunk: Chunk, operands: tuple[Any, ...], strides: Operands, factors: tuple[float, float], part: int = 0
     ) -> None:
         """Run the kernel for the blocks of ``chunk`` and all heads.
 
         ``factors``: alpha and scale. ``part``: which launch of those that ``parts`` tells of.
         """
         call = Call(strides, self.plan, chunk, self.batch.rules, self.tokens, *factors)
-        kernel[(chunk.blocks * self.programs,)](
-            *operands, call, self.configs[part], num_warps=self.tile.warps, num_stages=self.tile.stages
-        )
+        aligned = [x.data_ptr() % 16 == 0 for x in operands if isinstance(x, Tensor)]
+        self._start(
+            self.kernel, (chunk.blocks * self.programs, 1, 1), (*operands, call, self.configs[part]), chunk, part,
+            strides, *aligned, num_warps=self.tile.warps, num_stages=self.tile.stages,
+        )  # fmt: skip
 
     def _write_bias(self, chunk: Chunk, tables: Tables) -> None:
-        part = min(16, self.tile.rows if self.by_rows else self.tile.columns)
-        parts = (self.tile.rows if self.by_rows else self.tile.columns) // part
-        write_bias[(chunk.blocks, triton.cdiv(self.plan.width, TILES_EACH), parts)](
-            self.plan, chunk, self.tokens, bias_of(tables), ROWS=self.tile.rows, COLUMNS=self.tile.columns,
-            BY_ROWS=self.by_rows, PART=part, num_warps=4,
+        size = self.tile.rows if self.by_rows else self.tile.columns
+        part = min(16, size)
+        fixed = self.tile.rows, self.tile.columns, self.by_rows, part
+        self._start(
+            write_bias, (chunk.blocks, self.turns, size // part),
+            (self.plan, chunk, self.tokens, bias_of(tables), *fixed), chunk, _kind_of(tables), num_warps=4,
         )  # fmt: skip
+
+    def _start(
+        self, kernel: Any, grid: tuple[int, int, int], values: tuple[Any, ...], chunk: Chunk, *kind: Any, **options: Any
+    ) -> None:
+        """Launch a kernel: what Triton chose for arguments of this kind before, without asking it to choose again.
+
+        ``kind`` has all that Triton looks at to choose and that is not the same whenever this object launches.
+        """
+        key = kernel.__name__, chunk.first, chunk.blocks, chunk.gradient is None, kind
+        compiled = self._compiled.get(key)
+        if compiled is None:
+            self._compiled[key] = kernel[grid](*values, **options)
+        else:
+            compiled[grid](*values)
+
+
+def _kind_of(tables: Tables) -> tuple[Any, ...]:
+    """What a kernel is compiled for of tables."""
+    return tuple(None if x is None else (x.dtype, x.numel(), x.data_ptr() % 16) for x in tables)
 
 
 def bias_of(tables: Tables) -> Bias:
@@ -149,12 +188,6 @@ def bias_of(tables: Tables) -> Bias:
     centre = 0 if position is None else (position.numel() - 1) // 2
     buckets = 0 if time is None else time.numel() - 1
     return Bias(position, time, None if time is None else _thresholds(buckets, time.device), centre, buckets)
-
-
-def strides_of(heads: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, *gradients: Tensor | None) -> Operands:
-    """Strides of the operands of a kernel: ``gradients``: dq, dk and dv, or None."""
-    rows = [None if x is None else Rows(x.stride(0), x.stride(1)) for x in (q, k, v, out, *gradients)]
-    return Operands(**dict(zip(Operands._fields, [*rows, *[None] * (7 - len(rows)), heads], strict=True)))
 
 
 @cache
@@ -166,12 +199,18 @@ def _thresholds(num_buckets: int, device: torch.device) -> Tensor:
     return bounds.int().to(device)
 
 
-def check_device(q: Tensor) -> None:
+def check_device(q: Tensor, v: Tensor) -> None:
     """Raise ``ValueError`` for tensors that no kernel takes."""
     if q.dtype == torch.float64:
         raise ValueError("the Triton kernels do not do float64: use backend='reference'")
     if not config.capability(q.device):
         raise ValueError("backend 'triton' needs a GPU, q is on the CPU: use backend='auto'")
+    if 1 in (q.shape[2], v.shape[2]) and triton.__version__.startswith("3.6."):
+        # It loses the stride of such heads, a 1 that stands in a struct of a struct.
+        raise ValueError(
+            f"head width is 1, which triton {triton.__version__} does not compile: install triton 3.7, "
+            "or use backend='reference'"
+        )
 
 
 def _is_aligned(x: Tensor) -> bool:
@@ -188,7 +227,9 @@ def describable(x: Tensor, padded: int) -> bool:
 def _described(x: Tensor, rows: int) -> TensorDescriptor:
     """Descriptor that loads so many rows of one head of ``x [T, H, d]``."""
     tokens, heads, width = x.shape
-    return TensorDescriptor(x, [tokens, heads * width], [x.stride(0), 1], [rows, width])
+    made = TensorDescriptor.__new__(TensorDescriptor)  # whose checks `describable` has made
+    made.base, made.shape, made.strides, made.block_shape = x, [tokens, heads * width], [x.stride(0), 1], [rows, width]
+    return made
 
 
 def unit_stride(x: Tensor) -> Tensor:

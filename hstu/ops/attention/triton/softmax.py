@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from hstu.ops.attention.layout import Layout
 from hstu.ops.attention.mask import Mask
 from hstu.ops.attention.triton.config import Kernel
-from hstu.ops.attention.triton.launch import Inputs, Launch, Tables, check_device, strides_of, unit_stride
+from hstu.ops.attention.triton.launch import Inputs, Launch, Tables, check_device, unit_stride
 from hstu.ops.attention.triton.plan import Batch
 from hstu.ops.attention.triton.softmax_kernels import (
     softmax_backward_columns,
@@ -27,7 +27,7 @@ def softmax_attention_triton(
     q: Tensor, k: Tensor, v: Tensor, layout: Layout, mask: Mask, *, alpha: float, keys: Layout
 ) -> Tensor:
     """Same as :func:`hstu.ops.attention.reference.softmax_attention_reference`; deterministic, without a wait."""
-    check_device(q)
+    check_device(q, v)
     out: Tensor = _TritonSoftmax.apply(q, k, v, layout, mask, alpha, keys)
     return out
 
@@ -42,10 +42,10 @@ class _TritonSoftmax(torch.autograd.Function):
         normaliser = q.new_empty(q.shape[0], q.shape[1], dtype=torch.float32)
         ctx.batch, ctx.alpha = Batch.of(layout, keys, (q.shape[0], k.shape[0]), mask), alpha / math.log(2.0)
         if q.numel():
-            launch = _launch("forward", ctx.batch, (q, k, v))
+            launch = _launch("forward", softmax_forward, ctx.batch, (q, k, v))
             operands = *launch.operands(q, k, v), out, normaliser
             (chunk,) = launch.chunks(NO_TABLES)
-            launch.run(softmax_forward, chunk, operands, strides_of(q.shape[1], q, k, v, out), (ctx.alpha, 1.0))
+            launch.run(chunk, operands, launch.strides(out), (ctx.alpha, 1.0))
         ctx.save_for_backward(q, k, v, out, normaliser)
         return out
 
@@ -59,18 +59,18 @@ class _TritonSoftmax(torch.autograd.Function):
         grad = unit_stride(grad)
         delta = torch.linalg.vecdot(grad.float(), out.float())
         rows = normaliser, delta
-        launch = _launch("columns", ctx.batch, (q, k, v))
+        launch = _launch("columns", softmax_backward_columns, ctx.batch, (q, k, v))
         operands = *launch.operands(q, k, v, grad), dk, dv, rows
         (chunk,) = launch.chunks(NO_TABLES)
-        strides = strides_of(q.shape[1], q, k, v, grad, dq, dk, dv)
+        strides = launch.strides(grad, dq, dk, dv)
         for part in range(len(launch.parts)):
-            launch.run(softmax_backward_columns, chunk, operands, strides, (ctx.alpha, 1.0), part)
-        launch = _launch("rows", ctx.batch, (q, k, v))
+            launch.run(chunk, operands, strides, (ctx.alpha, 1.0), part)
+        launch = _launch("rows", softmax_backward_rows, ctx.batch, (q, k, v))
         operands = *launch.operands(q, k, v, grad), dq, rows
         (chunk,) = launch.chunks(NO_TABLES)
-        launch.run(softmax_backward_rows, chunk, operands, strides, (ctx.alpha, 1.0))
+        launch.run(chunk, operands, strides, (ctx.alpha, 1.0))
         return dq, dk, dv, None, None, None, None
 
 
-def _launch(name: Kernel, batch: Batch, inputs: Inputs) -> Launch:
-    return Launch.of(name, batch, inputs, "own", NO_TABLES)
+def _launch(name: Kernel, kernel: Any, batch: Batch, inputs: Inputs) -> Launch:
+    return Launch.of(name, kernel, batch, inputs, "own", NO_TABLES)
