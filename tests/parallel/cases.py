@@ -246,7 +246,7 @@ CASES = {
 THREES = {
     case.name: case
     for case in (
-        Case("ranking-adam-three", "ranking", WIDTHS, global_batch=30),
+        Case("ranking-adam-three", "ranking", (*WIDTHS, "FeatureArgs.unknown_rate=0"), global_batch=30),
         Case("retrieval-sgd-three", "retrieval", (*SGD, *IN_BATCH), data="short", global_batch=30),
         Case("ranking-dynamic-three", "ranking", (*FAST_TABLES, *dynamic(item_id=67)), global_batch=30),
     )
