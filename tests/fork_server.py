@@ -33,6 +33,7 @@ def child(request: dict[str, Any], rank: int, port: int) -> NoReturn:
         script, *arguments = request["command"]
         sys.argv = [script, *arguments]
         if script.endswith(".py"):
+            sys.path.insert(0, os.path.dirname(os.path.abspath(script)))  # as where Python starts a file
             runpy.run_path(script, run_name="__main__")
         else:
             runpy.run_module(script, run_name="__main__", alter_sys=True)

@@ -158,9 +158,11 @@ def test_prose_names_flags_fields_and_scripts_that_there_are() -> None:
             known_fields = {field.name for field in fields(getattr(hstu.config, owner))}
             assert name in known_fields, f"{path.name}: {owner}.{name}"
         for code in re.findall(r"`([^`\n]+(?:\n[^`\n]+)?)`", prose):
-            for flag in re.findall(r"(?:^|\s)(--[a-z][\w-]*)", code):
-                assert flag in FOREIGN or flag[2:].replace("-", "_") in known, f"{path.name}: {flag}"
-            for script in re.findall(r"python ((?:\w+/)+\w+\.py)", code):
+            scripts = re.findall(r"python\s((?:\w+/)+\w+\.py)", code)
+            for script in scripts:
                 assert (ROOT / script).is_file(), f"{path.name}: {script}"
+            for flag in re.findall(r"(?:^|\s)(--[a-z][\w-]*)", code):
+                named = known.union(*map(flags_of, scripts))
+                assert flag in FOREIGN or flag[2:].replace("-", "_") in named, f"{path.name}: {flag}"
             for module in re.findall(r"\bhstu\.cli\.(\w+)", code):
                 assert (ROOT / "hstu/cli" / f"{module}.py").is_file(), f"{path.name}: {module}"
