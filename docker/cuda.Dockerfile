@@ -13,7 +13,7 @@ WORKDIR /hstu
 # The large wheels first: they are fetched again only when pyproject.toml changes.
 COPY pyproject.toml LICENSE README.md ./
 COPY hstu/__init__.py hstu/__init__.py
-RUN pip install --no-cache-dir --editable '.[hf,dev]'
+RUN pip install --no-cache-dir --editable '.[hf,fast,serve,docs,dev]'
 
 COPY . .
 CMD ["python", "-m", "hstu.cli.env"]

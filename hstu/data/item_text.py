@@ -52,6 +52,16 @@ def item_texts(dataset: SequenceDataset, columns: tuple[Feature, ...], prompt: s
     return [prompt + "\n".join(own) for own in lines]
 
 
+def item_names(dataset: SequenceDataset) -> dict[str, str]:
+    """Return what items are called, by their ids as texts: their first text, or a category called name or title."""
+    texts = dataset.schema.of("item", "text")
+    named = [own for own in dataset.schema.categories if own.name.lower() in ("name", "title")]
+    if not (texts or named):
+        return {}
+    items = map(str, dataset.vocabulary(dataset.schema.item.name))
+    return {item: name for item, name in zip(items, _values(dataset, [*texts, *named][0]), strict=True) if name}
+
+
 def _values(dataset: SequenceDataset, column: Feature) -> Iterator[str]:
     """Yield what each item has, "" for nothing."""
     originals = [*(str(value).strip() for value in dataset.vocabulary(column.name)), ""]

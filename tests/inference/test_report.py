@@ -44,9 +44,11 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (path / f"{task}.gin").write_text(
             "\n".join((*lines, "TrainerArgs.eval_interval=4", "TrainerArgs.log_interval=4"))
         )
-    for name, task, made in (("a", "retrieval", True), ("b", "retrieval", False), ("c", "ranking", False)):
-        options = {"TrainerArgs.max_train_iters": 12, "TrainerArgs.report": made}
-        options |= {"NetworkArgs.hidden_size": 32} if name == "b" else {}
+    titles = pl.DataFrame({"what": [f"sku {n}" for n in range(60)], "title": [f"Lamp & {n}" for n in range(60)]})
+    for name, task, made in (("a", "retrieval", True), ("b", "retrieval", True), ("c", "ranking", False)):
+        options: dict = {"TrainerArgs.max_train_iters": 12, "TrainerArgs.report": made}
+        if name == "b":
+            options |= {"NetworkArgs.hidden_size": 32, "items": titles, "item_features": "title:text"}
         config = str(path / f"{task}.gin")
         hstu.fit(events, **NAMES, config=config, run_dir=path / name, verbose=False, **options)
     baselines = {"popularity": {"HR@10": 0.1234, "NDCG@10": 0.05}}
@@ -91,8 +93,15 @@ def made(home: Path, output: Path, *flags: str) -> Page:
 
 
 def test_it_is_made_at_the_end_unless_told_not_to(home: Path) -> None:
-    assert {name for name in "abc" if (home / name / "report.html").is_file()} == {"a"}
+    assert {name for name in "abc" if (home / name / "report.html").is_file()} == {"a", "b"}
     assert "report: " in (home / "a" / "train.log").read_text()
+
+
+def test_at_the_end_too_items_have_the_names_that_the_data_set_knows(home: Path) -> None:
+    named, other = (Page(home / name / "report.html").html.split('id="examples"')[1] for name in "ba")
+    shown = re.findall(r"<li(?: class=hit)?>([^<]*sku [^<]*)", named)
+    assert len(shown) > 100 and all(re.fullmatch(r"Lamp &amp; (\d+) \(sku \1\)\s*", item) for item in shown)
+    assert "Then: <strong>Lamp &amp; " in named and "Lamp" not in other
 
 
 def test_what_keeps_it_from_being_made_does_not_fail_the_run(

@@ -31,7 +31,8 @@ sys.path.insert(0, sys.argv[1])
 from reader import Model
 asked = json.load(sys.stdin)
 model, histories = Model(sys.argv[1]), asked["histories"]
-best = model.recommend(histories, k=7), model.recommend(histories, k=3, items=asked["items"], filter_seen=False)
+some = dict(k=3, items=asked["items"], filter_seen=False)
+best = [model.recommend(own, k=7) for own in histories], [model.recommend(own, **some) for own in histories]
 print(json.dumps(best))
 """
 
@@ -183,7 +184,8 @@ def test_every_backbone_answers_as_predict(data: Path, name: str) -> None:
     run.export(data / f"{name}-export", format="torch-export")
     events, users, _ = shop()
     histories, asked = histories_of(events, users), dict(k=5, request_time=2 * 10**9)
-    best = Model(data / f"{name}-export").recommend(histories, **asked)
+    model = Model(data / f"{name}-export")
+    best = [model.recommend(history, **asked) for history in histories]
     tolerance = 2e-2 if name == "mixture" else 1e-4
     expected = run.recommend(users["who"].to_list(), **asked)
     for user, own in zip(users["who"], best, strict=True):
@@ -203,7 +205,7 @@ def test_candidates_are_scored_as_predict_does(data: Path, name: str) -> None:
     features = {"device": "red", "price": 0.5, "tags": "red|blue"}
     expected = run.score(pairs.with_columns(**{column: pl.lit(value) for column, value in features.items()}))
     candidates = {"what": some, "device": ["red"] * 5, "price": [0.5] * 5, "tags": [["red", "blue"]] * 5}
-    scores = np.concatenate(model.score(histories_of(events, users), [candidates] * USERS))
+    scores = np.concatenate([model.score(history, candidates) for history in histories_of(events, users)])
     names = [column for column in expected.columns if column.startswith("score")]
     assert model.about["scores"] == names
     np.testing.assert_allclose(scores, expected.select(names).to_numpy(), rtol=1e-4, atol=1e-5)

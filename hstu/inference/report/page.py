@@ -45,7 +45,7 @@ def make_page(
     runs: Sequence[Facts],
     data: dict[str, Overview],
     examples: dict[str, list[Example]],
-    names: dict[str, str],
+    names: dict[str, dict[str, str]],
     notes: Sequence[str],
 ) -> str:
     """Return the whole page.
@@ -54,14 +54,14 @@ def make_page(
         runs: In the order of their colours.
         data: Name of a data set -> what it is like.
         examples: Name of a run -> test events.
-        names: Item -> what it is called.
+        names: Name of a run -> item -> what it is called.
         notes: Why something is not there.
     """
     sections = [
         ("scores", "Scores", _scores(runs)),
         ("curves", "Curves", _curves(runs)),
         ("data", "Data", "".join(_data(name, found) for name, found in data.items())),
-        ("examples", "Example users", "".join(_examples(run, found, names) for run, found in examples.items())),
+        ("examples", "Example users", "".join(_examples(run, found, names[run]) for run, found in examples.items())),
         ("attention", "Attention", _pictures(runs)),
         ("settings", "Settings", _settings(runs)),
         ("speed", "Speed and memory", _speed(runs)),

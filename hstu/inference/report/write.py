@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hstu.config import read_settings
+from hstu.data.item_text import item_names
 from hstu.data.overview import Overview, overview
 from hstu.data.reader import SequenceDataset
 from hstu.inference.attention import WHOLE_LAYERS
@@ -35,7 +36,7 @@ def write_report(
         runs: Run directories.
         output: An HTML file; its directory is created if absent.
         mesh: The ranks.
-        names: Item -> what it is called.
+        names: Item -> what it is called; None: as the data set of each run says, in a text, name or title of its items.
 
     Raises:
         ValueError: for a directory without a run, two of one name, a data set that is gone, or a file that cannot be
@@ -46,6 +47,7 @@ def write_report(
     if twice := next((name for name in labels if labels.count(name) > 1), None):
         raise ValueError(f"two runs are called {twice!r}; give directories of different names")
     found: dict[str, list[Example]] = {}
+    called: dict[str, dict[str, str]] = {}
     datasets: dict[str, SequenceDataset] = {}
     notes: list[str] = []
     for run in facts:
@@ -55,11 +57,12 @@ def write_report(
         has_best = mesh.on_main((run.path / "checkpoints" / "best").exists)
         opened = open_trained(run.path, "best" if has_best else "latest", [*WHOLE_LAYERS], mesh)
         found[run.name] = examples(Run(opened), EXAMPLES, ANSWERS)
+        called[run.name] = item_names(opened.dataset) if names is None else names
         datasets.setdefault(opened.dataset.schema.name, opened.dataset)
 
     def write() -> None:
         data = _overviews(datasets, notes)
-        page = make_page(facts, data, found, names or {}, notes)
+        page = make_page(facts, data, found, called, notes)
         try:
             Path(output).parent.mkdir(parents=True, exist_ok=True)
             write_atomically(Path(output), page)
