@@ -105,3 +105,15 @@ def test_every_supported_python_is_tried() -> None:
         assert (ROOT / path).exists(), path
     for target in re.findall(r"\bmake ([a-z-]+)", text):
         assert re.search(rf"^{target}\b.*:", (ROOT / "Makefile").read_text(), re.MULTILINE), target
+
+
+def test_a_whole_environment_has_the_same_extras_wherever_one_is_made() -> None:
+    """The image for CUDA, the document that promises it, the workflow; the image for CPUs has the pinned versions."""
+    places = ("docker/cuda.Dockerfile", "docs/install.md", ".github/workflows/tests.yml")
+    found = {extras for path in places for extras in re.findall(r"\[([a-z,]*\bdev)\]", (ROOT / path).read_text())}
+    assert len(found) == 1, found
+    pinned = (ROOT / "requirements" / "dev.in").read_text() + (ROOT / "requirements" / "cpu.in").read_text()
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    names = {re.match(r"[\w-]+", line)[0] for name in found.pop().split(",") for line in extras[name]}  # type: ignore[index]
+    assert names <= set(re.findall(r"^([\w-]+)", pinned, re.MULTILINE))
+    assert "make venv" in (ROOT / "docker" / "cpu.Dockerfile").read_text()

@@ -33,26 +33,28 @@ class Model:
         """Load a program, or what was compiled of it."""
         return torch._inductor.aoti_load_package(path) if self.about["compiled"] else torch.export.load(path).module()
 
-    def known(self, name: str, words: list[Any]) -> list[int]:
+    def known(self, name: str, words: list[Any]) -> list[Any]:
         """Return the id of each word; of one that is not known that of None, where the column has it."""
         ids = [self.ids[name].get(word, self.ids[name].get(None)) for word in words]
         if None in ids:
             raise ValueError(f"{name}: {words[ids.index(None)]!r} is not known to the model")
         return ids
 
-    def encode(self, name: str, kind: str | int, values: list[Any]) -> list[torch.Tensor]:
+    def encode(self, name: str, kind: Any, values: list[Any]) -> list[torch.Tensor]:
         """Return times; ids; the ids of sets, and how many each has; or numbers, as many of each as the kind says."""
         if kind in ("time", "word"):
             return [torch.tensor(values if kind == "time" else self.known(name, values))]
         if kind == "set":
-            sets = [[self.ids[name][w] for w in dict.fromkeys(own or ()) if w in self.ids[name].keys() - {None}] for own in values]
+            ids = {word: number for word, number in self.ids[name].items() if word is not None}
+            sets = [[ids[word] for word in dict.fromkeys(own or ()) if word in ids] for own in values]
             return [torch.tensor(sum(sets, [])).long(), torch.tensor([len(own) for own in sets])]
-        rows = [np.broadcast_to(np.nan if own is None else own, kind) for own in values]
-        return [torch.from_numpy(np.array(rows, np.float32))]
+        rows = [np.full(kind, np.nan if own is None else own, np.float32) for own in values]
+        return [torch.from_numpy(np.stack(rows))]
 
     def pack(self, history: Columns, asked: Columns, time: int | None = None) -> dict[str, Any]:
         """Return the inputs of the dense program: of the newest events that it looks at, and of what is asked about."""
-        about, items, number, columns = self.about, history[self.about["item"]], len(asked[self.about["item"]]), {}
+        about, items, number = self.about, history[self.about["item"]], len(asked[self.about["item"]])
+        columns: Columns = {}
         newest = max(history[about["time"]] if about["time"] else (), default=time or 0)
         if time is not None and time < newest:
             raise ValueError(f"the request time {time} lies before the last event of the history, {newest}")
@@ -67,7 +69,8 @@ class Model:
             columns[name] = self.encode(name, own["kind"], values)
         places = torch.arange(len(columns[about["item"]][0]))
         lengths = {"lengths": torch.tensor([len(places)]), "candidates": torch.tensor([number]), "longest": places}
-        return lengths | {"tables": self.tables, "columns": columns, "past": places[:-number], "asked": places[-number:]}
+        asked_places = {"past": places[:-number], "asked": places[-number:]}
+        return lengths | asked_places | {"tables": self.tables, "columns": columns}
 
     def recommend(
         self, history: Columns, k: int = 10, items: Any = None, filter_seen: Any = None, request_time: Any = None

@@ -49,8 +49,8 @@ def write_torch_export(opened: Opened, folder: Path, mesh: Mesh, *, compiled: bo
     """
     blocks, columns = opened.model.preprocess.blocks, _columns(opened)
     if blocks is not None and blocks.at_session:
-        raise ValueError("DatasetArgs.sessions: where memory stands follows from sessions, which programs are not told; "
-                         "leave --format torch-export out")  # fmt: skip
+        raise ValueError("DatasetArgs.sessions: where memory stands follows from sessions, which no program is "
+                         "told; leave --format torch-export out")  # fmt: skip
 
     def write() -> None:
         shutil.copy(Path(reader.__file__), folder / "reader.py")
@@ -82,7 +82,11 @@ def _columns(opened: Opened) -> dict[str, dict[str, Any]]:
     for feature in (next(own for own in schema.features if own.name == name) for name in names):
         ids = (feature.vocab_size or 0) if feature.has_ids else 0
         kind: str | int = (feature.width or 1) if not ids else "set" if feature.kind == "multi" else "word"
-        own = {"feature": feature.name, "of": "user" if feature.level == "user" else "event", "kind": kind}
+        own: dict[str, Any] = {
+            "feature": feature.name,
+            "of": "user" if feature.level == "user" else "event",
+            "kind": kind,
+        }
         own |= {"given": feature.known_at_request, "default": None, "rows": ids}
         may_lack = feature.level == "event" or opened.config.feature.unknown_rate > 0
         if feature.role == "item":
