@@ -29,8 +29,9 @@ from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from hstu.config import DynamicEmbeddingArgs
 from hstu.ops import loops
+from hstu.ops.row_sets import PARTS
 from hstu.parallel.compiled_row_map import row_map
-from hstu.parallel.row_map import PARTS, part_of
+from hstu.parallel.row_map import part_of
 
 IDS = 25_600
 ROWS = (100_000, 1_000_000, 8_000_000)

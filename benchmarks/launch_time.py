@@ -10,7 +10,6 @@ operations (the largest value of a gradient) run here as well.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from unittest import mock
 import torch
 import triton
 from null_driver import null_driver
+from record import write_record
 from torch import Tensor
 
 from hstu.ops import Layout, Mask, RelativeBias, hstu_attention, softmax_attention
@@ -74,10 +74,7 @@ def main() -> None:
                 rows[kind] = measured(call, arguments.calls)
                 print(f"{kind:28}", *(f"{what} {value:7.1f} " for what, value in rows[kind].items()))
     if arguments.out:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        processor = next((line.split(":")[1] for line in lines if line.startswith("model name")), "unknown")
-        content = {"triton": triton.__version__, "processor": processor.strip(), "rows": rows}
-        arguments.out.write_text(json.dumps(content, indent=1) + "\n")
+        write_record(arguments.out, threads=torch.get_num_threads(), triton=triton.__version__, rows=rows)
 
 
 if __name__ == "__main__":

@@ -104,11 +104,11 @@ def _shape(size: DataSize, given: Mapping[str, Any]) -> dict[str, Any]:
 def _loss(size: DataSize, masked: bool) -> dict[str, Any]:
     density = size.events / max(size.items, 1)
     few = size.items <= _FULL_SOFTMAX
-    dropout = [0.5, 0.3, 0.2][(density >= 30) + (density >= 150) :]
+    # What is hidden is a noise of its own.
+    lower = (density >= 30) + (density >= 150) + masked
     return {
         # Every event is a target, those of long histories too.
         "DatasetArgs.train_stride": _STRIDE if size.events > _STRIDED * size.users else None,
-        # What is hidden is a noise of its own.
-        "NetworkArgs.hidden_dropout": dropout[:2][-1] if masked else dropout[0],
+        "NetworkArgs.hidden_dropout": (0.5, 0.3, 0.2, 0.2)[lower],
         "RetrievalArgs.temperature": 0.07,
     } | ({"RetrievalArgs.loss": "full_softmax"} if few else {"RetrievalArgs.num_negatives": 512})

@@ -25,8 +25,9 @@ from hstu.inference.prediction_requests import RequestSpec, make_prediction_requ
 from hstu.inference.recommend import item_vectors, user_vectors
 from hstu.inference.torch_export import require_compiler, write_torch_export
 from hstu.models import RetrievalModel
+from hstu.ops.row_sets import PARTS
 from hstu.parallel import Mesh
-from hstu.parallel.dynamic import PARTS, DynamicTables
+from hstu.parallel.dynamic import DynamicTables
 from hstu.training.checkpoint_files import first_line
 
 logger = logging.getLogger(__name__)

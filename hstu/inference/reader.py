@@ -22,6 +22,8 @@ class Model:
     def __init__(self, folder: str | Path) -> None:
         self.about, self.words = (json.loads(Path(folder, f"{n}.json").read_text("utf-8")) for n in ("export", "words"))
         self.ids = {name: {word: n for n, word in enumerate(own)} for name, own in self.words.items()}
+        for name in (name for name, own in self.about["columns"].items() if own["kind"] == "set"):
+            self.ids[name].pop(None, None)  # members that training never met leave their sets
         raw, self.tables = np.memmap(Path(folder, "tables.safetensors"), np.uint8, "c"), {}
         start = 8 + int(raw[:8].view(np.int64)[0])  # behind the size of the header, and the header
         for name, own in json.loads(bytes(raw[8:start])).items():
@@ -45,7 +47,7 @@ class Model:
         if kind in ("time", "word"):
             return [torch.tensor(values if kind == "time" else self.known(name, values))]
         if kind == "set":
-            ids = {word: number for word, number in self.ids[name].items() if word is not None}
+            ids = self.ids[name]
             sets = [[ids[word] for word in dict.fromkeys(own or ()) if word in ids] for own in values]
             return [torch.tensor(sum(sets, [])).long(), torch.tensor([len(own) for own in sets])]
         rows = [np.full(kind, np.nan if own is None else own, np.float32) for own in values]

@@ -9,11 +9,9 @@ from numba import njit
 
 from hstu.ops.numba_draws import begun, two
 from hstu.ops.numba_lanes import compiled, prefetch
-from hstu.ops.row_sets import BLOCKED, NEVER, WAYS
+from hstu.ops.row_sets import AGEING, BLOCKED, GOLDEN, NEVER, PARTS, WAYS
 
-GOLDEN = -7046029254386353131  # as in ``row_map.part_of``
 AHEAD = 32  # ids whose cache lines are asked for at once
-DRAWS = 2  # of two numbers each at most: the counters of the sketch that an id halves
 _IDS, _SCORES = "int64[::1]", "int32[::1]"
 
 
@@ -24,7 +22,7 @@ def _drawn(key, number, bound, seed):  # type: ignore[no-untyped-def]
 
 @njit(inline="always")
 def _part(key):  # type: ignore[no-untyped-def]
-    return key * np.int64(GOLDEN) >> 60 & 15
+    return key * np.int64(GOLDEN) >> 60 & (PARTS - 1)
 
 
 @njit(inline="always")
@@ -71,7 +69,7 @@ def rows_of(
     """Write the row of each of ``ids``, which are held at ``places``; without one, that of its part."""
     for n in range(len(ids)):
         part, place = _part(ids[n]), places[n]
-        row = (part - (part - start) // step) * sets + (place >> 3) + (place & (WAYS - 1)) * (16 * sets)
+        row = (part - (part - start) // step) * sets + (place >> 3) + (place & (WAYS - 1)) * (PARTS * sets)
         rows[n] = row if place < nowhere else usable + part
 
 
@@ -79,20 +77,15 @@ def rows_of(
 def counters(
     ids: Any, clock: int, start: int, step: int, size: int, own: Any, old: Any
 ) -> None:  # fmt: skip
-    """Write which two counters of a sketch count each of ``ids``, and which four it halves."""
+    """Write which two counters of a sketch count each of ``ids``, and which ``AGEING`` it halves."""
     for n in range(len(ids)):
         first = (_part(ids[n]) - start) // step * size
         a, b = _drawn(ids[n], 0, size, 2)
         own[2 * n], own[2 * n + 1] = first + a, first + b
-        for number in range(DRAWS):
+        for number in range(AGEING // 2):
             a, b = _drawn(ids[n] + clock * np.int64(GOLDEN), number, size, 3)
-            old[4 * n + 2 * number], old[4 * n + 2 * number + 1] = first + a, first + b
-
-
-def distinct(ids: Any, some: Any) -> tuple[Any, Any]:
-    """Return the distinct ones of ``ids`` [n] where ``some`` is true, ascending, and how often each is there."""
-    found: tuple[Any, Any] = np.unique(ids[some], return_counts=True)
-    return found
+            place = AGEING * n + 2 * number
+            old[place], old[place + 1] = first + a, first + b
 
 
 @njit(inline="always")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from hstu.ops.loops import compiled_loops_for, run_shares, shares_of
-from hstu.ops.row_sets import WAYS
-from hstu.parallel.row_map import AGEING, RowMap
+from hstu.ops.row_sets import AGEING, WAYS
+from hstu.parallel.row_map import RowMap
 
 
 class CompiledRowMap(RowMap):
@@ -39,9 +40,7 @@ class CompiledRowMap(RowMap):
         return rows
 
     def _distinct(self, ids: Tensor, some: Tensor) -> tuple[Tensor, Tensor]:
-        from hstu.ops.numba_rows import distinct
-
-        new, counts = distinct(ids.numpy(), some.numpy())
+        new, counts = np.unique(ids.numpy()[some.numpy()], return_counts=True)
         return torch.from_numpy(new), torch.from_numpy(counts)
 
     def _counters(self, ids: Tensor) -> tuple[Tensor, Tensor]:

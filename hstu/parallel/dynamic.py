@@ -19,12 +19,12 @@ from torchrec import KeyedJaggedTensor
 from hstu.config import DynamicEmbeddingArgs, EmbeddingArgs, OptimizerArgs
 from hstu.data.batch import POOL, keyed_features
 from hstu.models.embedding import Table, table_named
-from hstu.ops.row_sets import BLOCKED, WAYS
+from hstu.ops.row_sets import BLOCKED, PARTS, WAYS
 from hstu.parallel.compiled_row_map import row_map
 from hstu.parallel.embedding import ShardedTables
 from hstu.parallel.mesh import Mesh
 from hstu.parallel.row_history import RowHistory
-from hstu.parallel.row_map import PARTS, part_of
+from hstu.parallel.row_map import part_of
 
 logger = logging.getLogger(__name__)
 

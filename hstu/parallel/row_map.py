@@ -16,13 +16,10 @@ from torch import Tensor, nn
 
 from hstu.config import DynamicEmbeddingArgs
 from hstu.models.negatives import random_columns
-from hstu.ops.row_sets import BLOCKED, FREE, NEVER, WAYS
+from hstu.ops.row_sets import AGEING, BLOCKED, FREE, GOLDEN, NEVER, PARTS, WAYS
 
-PARTS = 16  # of a map, each known to one rank; the last of its rows is for ids without one
 _MOST = 255  # that the sketch counts
 _RESTORED = 64  # parts in which ids of another map come, so that they spread over their sets
-AGEING = 4  # counters of the sketch that are halved for one id that is counted
-GOLDEN = -7046029254386353131  # 2**64 / golden ratio, as int64: Fibonacci hashing
 
 
 def part_of(ids: Tensor) -> Tensor:

@@ -18,9 +18,10 @@ from torch import Tensor
 from hstu.data.vocabulary import BITS, Vocabularies, places_of
 from hstu.models import Encoder
 from hstu.models.embedding import Table, table_key, table_named
+from hstu.ops.row_sets import PARTS
 from hstu.parallel import Mesh, Parallelized
 from hstu.parallel.dynamic import DynamicTables
-from hstu.parallel.row_map import PARTS, held_rows
+from hstu.parallel.row_map import held_rows
 from hstu.training.checkpoint_files import CheckpointError, Progress, find_checkpoint, is_complete, read_marker
 from hstu.training.optimizer import Optimizer
 from hstu.training.saved_tensors import SavedTensors

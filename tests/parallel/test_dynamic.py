@@ -17,12 +17,12 @@ from hstu.inference import export
 from hstu.models.embedding import Table
 from hstu.models.negatives import random_columns
 from hstu.ops.loops import torch_only
-from hstu.ops.row_sets import FREE
+from hstu.ops.row_sets import FREE, PARTS
 from hstu.parallel import Mesh
 from hstu.parallel.compiled_row_map import CompiledRowMap
 from hstu.parallel.dynamic import DynamicRows, DynamicTables
 from hstu.parallel.row_history import RowHistory
-from hstu.parallel.row_map import PARTS, RowMap, part_of
+from hstu.parallel.row_map import RowMap, part_of
 from tests.tiny import write_tiny
 from tests.training.runs import losses, records, trainer
 

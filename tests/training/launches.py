@@ -31,10 +31,11 @@ from hstu.models import losses
 from hstu.ops import Layout, loops, softmax_attention
 from hstu.ops.jagged import reference
 from hstu.ops.jagged import rows as jagged
+from hstu.ops.row_sets import PARTS
 from hstu.parallel.dynamic import DynamicTables
 from hstu.parallel.embedding import HeldRows
 from hstu.parallel.fused_adam import HostAdamTables
-from hstu.parallel.row_map import PARTS, RowMap
+from hstu.parallel.row_map import RowMap
 from hstu.training import step
 from hstu.training.trainer import Trainer
 from tests.launch import ROOT
